@@ -1,0 +1,1 @@
+"""The artifact: what a build writes and the runtime reads. Standard library plus the hash."""

@@ -1,0 +1,138 @@
+"""manifest.json: what is in an artifact, of which model, for which target, and the hash of every file."""
+
+from dataclasses import dataclass
+from typing import Any
+
+from .config import ModelConfig
+from .errors import ArtifactError
+from .schema import dump_json, from_plain, parse_json
+
+SCHEMA_VERSION = 1
+HASH_NAME = "blake3"
+MANIFEST_NAME = "manifest.json"
+DTYPES = ("bf16", "fp16", "fp32")
+
+
+@dataclass(frozen=True)
+class FileEntry:
+    """One file: its path relative to the artifact, with forward slashes, and what its bytes must be."""
+
+    path: str
+    bytes: int
+    hash: str
+
+
+@dataclass(frozen=True)
+class Folding:
+    """What of the image processor's arithmetic the patch embedding carries: y = W (u * rescale - mean) / std + b."""
+
+    rescale_factor: float
+    image_mean: tuple[float, float, float]
+    image_std: tuple[float, float, float]
+
+
+@dataclass(frozen=True)
+class WeightsPart:
+    """What `convert` wrote."""
+
+    dtype: str
+    folding: Folding
+    files: tuple[FileEntry, ...]
+
+
+@dataclass(frozen=True)
+class Tensor:
+    """A graph's input or output; -1 is a size known only at run time."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Graph:
+    """One compiled subgraph. `ops` counts live operators by kind: total, device, shape, data."""
+
+    name: str
+    graph: FileEntry
+    binding: FileEntry
+    inputs: tuple[Tensor, ...]
+    outputs: tuple[Tensor, ...]
+    ops: dict[str, int]
+
+
+@dataclass(frozen=True)
+class OperatorNote:
+    """An operator that needs more than the oldest supported CANN, or bypasses torchair's compatibility check."""
+
+    operator: str
+    reason: str
+
+
+@dataclass(frozen=True)
+class GePart:
+    """What `compile --mode dynamo` wrote, and the target that the graphs are good for."""
+
+    soc: str
+    operators: str
+    visual_attention: str
+    dtype: str
+    max_length: int
+    batches: tuple[int, ...]
+    passes: tuple[str, ...]
+    versions: dict[str, str]
+    operator_notes: tuple[OperatorNote, ...]
+    constants: FileEntry
+    graphs: tuple[Graph, ...]
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """The whole artifact. `verification` is "passed", "skipped" or "none"; its figures stand in reports/verify.json."""
+
+    schema: int
+    hash: str
+    name: str
+    model: ModelConfig
+    weights: WeightsPart | None
+    ge: GePart | None
+    processor: tuple[FileEntry, ...]
+    reports: tuple[FileEntry, ...]
+    verification: str
+
+    def files(self) -> list[FileEntry]:
+        """Every file that the manifest vouches for."""
+        found = [*self.processor, *self.reports]
+        if self.weights:
+            found += self.weights.files
+        if self.ge:
+            found.append(self.ge.constants)
+            found += [entry for graph in self.ge.graphs for entry in (graph.graph, graph.binding)]
+        return found
+
+    def to_bytes(self) -> bytes:
+        return dump_json(self)
+
+
+def empty_manifest(name: str, model: ModelConfig) -> Manifest:
+    """A manifest with no part built yet."""
+    return Manifest(SCHEMA_VERSION, HASH_NAME, name, model, None, None, (), (), "none")
+
+
+def manifest_from_bytes(data: bytes, where: str) -> Manifest:
+    """Parse and check manifest.json. Raises ArtifactError; the schema version is checked before any other field."""
+    plain: Any = parse_json(data, where)
+    if not isinstance(plain, dict) or type(plain.get("schema")) is not int:
+        raise ArtifactError(f"{where}: no integer field `schema`; not an artifact of qwen2vl-tc")
+    if plain["schema"] != SCHEMA_VERSION:
+        raise ArtifactError(
+            f"{where}: schema {plain['schema']}, this version reads {SCHEMA_VERSION}; "
+            + ("update qwen2vl-tc" if plain["schema"] > SCHEMA_VERSION else "rebuild with `qwen2vl-tc build`")
+        )
+    manifest = from_plain(Manifest, plain, where)
+    if manifest.hash != HASH_NAME:
+        raise ArtifactError(f"{where}: hash {manifest.hash!r}, expected {HASH_NAME!r}")
+    paths = [entry.path for entry in manifest.files()]
+    if len(set(paths)) != len(paths):
+        raise ArtifactError(f"{where}: a file is listed twice")
+    return manifest
