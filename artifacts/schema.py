@@ -75,7 +75,7 @@ def from_plain(cls: type[T], value: Any, where: str) -> T:
     """Build the dataclass `cls` from parsed JSON. Raises ArtifactError naming the field that is wrong."""
     if not isinstance(value, dict):
         raise ArtifactError(f"{where}: got {type(value).__name__}, expected an object")
-    hints = _fields(cls)
+    hints = _fields(cls)  # type: ignore[arg-type]  # mypy doubts that a class is hashable
     if unknown := sorted(value.keys() - hints.keys()):
         raise ArtifactError(f"{where}: unknown field {', '.join(unknown)}")
     if missing := sorted(hints.keys() - value.keys()):

@@ -1,0 +1,53 @@
+"""Preparing the process before torch is imported: torch-npu may be installed where neither CANN nor an NPU is.
+
+torch imports every installed device backend by itself; torch-npu then misses CANN's libraries and `import torch` fails.
+Whoever imports torch on our behalf calls `prepare_process()` first: `main()`, `load()` and the tests' conftest.
+"""
+
+import ctypes
+import importlib.util
+import os
+import sys
+from pathlib import Path
+
+AUTOLOAD_VARIABLE = "TORCH_DEVICE_BACKEND_AUTOLOAD"
+# The two libraries of CANN that `import torch_npu` needs first.
+CANN_LIBRARIES = ("libascendcl.so", "libhccl.so")
+# Exported by our stand-ins for CANN and by nothing else.
+STUB_MARKER = "qwen2vl_tc_emulated_npu"
+
+
+def prepare_process() -> None:
+    """Keep `import torch` working where torch-npu is installed without a usable NPU.
+
+    Sets TORCH_DEVICE_BACKEND_AUTOLOAD=0 for this process and its children. Does nothing where the NPU is usable, where
+    torch-npu is absent, and once torch is imported: then it either worked or has already failed.
+    """
+    if "torch" in sys.modules or importlib.util.find_spec("torch_npu") is None or npu_usable():
+        return
+    os.environ[AUTOLOAD_VARIABLE] = "0"
+
+
+def npu_usable() -> bool:
+    """Whether a real NPU can be opened here: its device nodes exist and CANN loads. Our stubs never count."""
+    return npu_count() > 0 and cann_problem() is None
+
+
+def npu_count() -> int:
+    """NPUs that the driver shows, whether or not CANN is installed."""
+    return sum(node.name.removeprefix("davinci").isdigit() for node in Path("/dev").glob("davinci*"))
+
+
+def cann_problem() -> str | None:
+    """Why CANN cannot be loaded, in the loader's words; None when it can."""
+    if sys.platform != "linux":
+        return f"CANN exists for Linux only, this is {sys.platform}"
+    for name in CANN_LIBRARIES:
+        try:
+            library = ctypes.CDLL(name)
+        except OSError as error:
+            return str(error)
+        # the loader matches by SONAME: after preloading, our stand-in answers to this name
+        if hasattr(library, STUB_MARKER):
+            return f"{name} is the emulated one"
+    return None
