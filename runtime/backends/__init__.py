@@ -1,0 +1,1 @@
+"""The engines that can run an artifact, each importing only what it needs."""

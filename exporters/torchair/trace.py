@@ -1,0 +1,267 @@
+"""Trace one method of a module into a GE graph with torchair, without running it and without torchair's own cache.
+
+torchair's cache_compile would write pickled bytecode under a key that ignores weights and shapes. Here the finished
+graph is taken at the point where torchair would hand it to the device, as protobuf bytes plus plain data.
+"""
+
+import contextlib
+import re
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+from ...artifacts.binding import ARGUMENT, CACHE, CONSTANT, LENGTHS, PARAMETER, Binding, BoundInput, BoundOutput
+from ...artifacts.errors import TargetError
+from ...artifacts.manifest import OperatorNote
+
+CONSTANTS_PREFIX = "constants."
+_MODULE_STEP = re.compile(r"\._modules\['([^']+)'\]|\._parameters\['([^']+)'\]|\.([A-Za-z_]\w*)")
+_ARGUMENT = re.compile(r"L\['([^']+)'\](?:\[(\d+)\])?")
+
+
+@dataclass(frozen=True)
+class TracedGraph:
+    """A GE graph as torchair emits it: `model` is a ge.proto.ModelDef; `notes` lists operators that need a check."""
+
+    name: str
+    model: Any
+    binding: Binding
+    notes: tuple[OperatorNote, ...]
+
+
+class _Captured(Exception):  # noqa: N818 (control flow, not an error)
+    """Ends the traced call once its graph is taken."""
+
+
+def _parameter_name(source: str) -> str | None:
+    """`L['self']._modules['a']._parameters['weight']` to `a.weight`; None for anything else."""
+    if not source.startswith("L['self']"):
+        return None
+    rest, steps = source[len("L['self']") :], []
+    while rest:
+        if not (step := _MODULE_STEP.match(rest)):
+            return None
+        steps.append(next(group for group in step.groups() if group))
+        rest = rest[step.end() :]
+    return ".".join(steps)
+
+
+@contextlib.contextmanager
+def _tracing_patches(bypassed: set[str]) -> Iterator[None]:
+    """Let torchair trace without a device behind it; restores everything on exit.
+
+    Two things go through CANN at trace time: starting the graph engine, which tracing does not need, and asking
+    whether this CANN's registry knows an operator. The second is recorded in `bypassed` and answered yes, so that the
+    artifact says what must be checked on the device instead.
+    """
+    import torch
+    import torch.fx.experimental._config as fx_config
+    import torchair._ge_concrete_graph.compat_ir as compat_ir
+    import torchair._ge_concrete_graph.fx2ge_converter as fx2ge
+
+    def record(optype: str, runtime_optional_inputs: Any = (), runtime_optional_attrs: Any = ()) -> str:
+        bypassed.add(optype)
+        return ""
+
+    engine, check = fx2ge.initialize_graph_engine, compat_ir.is_cann_compat
+    fx2ge.initialize_graph_engine = lambda *args, **kwargs: None
+    compat_ir.is_cann_compat = record
+    try:
+        with (
+            # floats as graph inputs (eps, scale) would compile everything twice
+            torch._dynamo.config.patch(specialize_float=True),
+            # two sizes that happen to be equal in the example must stay independent
+            fx_config.patch(use_duck_shape=False),
+            warnings.catch_warnings(),
+        ):
+            warnings.filterwarnings("ignore", message="When enable frozen_parameter")
+            yield
+    finally:
+        fx2ge.initialize_graph_engine = engine
+        compat_ir.is_cann_compat = check
+
+
+def _compiler_config() -> Any:
+    import torchair
+
+    config = torchair.CompilerConfig()
+    config.experimental_config.frozen_parameter = True
+    config.experimental_config.tiling_schedule_optimize = True
+    return config
+
+
+def _sources(gm: Any) -> list[str]:
+    """Where each placeholder of dynamo's graph comes from, as a Python expression over the traced call's locals."""
+    return [
+        node.meta["grapharg"].source.name if node.meta.get("grapharg") is not None else node.name
+        for node in gm.graph.nodes
+        if node.op == "placeholder"
+    ]
+
+
+def _bind_inputs(concrete: Any, sources: list[str], caches: frozenset[str], local: Mapping[str, str]) -> Any:
+    frozen = local["frozenInput"].split(",")
+    found = []
+    for position, info in enumerate(concrete._input_info_list):
+        func = info.func
+        kind = type(func).__name__
+        desc = _data_op(concrete.graph, position).output_desc[0]
+        bound = BoundInput(
+            kind=ARGUMENT,
+            name="",
+            index=None,
+            dtype=ge_dtype_name(desc.dtype),
+            shape=tuple(desc.shape.dim),
+            host=info.device_type == "CPU",
+            frozen=frozen[position] == "1",
+        )
+        if kind == "_SymPackInput":
+            names = [_ARGUMENT.fullmatch(sources[i]) for i in func.fx_input_idx_list]
+            if not all(names) or [m[2] for m in names if m] != [str(i) for i in range(len(names))]:
+                raise TargetError(
+                    f"input {position}: integers packed from {[sources[i] for i in func.fx_input_idx_list]}"
+                )
+            found.append(replace(bound, kind=LENGTHS, name=names[0][1]))  # type: ignore[index]
+        elif kind == "_TensorInput":
+            source = sources[func.fx_input_idx]
+            if name := _parameter_name(source):
+                is_constant = name.startswith(CONSTANTS_PREFIX)
+                name = name.removeprefix(CONSTANTS_PREFIX)
+                found.append(replace(bound, kind=CONSTANT if is_constant else PARAMETER, name=name))
+            elif match := _ARGUMENT.fullmatch(source):
+                index = int(match[2]) if match[2] else None
+                found.append(replace(bound, kind=CACHE if match[1] in caches else ARGUMENT, name=match[1], index=index))
+            else:
+                raise TargetError(f"input {position}: {source} is neither a parameter nor an argument of the method")
+        else:
+            raise TargetError(f"input {position}: torchair wants it as {kind}; only contiguous tensors are supported")
+    return tuple(found)
+
+
+def _data_op(graph: Any, index: int) -> Any:
+    return next(op for op in graph.op if op.type in ("Data", "RefData") and op.attr["index"].i == index)
+
+
+def ge_dtype_name(dtype: int) -> str:
+    """The artifact's name of a ge.proto.DataType."""
+    from torchair._ge_concrete_graph.ge_ir_pb2 import DataType
+
+    names = {
+        DataType.DT_FLOAT: "fp32",
+        DataType.DT_FLOAT16: "fp16",
+        DataType.DT_BF16: "bf16",
+        DataType.DT_INT64: "int64",
+        DataType.DT_INT32: "int32",
+        DataType.DT_UINT8: "uint8",
+        DataType.DT_BOOL: "bool",
+    }
+    if dtype not in names:
+        raise TargetError(f"GE dtype {dtype} is not one that the runtime binds")
+    return names[dtype]
+
+
+def _output_dtype_name(dtype: int) -> str:
+    """The artifact's name of a dtype in `_output_dtypes`, which torchair numbers by GE's C++ enum."""
+    names = {0: "fp32", 1: "fp16", 27: "bf16", 9: "int64", 3: "int32", 4: "uint8", 12: "bool"}
+    if dtype not in names:
+        raise TargetError(f"GE output dtype {dtype} is not one that the runtime binds")
+    return names[dtype]
+
+
+def trace(
+    name: str,
+    method: Callable[..., Any],
+    arguments: Mapping[str, Any],
+    outputs: tuple[str, ...],
+    caches: frozenset[str],
+) -> TracedGraph:
+    """Trace `method(**arguments)` into a GE graph called `name`.
+
+    arguments: tensors on the (emulated) NPU, lists of them, or lists of ints; sizes are dynamic unless marked static.
+    caches names the list arguments that are written in place. outputs names what the method returns, in order.
+    Raises TargetError when torchair cannot express the method as one graph over its parameters and arguments.
+    """
+    import torch
+    from torch._dynamo.exc import BackendCompilerFailed, Unsupported
+    from torchair.npu_fx_compiler import _compile_graph_with_aot, _get_merged_decompositions, get_compiler
+
+    config = _compiler_config()
+    bypassed: set[str] = set()
+    taken: list[tuple[Any, list[str]]] = []
+
+    def backend(gm: Any, example_inputs: list[Any]) -> Any:
+        sources = _sources(gm)
+        compiler = get_compiler(config)
+
+        def take(fx_graph: Any, inputs: list[Any]) -> Callable[..., Any]:
+            taken.append((compiler(fx_graph, inputs).runner, sources))
+
+            def stop(*args: Any) -> Any:
+                raise _Captured
+
+            return stop
+
+        decompositions = _get_merged_decompositions(config, {})
+        return _compile_graph_with_aot(gm, take, example_inputs, config, decompositions, is_cache=True)
+
+    torch._dynamo.reset()
+    with _tracing_patches(bypassed), torch.no_grad(), contextlib.suppress(_Captured):
+        try:
+            torch.compile(method, backend=backend, fullgraph=True, dynamic=True)(**arguments)
+        except (BackendCompilerFailed, Unsupported) as error:
+            raise TargetError(f"torchair cannot trace the {name} graph: {str(error).splitlines()[0]}") from error
+        finally:
+            torch._dynamo.reset()
+    if len(taken) != 1:
+        raise TargetError(f"{name}: expected one GE graph, torchair emitted {len(taken)}")
+    concrete, sources = taken[0]
+    with _tracing_patches(set()):
+        local, global_options = concrete._normalize_ge_option()
+    inputs = _bind_inputs(concrete, sources, caches, local)
+    model = _named_model(concrete.graph, name)
+    graph = model.graph[0]
+    dtypes = list(graph.attr["_output_dtypes"].list.i)
+    order = [concrete._fx_outputs_mapping[i] for i in range(len(outputs))]
+    if order != list(range(len(outputs))):
+        raise TargetError(f"{name}: torchair reordered the outputs: {order}")
+    references = dict(concrete._graph_output_ref_input)
+    # further outputs are in-place writes that torchair hands back through the input's own memory
+    names = [*outputs, *(f"written_{i}" for i in range(len(outputs), len(dtypes)))]
+    bound_outputs = tuple(
+        BoundOutput(label, _output_dtype_name(dtype), references.get(i))
+        for i, (label, dtype) in enumerate(zip(names, dtypes, strict=True))
+    )
+    notes = tuple(
+        OperatorNote(operator, "torchair asks CANN whether its registry has this operator; ask on the device")
+        for operator in sorted(bypassed)
+    )
+    binding = Binding(name, inputs, bound_outputs, dict(local), dict(global_options))
+    return TracedGraph(name, model, open_length_lists(model, binding), notes)
+
+
+def _named_model(graph: Any, name: str) -> Any:
+    """A copy of torchair's ModelDef whose graph carries our name instead of a running number."""
+    from torchair._ge_concrete_graph.ge_ir_pb2 import ModelDef
+
+    model = ModelDef()
+    model.ParseFromString(graph.SerializeToString())
+    model.graph[0].name = name
+    return model
+
+
+def open_length_lists(model: Any, binding: Binding) -> Binding:
+    """Let the visual graph's list of segment ends have any length.
+
+    torchair bakes the list's length into the one host input that carries it, though no operator depends on it; with a
+    dimension of -1 the number of pictures and frames is free.
+    """
+    inputs = list(binding.inputs)
+    local = dict(binding.local_options)
+    for i, bound in enumerate(inputs):
+        if bound.kind == LENGTHS and bound.name == "segment_ends":
+            op = _data_op(model.graph[0], i)
+            for desc in (*op.input_desc, *op.output_desc):
+                desc.shape.dim[:] = [-1]
+            inputs[i] = replace(bound, shape=(-1,))
+    return replace(binding, inputs=tuple(inputs), local_options=local)

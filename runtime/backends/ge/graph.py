@@ -1,0 +1,164 @@
+"""A GE graph as plain data: nodes in execution order with resolved inputs, ready for an executor or for counting."""
+
+import struct
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+from ....artifacts.errors import ArtifactError
+from .proto import parse_graph
+
+# ge.proto.DataType: how descriptors and constants number their dtypes
+PROTO_DTYPES = {
+    1: "fp32",
+    2: "fp16",
+    3: "int8",
+    4: "uint8",
+    7: "int32",
+    8: "int64",
+    11: "bool",
+    27: "bf16",
+}
+# ge::DataType of GE's C++ headers: how operator attributes such as Cast's dst_type number them
+ATTRIBUTE_DTYPES = {0: "fp32", 1: "fp16", 2: "int8", 3: "int32", 4: "uint8", 9: "int64", 12: "bool", 27: "bf16"}
+ITEM_BYTES = {"fp32": 4, "fp16": 2, "bf16": 2, "int8": 1, "uint8": 1, "int32": 4, "int64": 8, "bool": 1}
+INPUT_TYPES = ("Data", "RefData")
+
+
+@dataclass(frozen=True)
+class Constant:
+    """A tensor inside the graph: little-endian bytes in row-major order."""
+
+    dtype: str
+    shape: tuple[int, ...]
+    data: bytes
+
+
+@dataclass(frozen=True)
+class Node:
+    """One operator. Inputs are (producer's name, output index), None where an optional input is not fed."""
+
+    name: str
+    op: str
+    inputs: tuple[tuple[str, int] | None, ...]
+    outputs: int
+    attributes: dict[str, Any]
+    constant: Constant | None = None
+
+    @property
+    def where(self) -> str:
+        return f"{self.op} {self.name}"
+
+
+@dataclass(frozen=True)
+class GeGraph:
+    """Nodes in an order in which every producer comes before its consumers."""
+
+    name: str
+    nodes: tuple[Node, ...]
+
+    @cached_property
+    def inputs(self) -> tuple[Node, ...]:
+        """The Data nodes by index."""
+        found = sorted((n for n in self.nodes if n.op in INPUT_TYPES), key=lambda n: n.attributes["index"])
+        if [n.attributes["index"] for n in found] != list(range(len(found))):
+            raise ArtifactError(f"graph {self.name}: its inputs are not numbered 0 to {len(found) - 1}")
+        return tuple(found)
+
+    @cached_property
+    def output(self) -> Node:
+        found = [node for node in self.nodes if node.op == "NetOutput"]
+        if len(found) != 1:
+            raise ArtifactError(f"graph {self.name}: has {len(found)} NetOutput nodes, expected 1")
+        return found[0]
+
+
+def _attribute(value: Any) -> Any:
+    kind = value.WhichOneof("value")
+    if kind == "list":
+        return list(value.list.i) or list(value.list.f) or list(value.list.s)
+    if kind == "s":
+        return value.s.decode("utf-8", "replace")
+    return getattr(value, kind) if kind else None
+
+
+def _constant(op: Any, where: str) -> Constant:
+    tensor = op.attr["value"].t
+    dtype = PROTO_DTYPES.get(tensor.desc.dtype)
+    if dtype is None:
+        raise ArtifactError(f"{where}: constant {op.name} has the unsupported dtype {tensor.desc.dtype}")
+    shape = tuple(tensor.desc.shape.dim)
+    count = 1
+    for size in shape:
+        if size < 0:
+            raise ArtifactError(f"{where}: constant {op.name} has the shape {list(shape)}")
+        count *= size
+    if count * ITEM_BYTES[dtype] != len(tensor.data):
+        raise ArtifactError(
+            f"{where}: constant {op.name} of shape {list(shape)} {dtype} has {len(tensor.data)} bytes, "
+            f"expected {count * ITEM_BYTES[dtype]}"
+        )
+    return Constant(dtype, shape, tensor.data)
+
+
+def _edge(text: str, where: str) -> tuple[str, int] | None:
+    if not text:
+        return None
+    producer, _, index = text.rpartition(":")
+    if not producer or not index.lstrip("-").isdigit():
+        raise ArtifactError(f"{where}: malformed input {text[:80]!r}")
+    return producer, int(index)
+
+
+def _ordered(nodes: dict[str, Node], where: str) -> tuple[Node, ...]:
+    """Depth-first topological order from the nodes as listed; control edges (index -1) count. Refuses cycles."""
+    done: dict[str, None] = {}
+    for start in nodes:
+        stack, open_nodes = [(start, iter(nodes[start].inputs))], {start}
+        if start in done:
+            continue
+        while stack:
+            name, edges = stack[-1]
+            for edge in edges:
+                if edge is None or edge[0] in done:
+                    continue
+                if edge[0] not in nodes:
+                    raise ArtifactError(f"{where}: {nodes[name].where} reads {edge[0]!r}, which no node produces")
+                if edge[0] in open_nodes:
+                    raise ArtifactError(f"{where}: {nodes[name].where} is part of a cycle")
+                open_nodes.add(edge[0])
+                stack.append((edge[0], iter(nodes[edge[0]].inputs)))
+                break
+            else:
+                stack.pop()
+                open_nodes.discard(name)
+                done[name] = None
+    return tuple(nodes[name] for name in done)
+
+
+def read_graph(data: bytes, where: str) -> GeGraph:
+    """Parse graph.pb. Raises ArtifactError for anything that is not a well-formed, acyclic graph."""
+    proto = parse_graph(data, where)
+    nodes: dict[str, Node] = {}
+    for op in proto.op:
+        if op.name in nodes:
+            raise ArtifactError(f"{where}: two nodes are called {op.name!r}")
+        try:
+            attributes = {key: _attribute(value) for key, value in op.attr.items() if not key.startswith("_")}
+            nodes[op.name] = Node(
+                name=op.name,
+                op=op.type,
+                inputs=tuple(_edge(text, f"{where}: {op.name}") for text in op.input),
+                outputs=len(op.output_desc),
+                attributes=attributes,
+                constant=_constant(op, where) if op.type == "Const" else None,
+            )
+        except (KeyError, struct.error) as error:
+            raise ArtifactError(f"{where}: node {op.name!r} cannot be read: {error}") from error
+    for node in nodes.values():
+        if node.op in INPUT_TYPES and not isinstance(node.attributes.get("index"), int):
+            raise ArtifactError(f"{where}: input {node.name!r} has no index")
+        for edge in node.inputs:
+            if edge and edge[0] in nodes and edge[1] >= max(nodes[edge[0]].outputs, 1):
+                raise ArtifactError(f"{where}: {node.where} reads output {edge[1]} of {nodes[edge[0]].where}")
+    return GeGraph(proto.name, _ordered(nodes, where))

@@ -1,0 +1,193 @@
+"""What is traced: one module with the parameters, and the methods encode, prefill and decode with their inputs.
+
+Every run-time input of a method is an argument; everything else is a parameter or a constant and is frozen.
+"""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ...artifacts.config import ModelConfig
+from .layers import Linear, parameter
+from .text import CAUSAL_MASK_SIDE, Model
+from .visual import Visual
+
+# Longest side of a picture in patches. The processor's limits (max_pixels 12,845,056, aspect ratio 200) allow 3,620.
+MAX_VISION_SIDE = 4096
+
+
+class Constants(nn.Module):
+    """Tables that the graphs read and no checkpoint holds; `toolchain.graphs.constants` computes the values."""
+
+    def __init__(self, config: ModelConfig, max_length: int) -> None:
+        super().__init__()
+        text_dim, vision_dim = config.text.head_dim, config.vision.head_dim
+        self.text_rope = parameter(max_length, 2 * text_dim)
+        self.text_rope_axes = parameter(3, 1, 2 * text_dim)
+        self.vision_rope = parameter(MAX_VISION_SIDE, 2 * vision_dim)
+        self.vision_rope_axes = parameter(2, 1, 2 * vision_dim)
+        self.causal_mask = parameter(CAUSAL_MASK_SIDE, CAUSAL_MASK_SIDE, dtype=torch.bool)
+
+
+class Qwen2VL(nn.Module):
+    """The whole model. Parameter names are those of `artifacts.parameters` and `constants.*`."""
+
+    def __init__(self, config: ModelConfig, max_length: int) -> None:
+        super().__init__()
+        self.visual = Visual(config.vision)
+        self.model = Model(config.text)
+        self.lm_head = None
+        if not config.text.tie_word_embeddings:
+            self.lm_head = Linear(config.text.hidden_size, config.text.vocab_size, bias=False)
+        self.constants = Constants(config, max_length)
+        self.text_dim = config.text.head_dim
+
+    def logits(self, y: Tensor) -> Tensor:
+        """y [rows, H] to [rows, V]."""
+        return torch.ops.npu.npu_linear(y, (self.lm_head or self.model.embed_tokens).weight)
+
+    def encode(self, patches: Tensor, positions: Tensor, segment_ends: list[int]) -> Tensor:
+        """patches uint8 [N, patch_dim], positions int64 [2, N], segment_ends: to embeddings [N / merge**2, H]."""
+        constants = self.constants
+        return self.visual(patches, positions, segment_ends, constants.vision_rope, constants.vision_rope_axes)
+
+    def prefill(
+        self,
+        token_ids: Tensor,
+        image_embeds: Tensor,
+        image_index: Tensor,
+        positions: Tensor,
+        cache_index: Tensor,
+        last: Tensor,
+        kv_lengths: list[int],
+        keys: list[Tensor],
+        values: list[Tensor],
+    ) -> tuple[Tensor, Tensor]:
+        """Run S new tokens of one row, attending over the cache from its start.
+
+        token_ids int64 [S]; image_embeds [M, H] replace the embeddings at image_index int64 [M, 1];
+        positions int64 [3, S] are M-RoPE's temporal, height and width; cache_index int64 [1] is the first cache
+        position to write; last int64 [1] is S - 1; kv_lengths is [cache_index + S];
+        keys, values: one [1, L, KV] a layer.
+        Returns the next token [1] and the last position's logits [1, V].
+        """
+        x = torch.ops.npu.npu_scatter_nd_update(self.model.embed(token_ids), image_index, image_embeds)
+        # each rotary column belongs to one of the three axes: mask the other two away and add
+        angles = (nn.functional.embedding(positions, self.constants.text_rope) * self.constants.text_rope_axes).sum(0)
+        rotary = angles.view(1, -1, 1, 2 * self.text_dim).split([self.text_dim, self.text_dim], -1)
+        y = self.model.layers_forward(
+            x,
+            (rotary[0], rotary[1]),
+            list(zip(keys, values, strict=True)),
+            cache_index,
+            kv_lengths,
+            self.constants.causal_mask,
+            last,
+        )
+        logits = self.logits(y)
+        return logits.argmax(-1), logits
+
+    def decode(
+        self,
+        token_ids: Tensor,
+        cache_index: Tensor,
+        positions: Tensor,
+        kv_lengths: list[int],
+        keys: list[Tensor],
+        values: list[Tensor],
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Run one token of every row.
+
+        token_ids, cache_index, positions int64 [B]: the tokens, the cache positions to write, and the rotary
+        positions (after the prompt the three M-RoPE axes agree); kv_lengths are cache_index + 1, on the host;
+        keys, values: one [B, L, KV] a layer.
+        Returns the next tokens [B], logits [B, V], cache_index + 1 and positions + 1: the next step's inputs.
+        """
+        angles = nn.functional.embedding(positions, self.constants.text_rope).view(-1, 1, 1, 2 * self.text_dim)
+        cos, sin = angles.split([self.text_dim, self.text_dim], -1)
+        y = self.model.layers_forward(
+            self.model.embed(token_ids), (cos, sin), list(zip(keys, values, strict=True)), cache_index, kv_lengths
+        )
+        logits = self.logits(y)
+        return logits.argmax(-1), logits, cache_index + 1, positions + 1
+
+
+@dataclass(frozen=True)
+class Signature:
+    """One graph to trace: its name, the method, example arguments, names of the outputs."""
+
+    name: str
+    method: Callable[..., Any]
+    arguments: dict[str, Any]
+    outputs: tuple[str, ...]
+
+
+CACHES = frozenset({"keys", "values"})
+
+
+def _example(device: str, *shape: int, dtype: torch.dtype, dynamic: tuple[int, ...] = ()) -> Tensor:
+    """An argument on the device whose sizes are fixed but for the dimensions listed in `dynamic`."""
+    tensor = torch.empty(*shape, dtype=dtype, device=device)
+    for dimension in range(len(shape)):
+        if dimension not in dynamic:
+            torch._dynamo.mark_static(tensor, dimension)
+    return tensor
+
+
+def signatures(
+    model: Qwen2VL, config: ModelConfig, dtype: torch.dtype, max_length: int, batches: tuple[int, ...], device: str
+) -> Iterator[Signature]:
+    """The graphs of one artifact: visual, prefill, and decode_b<rows> for every batch size.
+
+    The example sizes are GE's hint for its first tiling; any distinct numbers above 1 trace the same graph.
+    """
+    layers, hidden, kv_dim = config.text.num_layers, config.text.hidden_size, config.text.kv_dim
+    merge = config.vision.spatial_merge_size**2
+    patches, merged, tokens = 342 * merge, 342, 367
+
+    def caches(batch: int) -> list[Tensor]:
+        return [_example(device, batch, max_length, kv_dim, dtype=dtype) for _ in range(layers)]
+
+    yield Signature(
+        "visual",
+        model.encode,
+        {
+            "patches": _example(device, patches, config.vision.patch_dim, dtype=torch.uint8, dynamic=(0,)),
+            "positions": _example(device, 2, patches, dtype=torch.int64, dynamic=(1,)),
+            "segment_ends": [171 * merge, patches - 2],
+        },
+        ("embeds",),
+    )
+    yield Signature(
+        "prefill",
+        model.prefill,
+        {
+            "token_ids": _example(device, tokens, dtype=torch.int64, dynamic=(0,)),
+            "image_embeds": _example(device, merged, hidden, dtype=dtype, dynamic=(0,)),
+            "image_index": _example(device, merged, 1, dtype=torch.int64, dynamic=(0,)),
+            "positions": _example(device, 3, tokens, dtype=torch.int64, dynamic=(1,)),
+            "cache_index": _example(device, 1, dtype=torch.int64),
+            "last": _example(device, 1, dtype=torch.int64),
+            "kv_lengths": [tokens + 3],
+            "keys": caches(1),
+            "values": caches(1),
+        },
+        ("next_token", "logits"),
+    )
+    for batch in batches:
+        yield Signature(
+            f"decode_b{batch}",
+            model.decode,
+            {
+                "token_ids": _example(device, batch, dtype=torch.int64),
+                "cache_index": _example(device, batch, dtype=torch.int64),
+                "positions": _example(device, batch, dtype=torch.int64),
+                "kv_lengths": [tokens + 2 * row for row in range(batch)],
+                "keys": caches(batch),
+                "values": caches(batch),
+            },
+            ("next_token", "logits", "cache_index", "positions"),
+        )

@@ -1,0 +1,127 @@
+"""The language model: prefill of one cache row, and decode of a batch.
+
+Shapes: S prompt tokens, B batch rows, H hidden_size, D head_dim, KV num_kv_heads x D, L cache length, V vocabulary.
+The caches are lists of one key and one value tensor a layer, each [B, L, KV], written in place.
+"""
+
+import torch
+from torch import Tensor, nn
+
+from ...artifacts.config import TextConfig
+from .layers import Linear, RMSNorm, parameter
+
+# FusedInferAttentionScore: sparse_mode 3 aligns the causal triangle with the end of the cache; the operator reads one
+# fixed mask of this side instead of a mask of S x length
+RIGHT_DOWN_CAUSAL = 3
+CAUSAL_MASK_SIDE = 2048
+
+
+class Attention(nn.Module):
+    """Grouped-query attention over the cache, which this layer first extends."""
+
+    def __init__(self, config: TextConfig) -> None:
+        super().__init__()
+        self.heads, self.kv_heads, self.head_dim = config.num_heads, config.num_kv_heads, config.head_dim
+        self.q_dim, self.kv_dim = config.hidden_size, config.kv_dim
+        self.scale = config.head_dim**-0.5
+        self.qkv_proj = Linear(config.hidden_size, self.q_dim + 2 * self.kv_dim)
+        self.o_proj = Linear(self.q_dim, config.hidden_size, bias=False)
+
+    def forward(
+        self,
+        x: Tensor,
+        rotary: tuple[Tensor, Tensor],
+        cache: tuple[Tensor, Tensor],
+        cache_index: Tensor,
+        kv_lengths: list[int],
+        causal_mask: Tensor | None,
+    ) -> Tensor:
+        """x [B * S, H] to the attention's output before o_proj, [B * S, H]; rotary is cos and sin [B, S, 1, D]."""
+        batch = cache_index.shape[0]
+        qk_dim = self.q_dim + self.kv_dim
+        qk, v = self.qkv_proj(x).split([qk_dim, self.kv_dim], -1)
+        qk = torch.ops.npu.npu_rotary_mul(qk.view(batch, -1, self.heads + self.kv_heads, self.head_dim), *rotary)
+        q, k = qk.view(batch, -1, qk_dim).split([self.q_dim, self.kv_dim], -1)
+        keys, values = cache
+        torch.ops.npu.scatter_update_(keys, cache_index, k, 1)
+        torch.ops.npu.scatter_update_(values, cache_index, v.view(batch, -1, self.kv_dim), 1)
+        out = torch.ops.npu.npu_fused_infer_attention_score(
+            q,
+            keys,
+            values,
+            atten_mask=causal_mask,
+            actual_seq_lengths_kv=kv_lengths,
+            num_heads=self.heads,
+            num_key_value_heads=self.kv_heads,
+            scale=self.scale,
+            input_layout="BSH",
+            sparse_mode=0 if causal_mask is None else RIGHT_DOWN_CAUSAL,
+        )[0]
+        return out.view(-1, self.q_dim)
+
+
+class Mlp(nn.Module):
+    """SwiGLU over a fused gate and up projection."""
+
+    def __init__(self, config: TextConfig) -> None:
+        super().__init__()
+        self.gate_up_proj = Linear(config.hidden_size, 2 * config.intermediate_size, bias=False)
+        self.down_proj = Linear(config.intermediate_size, config.hidden_size, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down_proj(torch.ops.npu.npu_swiglu(self.gate_up_proj(x)))
+
+
+class Layer(nn.Module):
+    """The parts of one decoder layer; `Model.layers_forward` runs them: a norm fuses with the addition before it."""
+
+    def __init__(self, config: TextConfig) -> None:
+        super().__init__()
+        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.self_attn = Attention(config)
+        self.mlp = Mlp(config)
+
+
+class Model(nn.Module):
+    """Embedding, layers and final norm."""
+
+    def __init__(self, config: TextConfig) -> None:
+        super().__init__()
+        self.embed_tokens = nn.Module()
+        self.embed_tokens.weight = parameter(config.vocab_size, config.hidden_size)
+        self.layers = nn.ModuleList(Layer(config) for _ in range(config.num_layers))
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+
+    def embed(self, token_ids: Tensor) -> Tensor:
+        return nn.functional.embedding(token_ids, self.embed_tokens.weight)
+
+    def layers_forward(
+        self,
+        x: Tensor,
+        rotary: tuple[Tensor, Tensor],
+        caches: list[tuple[Tensor, Tensor]],
+        cache_index: Tensor,
+        kv_lengths: list[int],
+        causal_mask: Tensor | None = None,
+        last: Tensor | None = None,
+    ) -> Tensor:
+        """Run all layers over x [B * S, H].
+
+        last [1] is the row whose logits are wanted: the last layer computes everything after its attention, and the
+        final norm, for that row only. Without it, for all rows. Returns the normalised hidden state [B * S or 1, H].
+        """
+        residual, x_out = x, None
+        for i, layer in enumerate(self.layers):
+            if x_out is None:
+                y = layer.input_layernorm(residual)
+            else:
+                y, residual = layer.input_layernorm.add(residual, x_out)
+            attention = layer.self_attn(y, rotary, caches[i], cache_index, kv_lengths, causal_mask)
+            if last is not None and i == len(self.layers) - 1:
+                attention = attention.index_select(0, last)
+                residual = residual.index_select(0, last)
+            y, residual = layer.post_attention_layernorm.add(residual, layer.self_attn.o_proj(attention))
+            x_out = layer.mlp(y)
+        y, _ = self.norm.add(residual, x_out)
+        return y
