@@ -47,7 +47,12 @@ def cann_problem() -> str | None:
             library = ctypes.CDLL(name)
         except OSError as error:
             return str(error)
-        # the loader matches by SONAME: after preloading, our stand-in answers to this name
+        # the loader matches by SONAME: once loaded, our stand-in answers to this name
         if hasattr(library, STUB_MARKER):
             return f"{name} is the emulated one"
     return None
+
+
+def emulated() -> bool:
+    """Whether this process has loaded our stand-ins for CANN: its "npu" device then is host memory without kernels."""
+    return hasattr(ctypes.CDLL(None), STUB_MARKER)

@@ -1,0 +1,150 @@
+"""The device that graphs are traced on: a real NPU where there is one, else an emulated one that runs no kernels."""
+
+import contextlib
+import ctypes
+import difflib
+import importlib.metadata
+import io
+import os
+import sys
+import tempfile
+import warnings
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from ...artifacts.errors import MissingDependencyError, TargetError
+from ...artifacts.process import emulated, npu_usable, prepare_process
+from .cann_stubs.build import MAIN_LIBRARY, build_stubs, known_socs
+
+INSTALL = "pip install 'qwen2vl-tc[compile]'"
+# Printed by torch-npu where CANN is absent: of no use to whoever works without it on purpose.
+_NOISE = ("ASCEND_HOME_PATH environment variable is not set", "require processing for 32 padding size")
+
+
+@dataclass(frozen=True)
+class DeviceInfo:
+    """An open device. `cann_version` is None on the emulated one."""
+
+    emulated: bool
+    soc: str
+    cann_version: str | None
+    torch: str
+    torch_npu: str
+
+
+def open_device(soc: str) -> DeviceInfo:
+    """Import torch, torch-npu and torchair and open NPU 0, so that tensors can be made on device "npu".
+
+    Without a usable NPU this device is host memory: allocation, and copies of contiguous tensors, work there; every
+    kernel raises RuntimeError. One process has one device: further calls return the same.
+
+    Raises MissingDependencyError when torch, torch-npu or a C compiler is missing or the first two do not match, and
+    TargetError for an unknown SoC, a SoC other than the one already open or present, and a device that does not open.
+    """
+    versions = _matching_versions()
+    prepare_process()
+    if not emulated() and not npu_usable():
+        if "torch_npu" in sys.modules:
+            raise TargetError(
+                "torch_npu was imported before the device was opened, without an NPU; open the device first"
+            )
+        _preload_stubs(soc)
+    found, cann_version = _import_and_open()
+    if found != soc:
+        raise TargetError(
+            f"--soc {soc}: this process runs on {found}; "
+            + ("use a new process for another SoC" if emulated() else f"compile here with --soc {found}")
+        )
+    return DeviceInfo(emulated(), found, None if emulated() else cann_version, *versions)
+
+
+def _matching_versions() -> tuple[str, str]:
+    """Versions of torch and torch-npu, which are built for each other."""
+    found = []
+    for name in ("torch", "torch-npu"):
+        try:
+            found.append(importlib.metadata.version(name))
+        except importlib.metadata.PackageNotFoundError as error:
+            raise MissingDependencyError(f"{name} is not installed; {INSTALL}") from error
+    torch, torch_npu = found
+    if release(torch) != release(torch_npu):
+        wanted = ".".join(map(str, release(torch_npu)))
+        raise MissingDependencyError(
+            f"torch {torch} and torch-npu {torch_npu} do not match; pip install torch=={wanted}, or {INSTALL}"
+        )
+    return torch, torch_npu
+
+
+def release(version: str) -> tuple[int, ...]:
+    """The release numbers that torch and torch-npu have in common: 2.13.0 of "2.13.0+cpu" and of "2.13.0.post1"."""
+    numbers = version.split("+")[0].split(".")[:3]
+    return tuple(int("".join(c for c in number if c.isdigit()) or 0) for number in numbers)
+
+
+def _preload_stubs(soc: str) -> None:
+    """Load the stand-ins before anything asks for CANN: the loader then takes them, by SONAME, for the real ones."""
+    folder = build_stubs()
+    socs = known_socs(folder)
+    if soc not in socs:
+        near = difflib.get_close_matches(soc, socs, n=8, cutoff=0.5) or socs
+        raise TargetError(f"--soc {soc}: torch-npu does not know this SoC; it knows, among others, {', '.join(near)}")
+    main = _load(folder / MAIN_LIBRARY)
+    for path in sorted(folder.glob("*.so")):
+        _load(path)
+    main.qwen2vl_tc_set_soc_name.argtypes = [ctypes.c_char_p]
+    if not main.qwen2vl_tc_set_soc_name(soc.encode()):
+        raise TargetError(f"--soc {soc}: the name is too long")
+    # kernels queued on another thread would fail unseen, and copies return what they should have computed
+    os.environ["TASK_QUEUE_ENABLE"] = "0"
+
+
+def _load(path: Path) -> ctypes.CDLL:
+    try:
+        return ctypes.CDLL(str(path), mode=ctypes.RTLD_GLOBAL)
+    except OSError as error:
+        raise TargetError(
+            f"{path}: cannot be loaded ({error}); delete the folder {path.parent} and try again"
+        ) from error
+
+
+def _import_and_open() -> tuple[str, str]:
+    """Import the vendor packages and make the first allocation; returns the names of the SoC and of CANN's version."""
+    try:
+        with _without_noise():
+            import torch
+            import torch_npu
+            import torchair  # noqa: F401  # registers the "npu" backend of torch.compile
+
+            # the first allocation initialises the device
+            torch.empty(1, device="npu")
+            return str(torch_npu.npu.get_device_name(0)), str(torch_npu.npu.utils.get_cann_version())
+    except ModuleNotFoundError as error:
+        raise MissingDependencyError(f"torch-npu needs {error.name}, which is not installed; {INSTALL}") from error
+    except (ImportError, RuntimeError, OSError) as error:
+        where = "emulated NPU" if emulated() else "NPU"
+        raise TargetError(f"the {where} does not open: {error}") from error
+
+
+@contextlib.contextmanager
+def _without_noise() -> Iterator[None]:
+    """Hold back what Python and C++ print meanwhile, then let through to stderr all but known useless lines."""
+    printed = io.StringIO()
+    sys.stderr.flush()
+    with tempfile.TemporaryFile() as held, warnings.catch_warnings():
+        warnings.filterwarnings("ignore", category=DeprecationWarning)
+        original = os.dup(2)
+        os.dup2(held.fileno(), 2)
+        try:
+            # stdout may be a command's JSON: torch-npu prints its warnings there
+            with contextlib.redirect_stdout(printed):
+                yield
+        finally:
+            sys.stderr.flush()
+            os.dup2(original, 2)
+            os.close(original)
+            held.seek(0)
+            text = held.read().decode(errors="replace") + printed.getvalue()
+            for line in text.splitlines():
+                if not any(noise in line for noise in _NOISE):
+                    print(line, file=sys.stderr)
