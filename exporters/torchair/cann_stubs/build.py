@@ -47,8 +47,7 @@ def build_stubs() -> Path:
     if sys.platform != "linux":
         raise TargetError(f"compiling for the NPU works on Linux (x86-64, aarch64) only, this is {sys.platform}")
     site = _site_packages()
-    libraries = _wheel_libraries(site)
-    folder = cache_folder() / _key(site, libraries)
+    folder = stubs_folder()
     if folder.is_dir():
         return folder
     compiler = find_compiler()
@@ -60,11 +59,31 @@ def build_stubs() -> Path:
             f"{folder.parent}: cannot write ({error}); set XDG_CACHE_HOME to a writable folder"
         ) from error
     try:
-        _compile_into(work, site, libraries, compiler)
+        _compile_into(work, site, compiler)
         _publish(work, folder)
     finally:
         shutil.rmtree(work, ignore_errors=True)
     return folder
+
+
+def stubs_folder() -> Path:
+    """Where the libraries for the installed torch-npu are or will be: named by a hash of all they depend on.
+
+    Raises MissingDependencyError without torch and torch-npu, TargetError without a home folder.
+    """
+    site = _site_packages()
+    libraries = _wheel_libraries(site)
+    try:
+        version, torch = importlib.metadata.version("torch-npu"), importlib.metadata.version("torch")
+    except importlib.metadata.PackageNotFoundError as error:
+        raise MissingDependencyError(f"{error.name} is not installed; pip install 'qwen2vl-tc[compile]'") from error
+    parts = [platform.machine(), version, torch]
+    # names and sizes stand for the symbols in them: reading those takes seconds, and this runs at every start
+    parts += [f"{path.relative_to(site)} {path.stat().st_size}" for path in libraries]
+    digest = hashlib.sha256("\n".join(parts).encode())
+    for source in ("stubs.c", "build.py", "elf.py"):
+        digest.update((HERE / source).read_bytes())
+    return cache_folder() / f"{version}-{platform.machine()}-{digest.hexdigest()[:16]}"
 
 
 def known_socs(folder: Path) -> list[str]:
@@ -111,20 +130,8 @@ def _wheel_libraries(site: Path) -> list[Path]:
     return found
 
 
-def _key(site: Path, libraries: list[Path]) -> str:
-    """Name of the cache entry: torch-npu's version, and a hash of all that the result depends on."""
-    version = importlib.metadata.version("torch-npu")
-    parts = [platform.machine(), version, importlib.metadata.version("torch")]
-    # names and sizes stand for the symbols in them: reading those takes seconds, and this runs at every start
-    parts += [f"{path.relative_to(site)} {path.stat().st_size}" for path in libraries]
-    digest = hashlib.sha256("\n".join(parts).encode())
-    for source in ("stubs.c", "build.py", "elf.py"):
-        digest.update((HERE / source).read_bytes())
-    return f"{version}-{platform.machine()}-{digest.hexdigest()[:16]}"
-
-
-def _compile_into(work: Path, site: Path, paths: list[Path], compiler: list[str]) -> None:
-    ours = {path.name: read_library(path, _MENTIONED) for path in paths}
+def _compile_into(work: Path, site: Path, compiler: list[str]) -> None:
+    ours = {path.name: read_library(path, _MENTIONED) for path in _wheel_libraries(site)}
     torch_paths = [p for folder in ("torch/lib", "torch.libs", "torch_npu.libs") for p in (site / folder).glob("*.so*")]
     torch = {path.name: read_library(path) for path in torch_paths}
     stubs = (HERE / "stubs.c").read_text(encoding="utf-8")
