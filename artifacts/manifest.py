@@ -51,11 +51,15 @@ class Tensor:
 
 @dataclass(frozen=True)
 class Graph:
-    """One compiled subgraph. `ops` counts live operators by kind: total, device, shape, data."""
+    """One compiled subgraph. `ops` counts live operators by kind: total, device, shape, layout, data.
+
+    `readable` is the graph as text, where `compile --dump pbtxt` asked for it.
+    """
 
     name: str
     graph: FileEntry
     binding: FileEntry
+    readable: FileEntry | None
     inputs: tuple[Tensor, ...]
     outputs: tuple[Tensor, ...]
     ops: dict[str, int]
@@ -85,6 +89,9 @@ class GePart:
     constants: FileEntry
     graphs: tuple[Graph, ...]
 
+    def files(self) -> list[FileEntry]:
+        return [self.constants, *(entry for graph in self.graphs for entry in (graph.graph, graph.binding))]
+
 
 @dataclass(frozen=True)
 class Manifest:
@@ -106,8 +113,7 @@ class Manifest:
         if self.weights:
             found += self.weights.files
         if self.ge:
-            found.append(self.ge.constants)
-            found += [entry for graph in self.ge.graphs for entry in (graph.graph, graph.binding)]
+            found += self.ge.files()
         return found
 
     def to_bytes(self) -> bytes:

@@ -1,0 +1,137 @@
+"""Files that are opened once, by a path that cannot escape, and checked against their size and hash before use."""
+
+import errno
+import mmap
+import os
+import stat
+from types import TracebackType
+
+from blake3 import blake3
+
+from .errors import ArtifactError
+from .manifest import FileEntry
+
+# below this, starting threads costs more than they save
+_PARALLEL_BYTES = 1 << 20
+_CHUNK_BYTES = 32 << 20
+
+
+def hash_bytes(data: "bytes | bytearray | memoryview | mmap.mmap") -> str:
+    """The blake3 hash of a buffer as 64 hex digits."""
+    view = memoryview(data)
+    hasher = blake3(max_threads=blake3.AUTO if view.nbytes > _PARALLEL_BYTES else 1)
+    for begin in range(0, view.nbytes, _CHUNK_BYTES):
+        hasher.update(view[begin : begin + _CHUNK_BYTES])
+    view.release()
+    return hasher.hexdigest()
+
+
+def check_relative(path: str, where: str) -> tuple[str, ...]:
+    """The parts of a path that stays inside its folder.
+
+    Raises ArtifactError for an absolute path, `..`, `.`, an empty part, a backslash and a NUL.
+    """
+    parts = tuple(path.split("/"))
+    if "\\" in path or "\0" in path or any(part in ("", ".", "..") for part in parts):
+        raise ArtifactError(
+            f"{where}: file path {path!r} is not a plain relative path; the artifact is damaged or hostile: rebuild it"
+        )
+    return parts
+
+
+def open_inside(folder_fd: int, path: str, where: str) -> int:
+    """Open a regular file for reading below an open folder, following no symbolic link. Returns a file descriptor.
+
+    Raises ArtifactError naming `where` and the path; a missing file is an ArtifactError caused by FileNotFoundError.
+    """
+    parts = check_relative(path, where)
+    flags = os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC
+    current = os.dup(folder_fd)
+    try:
+        for part in parts[:-1]:
+            inner = os.open(part, flags | os.O_DIRECTORY, dir_fd=current)
+            os.close(current)
+            current = inner
+        # O_NONBLOCK: opening a FIFO must not wait for a writer
+        fd = os.open(parts[-1], flags | os.O_NONBLOCK, dir_fd=current)
+    except FileNotFoundError as error:
+        raise ArtifactError(
+            f"{where}: {path} is missing; the artifact is incomplete: copy or build it again"
+        ) from error
+    except OSError as error:
+        if error.errno in (errno.ELOOP, errno.ENOTDIR):
+            raise ArtifactError(
+                f"{where}: {path} is, or lies below, a symbolic link or a file; an artifact holds only plain files: "
+                "copy it with links resolved (`cp -rL`) or rebuild it"
+            ) from error
+        raise ArtifactError(f"{where}: cannot open {path}: {error.strerror}") from error
+    finally:
+        os.close(current)
+    if not stat.S_ISREG(os.fstat(fd).st_mode):
+        os.close(fd)
+        raise ArtifactError(f"{where}: {path} is not a regular file; rebuild the artifact")
+    return fd
+
+
+class OpenedFile:
+    """One file of an artifact, opened once; its size is checked here, its hash before the bytes are used.
+
+    `read()` checks and returns the bytes. `map()` returns the mapping at once and `check()` hashes that same mapping,
+    now or in another thread. A file that something overwrites in place after the check is not covered: builds never do,
+    they replace whole files.
+    """
+
+    def __init__(self, folder_fd: int, entry: FileEntry, where: str) -> None:
+        self.entry = entry
+        self._where = where
+        self._map: mmap.mmap | None = None
+        self._fd = open_inside(folder_fd, entry.path, where)
+        size = os.fstat(self._fd).st_size
+        if size != entry.bytes:
+            self.close()
+            raise ArtifactError(
+                f"{where}: {entry.path}: got {size} bytes, the manifest says {entry.bytes}; copy or build it again"
+            )
+
+    def read(self) -> bytes:
+        """The file's bytes. Raises ArtifactError if they are not those that the manifest vouches for."""
+        chunks, offset = [], 0
+        while chunk := os.pread(self._fd, self.entry.bytes - offset, offset):
+            chunks.append(chunk)
+            offset += len(chunk)
+        data = chunks[0] if len(chunks) == 1 else b"".join(chunks)
+        self._compare(hash_bytes(data))
+        return data
+
+    def map(self) -> mmap.mmap:
+        """The file as a read-only mapping, not hashed yet: call `check()` before trusting what it leads to."""
+        if self._map is None:
+            if self.entry.bytes == 0:
+                raise ArtifactError(f"{self._where}: {self.entry.path} is empty; rebuild the artifact")
+            self._map = mmap.mmap(self._fd, self.entry.bytes, prot=mmap.PROT_READ)
+        return self._map
+
+    def check(self) -> None:
+        """Hash the mapping. Raises ArtifactError if it is not what the manifest vouches for."""
+        self._compare(hash_bytes(self.map()) if self.entry.bytes else hash_bytes(b""))
+
+    def _compare(self, got: str) -> None:
+        if got != self.entry.hash:
+            raise ArtifactError(
+                f"{self._where}: {self.entry.path}: blake3 {got[:16]}..., the manifest says {self.entry.hash[:16]}...; "
+                "the file was altered or damaged: copy or build it again"
+            )
+
+    def close(self) -> None:
+        """Close the file; a mapping that was handed out lives as long as it is referenced."""
+        if self._fd >= 0:
+            os.close(self._fd)
+            self._fd = -1
+
+    def __enter__(self) -> "OpenedFile":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()

@@ -1,0 +1,150 @@
+"""Reading an artifact: one consistent set of open files, whatever a build does to the folder meanwhile."""
+
+import mmap
+import os
+from pathlib import Path
+from types import TracebackType
+
+from .errors import ArtifactError
+from .integrity import OpenedFile, hash_bytes, open_inside
+from .manifest import MANIFEST_NAME, FileEntry, Manifest, manifest_from_bytes
+
+_MAX_MANIFEST_BYTES = 64 << 20
+_REPLACED_TRIES = 5
+
+
+def real_path(path: "Path | str") -> Path:
+    """Absolute, with links resolved: what stands beside the artifact must be on its file system."""
+    return Path(os.path.realpath(path))
+
+
+def leftover(path: Path) -> Path:
+    """Where the old artifact stands for an instant while a build replaces it without an atomic exchange."""
+    return path.parent / f".{path.name}.old"
+
+
+def _open_folder(path: Path) -> int:
+    flags = os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC
+    try:
+        return os.open(path, flags)
+    except FileNotFoundError as error:
+        try:
+            return os.open(leftover(path), flags)
+        except FileNotFoundError:
+            raise ArtifactError(
+                f"{path}: no such folder; make an artifact with `qwen2vl-tc build --src <hf_dir> --out {path}`"
+            ) from error
+    except NotADirectoryError as error:
+        raise ArtifactError(f"{path}: is a file, expected an artifact's folder") from error
+    except OSError as error:
+        raise ArtifactError(f"{path}: cannot open: {error.strerror}") from error
+
+
+def _read_manifest_bytes(folder_fd: int, path: Path) -> bytes:
+    fd = open_inside(folder_fd, MANIFEST_NAME, str(path))
+    with open(fd, "rb") as file:
+        data = file.read(_MAX_MANIFEST_BYTES + 1)
+    if len(data) > _MAX_MANIFEST_BYTES:
+        raise ArtifactError(f"{path}/{MANIFEST_NAME}: larger than {_MAX_MANIFEST_BYTES} bytes; not a manifest")
+    return data
+
+
+class Artifact:
+    """An open artifact. Every file of the manifest is held open, so that it stays whole while a build replaces it.
+
+    `manifest_hash` names this artifact's exact content, for caches.
+    """
+
+    def __init__(self, path: Path, manifest: Manifest, manifest_hash: str, files: dict[str, OpenedFile]) -> None:
+        self.path = path
+        self.manifest = manifest
+        self.manifest_hash = manifest_hash
+        self._files = files
+
+    def open(self, entry: FileEntry) -> OpenedFile:
+        """The open file of an entry of this manifest."""
+        return self._files[entry.path]
+
+    def read(self, entry: FileEntry) -> bytes:
+        """The checked bytes of a small file. Raises ArtifactError if size or hash differ."""
+        return self.open(entry).read()
+
+    def map(self, entry: FileEntry, check: bool = True) -> mmap.mmap:
+        """The file as a mapping. With `check=False`, call `check(entry)` later, for instance in another thread."""
+        if check:
+            self.check(entry)
+        return self.open(entry).map()
+
+    def check(self, entry: FileEntry) -> None:
+        """Hash the mapping that `map` hands out. Raises ArtifactError if it differs from the manifest."""
+        self.open(entry).check()
+
+    def check_all(self) -> None:
+        """Hash every file. Raises ArtifactError for the first that differs."""
+        for entry in self.manifest.files():
+            self.check(entry)
+
+    def close(self) -> None:
+        for file in self._files.values():
+            file.close()
+
+    def __enter__(self) -> "Artifact":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+def _open_all(folder_fd: int, path: Path) -> Artifact:
+    data = _read_manifest_bytes(folder_fd, path)
+    manifest = manifest_from_bytes(data, f"{path}/{MANIFEST_NAME}")
+    files: dict[str, OpenedFile] = {}
+    try:
+        for entry in manifest.files():
+            files[entry.path] = OpenedFile(folder_fd, entry, str(path))
+    except ArtifactError:
+        for file in files.values():
+            file.close()
+        raise
+    return Artifact(path, manifest, hash_bytes(data), files)
+
+
+def open_artifact(path: "Path | str") -> Artifact:
+    """Open an artifact: manifest parsed, every file present with the right size; hashes are checked on use.
+
+    Raises ArtifactError: no artifact, another schema, a file that is missing, has a wrong size, or is no plain file.
+    """
+    resolved = real_path(path)
+    for _ in range(_REPLACED_TRIES):
+        folder_fd = _open_folder(resolved)
+        try:
+            return _open_all(folder_fd, resolved)
+        except ArtifactError:
+            # a build may have put a new artifact there and be deleting the one that is open here
+            if not _was_replaced(folder_fd, resolved):
+                raise
+        finally:
+            os.close(folder_fd)
+    raise ArtifactError(f"{resolved}: replaced {_REPLACED_TRIES} times while being opened; wait for the build to end")
+
+
+def _was_replaced(folder_fd: int, path: Path) -> bool:
+    try:
+        now_fd = _open_folder(path)
+    except ArtifactError:
+        return False
+    here, now = os.fstat(folder_fd), os.fstat(now_fd)
+    os.close(now_fd)
+    return (now.st_dev, now.st_ino) != (here.st_dev, here.st_ino)
+
+
+def read_manifest(path: "Path | str") -> Manifest:
+    """Only the manifest, for tools that say what is in an artifact. Raises ArtifactError."""
+    resolved = real_path(path)
+    folder_fd = _open_folder(resolved)
+    try:
+        return manifest_from_bytes(_read_manifest_bytes(folder_fd, resolved), f"{resolved}/{MANIFEST_NAME}")
+    finally:
+        os.close(folder_fd)

@@ -1,0 +1,298 @@
+"""Staging, committing and opening artifacts, with the failures that a machine or a person can cause."""
+
+import dataclasses
+import errno
+import os
+import signal
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import pytest
+from qwen2vl_tc.artifacts import staging as staging_module
+from qwen2vl_tc.artifacts.config import model_config_from_hf
+from qwen2vl_tc.artifacts.errors import ArtifactError, TargetError, WeightError
+from qwen2vl_tc.artifacts.manifest import FileEntry, Manifest, empty_manifest
+from qwen2vl_tc.artifacts.staging import Staging, stage, staging_path
+from qwen2vl_tc.artifacts.store import leftover, open_artifact, read_manifest
+from qwen2vl_tc.toolchain.synthetic import tiny_config
+
+MODEL = model_config_from_hf(tiny_config())
+
+
+def fill(staging: Staging, text: str, files: int = 3) -> Manifest:
+    """Stage a few files whose bytes all say which build they are of."""
+    entries = tuple(staging.add(f"processor/{i}.json", f"{text} {i}".encode()) for i in range(files))
+    return dataclasses.replace(empty_manifest(text, MODEL), processor=entries)
+
+
+def build(path: Path, text: str) -> None:
+    with stage(path, sync=False) as staging:
+        staging.commit(fill(staging, text))
+
+
+def contents(path: Path) -> set[str]:
+    with open_artifact(path) as artifact:
+        return {artifact.manifest.name} | {artifact.read(e).decode().split()[0] for e in artifact.manifest.files()}
+
+
+def hidden(path: Path) -> list[str]:
+    return sorted(entry.name for entry in path.parent.iterdir() if entry.name.startswith("."))
+
+
+@pytest.mark.parametrize("sync", [True, False])
+def test_a_commit_makes_the_artifact_and_leaves_nothing_beside_it(tmp_path: Path, sync: bool) -> None:
+    target = tmp_path / "deep" / "artifact"
+    for text in ("old", "new"):
+        with stage(target, sync=sync) as staging:
+            assert (staging.base is None) == (text == "old")
+            staging.commit(fill(staging, text))
+        assert contents(target) == {text}
+    assert hidden(target) == []
+    assert sorted(p.name for p in target.iterdir()) == ["manifest.json", "processor"]
+
+
+def test_where_folders_cannot_be_exchanged_two_renames_do_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    target = tmp_path / "artifact"
+    build(target, "old")
+    monkeypatch.setattr(staging_module, "exchange", lambda first, second: False)
+    build(target, "new")
+    assert contents(target) == {"new"} and hidden(target) == []
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="renameat2 is Linux's")
+def test_exchange_swaps_two_folders(tmp_path: Path) -> None:
+    (tmp_path / "a").mkdir()
+    (tmp_path / "b").mkdir()
+    (tmp_path / "a" / "was_a").touch()
+    if not staging_module.exchange(tmp_path / "a", tmp_path / "b"):
+        pytest.skip("this file system has no RENAME_EXCHANGE")
+    assert (tmp_path / "b" / "was_a").exists()
+    with pytest.raises(FileNotFoundError):
+        staging_module.exchange(tmp_path / "a", tmp_path / "absent")
+
+
+def test_an_error_leaves_the_present_artifact_and_no_staging(tmp_path: Path) -> None:
+    target = tmp_path / "artifact"
+    build(target, "old")
+    with pytest.raises(WeightError), stage(target) as staging:
+        fill(staging, "new")
+        staging.journal["weights"] = "something to resume from"
+        staging.save_journal()
+        raise WeightError("bad tensor")
+    assert contents(target) == {"old"} and hidden(target) == []
+
+
+def test_what_can_be_resumed_survives_an_unrelated_error(tmp_path: Path) -> None:
+    target = tmp_path / "artifact"
+    with pytest.raises(TargetError), stage(target) as staging:
+        fill(staging, "new")
+        staging.journal["weights"] = "done"
+        staging.save_journal()
+        raise TargetError("no compiler")
+    with stage(target) as staging:
+        assert staging.journal == {"weights": "done"}
+        assert (staging.path / "processor/0.json").read_text() == "new 0"
+        staging.commit(fill(staging, "newer", files=1))
+    assert sorted(p.name for p in (target / "processor").iterdir()) == ["0.json"]
+
+
+def test_an_incomplete_tree_is_not_committed(tmp_path: Path) -> None:
+    target = tmp_path / "artifact"
+    build(target, "old")
+    with pytest.raises(ArtifactError, match=r"processor/1.json is missing"), stage(target) as staging:
+        manifest = fill(staging, "new")
+        (staging.path / "processor/1.json").unlink()
+        staging.commit(manifest)
+    assert contents(target) == {"old"}
+
+
+def test_kept_files_are_links_and_replacing_them_spares_the_old_artifact(tmp_path: Path) -> None:
+    target = tmp_path / "artifact"
+    build(target, "old")
+    inode = (target / "processor/0.json").stat().st_ino
+    with stage(target) as staging:
+        assert staging.base is not None
+        staging.keep(staging.base.processor)
+        assert (staging.path / "processor/0.json").stat().st_ino == inode
+        staging.add("processor/0.json", b"new")
+        assert (target / "processor/0.json").read_bytes() == b"old 0"
+    assert contents(target) == {"old"}
+
+
+def test_without_hard_links_kept_files_are_copied(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    target = tmp_path / "artifact"
+    build(target, "old")
+
+    def refuse(source: Path, path: Path) -> None:
+        raise OSError(errno.EOPNOTSUPP, "no hard links here")
+
+    monkeypatch.setattr(os, "link", refuse)
+    with stage(target) as staging:
+        assert staging.base is not None
+        staging.keep(staging.base.files())
+        staging.commit(staging.base)
+    assert contents(target) == {"old"}
+
+
+def test_a_second_build_into_the_same_artifact_is_refused(tmp_path: Path) -> None:
+    target = tmp_path / "artifact"
+    with stage(target) as staging:
+        with pytest.raises(ArtifactError, match="another build"), stage(target):
+            pass
+        staging.commit(fill(staging, "first"))
+    assert contents(target) == {"first"} and hidden(target) == []
+
+
+@pytest.mark.parametrize("kind", ["file", "folder"])
+def test_what_is_not_an_artifact_is_refused_and_not_deleted(tmp_path: Path, kind: str) -> None:
+    target = tmp_path / "thesis"
+    if kind == "file":
+        target.write_text("years of work")
+    else:
+        target.mkdir()
+        (target / "chapter1").write_text("years of work")
+    with pytest.raises(ArtifactError, match="not an artifact"), stage(target, whole=True):
+        pass
+    assert (target if kind == "file" else target / "chapter1").read_text() == "years of work"
+    assert hidden(target) == []
+
+
+def test_an_empty_folder_is_taken(tmp_path: Path) -> None:
+    target = tmp_path / "artifact"
+    target.mkdir()
+    build(target, "new")
+    assert contents(target) == {"new"}
+
+
+def test_only_a_whole_build_replaces_an_artifact_of_another_schema(tmp_path: Path) -> None:
+    target = tmp_path / "artifact"
+    target.mkdir()
+    (target / "manifest.json").write_text('{"schema": 0}')
+    with pytest.raises(ArtifactError, match=r"schema 0.*qwen2vl-tc build"), stage(target):
+        pass
+    with stage(target, whole=True) as staging:
+        staging.commit(fill(staging, "new"))
+    assert contents(target) == {"new"}
+
+
+KILLED = """
+import os, signal, sys
+from pathlib import Path
+from qwen2vl_tc.artifacts import staging as module
+sys.path.insert(0, {tests!r})
+from test_store import build
+die = lambda *a, **k: os.kill(os.getpid(), signal.SIGKILL)
+{patch}
+build(Path({target!r}), "new")
+"""
+
+
+@pytest.mark.parametrize(
+    ("patch", "left"),
+    [
+        ("module.Staging.commit = die", "old"),
+        ("module.Staging._replace = die", "old"),
+        ("module.remove_tree = die", "new"),  # exchanged, old tree not deleted
+        ("module.exchange = lambda *a: False; module.remove_tree = die", "new"),
+        # dies between the two renames
+        (
+            "module.exchange = lambda *a: False; rename = os.rename; count = []\n"
+            "def second(a, b): count.append(1); die() if len(count) == 2 else rename(a, b)\n"
+            "module.os.rename = second",
+            "old",
+        ),
+    ],
+)
+def test_a_build_killed_at_any_point_leaves_a_whole_artifact_and_the_next_one_cleans_up(
+    tmp_path: Path, patch: str, left: str
+) -> None:
+    target = tmp_path / "artifact"
+    build(target, "old")
+    code = KILLED.format(tests=str(Path(__file__).parent), patch=patch, target=str(target))
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == -signal.SIGKILL, done.stderr
+    assert contents(target) == {left}
+    build(target, "next")
+    assert contents(target) == {"next"} and hidden(target) == []
+
+
+def test_a_leftover_without_manifest_is_not_taken_for_an_artifact(tmp_path: Path) -> None:
+    target = tmp_path / "artifact"
+    leftover(target).mkdir()
+    (leftover(target) / "half").touch()
+    with stage(target) as staging:
+        assert staging.base is None
+        staging.commit(fill(staging, "new"))
+    assert hidden(target) == []
+
+
+def test_a_damaged_journal_starts_the_staging_afresh(tmp_path: Path) -> None:
+    target = tmp_path / "artifact"
+    staging_path(target).mkdir()
+    (staging_path(target) / "staging.json").write_bytes(b"")
+    build(target, "new")
+    assert contents(target) == {"new"}
+
+
+@pytest.mark.parametrize("atomic", [True, False])
+def test_a_reader_sees_one_whole_artifact_while_builds_replace_it(
+    tmp_path: Path, atomic: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    target = tmp_path / "artifact"
+    build(target, "0")
+    if not atomic:
+        monkeypatch.setattr(staging_module, "exchange", lambda first, second: False)
+    stop = threading.Event()
+
+    def rebuild() -> None:
+        for i in range(1, 200):
+            build(target, str(i))
+            if stop.is_set():
+                return
+
+    writer = threading.Thread(target=rebuild)
+    writer.start()
+    try:
+        seen = [contents(target) for _ in range(100)]
+    finally:
+        stop.set()
+        writer.join()
+    assert all(len(names) == 1 for names in seen)
+
+
+def test_a_link_to_an_artifact_is_followed(tmp_path: Path) -> None:
+    (tmp_path / "link").symlink_to("artifact")
+    build(tmp_path / "link", "new")
+    assert (tmp_path / "link").is_symlink() and contents(tmp_path / "artifact") == {"new"}
+
+
+def test_a_folder_that_cannot_be_written_is_an_error_by_name(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(ArtifactError, match="cannot write there"), stage(tmp_path / "file" / "artifact"):
+        pass
+
+
+def test_opening_says_what_is_not_there(tmp_path: Path) -> None:
+    with pytest.raises(ArtifactError, match=r"no such folder; make an artifact"):
+        open_artifact(tmp_path / "absent")
+    (tmp_path / "file").touch()
+    with pytest.raises(ArtifactError, match="is a file"):
+        read_manifest(tmp_path / "file")
+    with pytest.raises(ArtifactError, match=r"manifest.json is missing"):
+        read_manifest(tmp_path)
+
+
+def test_free_disk_is_required(tmp_path: Path) -> None:
+    with pytest.raises(TargetError, match=r"conversion needs .* GB free"):
+        staging_module.require_disk(tmp_path, 1 << 60, "conversion")
+
+
+def test_a_path_that_escapes_cannot_be_staged(tmp_path: Path) -> None:
+    with stage(tmp_path / "artifact") as staging:
+        for path in ("../x", "/x", "a//b", "a\\b", ""):
+            with pytest.raises(ArtifactError, match="plain relative path"):
+                staging.add(path, b"")
+        with pytest.raises(ArtifactError, match="missing or not 3 bytes"):
+            staging.keep([FileEntry("gone", 3, "")])
