@@ -30,7 +30,7 @@ class TracedGraph:
     notes: tuple[OperatorNote, ...]
 
 
-class _Captured(Exception):  # noqa: N818 (control flow, not an error)
+class _Captured(Exception):
     """Ends the traced call once its graph is taken."""
 
 

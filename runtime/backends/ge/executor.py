@@ -1,0 +1,104 @@
+"""Runs a GE graph on CPU: every operator is resolved when the graph is loaded, then a plain ordered loop."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ....artifacts.errors import ArtifactError, ToolchainError
+from .graph import INPUT_TYPES, GeGraph, Node
+from .operators import TORCH_DTYPES, Operator, operator
+
+Observer = Callable[[str, tuple[Tensor, ...]], None]
+
+
+@dataclass(frozen=True)
+class _Step:
+    node: Node
+    function: Operator
+    inputs: tuple[tuple[int, int] | None, ...]
+    slot: int
+    # slots whose last reader this step is
+    dead: tuple[int, ...]
+
+
+class Executor:
+    """One graph, ready to run. Raises ArtifactError at construction for an operator it does not know."""
+
+    def __init__(self, graph: GeGraph, where: str) -> None:
+        self.name = graph.name
+        slots: dict[str, int] = {node.name: i for i, node in enumerate(graph.nodes)}
+        self._inputs = [slots[node.name] for node in graph.inputs]
+        self._outputs = [(slots[e[0]], e[1]) for e in graph.output.inputs if e is not None and e[1] >= 0]
+        self._constants = {
+            slots[node.name]: (_constant_tensor(node),) for node in graph.nodes if node.constant is not None
+        }
+        kept = {slot for slot, _ in self._outputs} | set(self._inputs) | set(self._constants)
+        last_reader: dict[int, str] = {}
+        running = [n for n in graph.nodes if n.op not in (*INPUT_TYPES, "Const", "NetOutput")]
+        for node in running:
+            for edge in node.inputs:
+                if edge is not None:
+                    last_reader[slots[edge[0]]] = node.name
+        dead: dict[str, list[int]] = {}
+        for slot, name in last_reader.items():
+            if slot not in kept:
+                dead.setdefault(name, []).append(slot)
+        self._steps = [
+            _Step(
+                node,
+                operator(node, where),
+                # index -1 is a control edge: an order, not a value
+                tuple((slots[e[0]], e[1]) if e else None for e in node.inputs if e is None or e[1] >= 0),
+                slots[node.name],
+                tuple(dead.get(node.name, ())),
+            )
+            for node in running
+        ]
+        self._size = len(graph.nodes)
+
+    def run(self, inputs: Sequence[Tensor], observer: Observer | None = None) -> list[Tensor]:
+        """Execute the graph on `inputs`, in the order of its Data nodes; cache inputs are updated in place.
+
+        observer, where given, is called with every operator's name and outputs: nothing is freed early then.
+        Raises ArtifactError naming the operator and what it was given when one cannot run.
+        """
+        if len(inputs) != len(self._inputs):
+            raise ArtifactError(f"graph {self.name}: got {len(inputs)} inputs, expected {len(self._inputs)}")
+        values: list[tuple[Tensor, ...] | None] = [None] * self._size
+        for slot, constant in self._constants.items():
+            values[slot] = constant
+        for slot, tensor in zip(self._inputs, inputs, strict=True):
+            values[slot] = (tensor,)
+        with torch.inference_mode():
+            for step in self._steps:
+                arguments: list[Any] = [values[e[0]][e[1]] if e else None for e in step.inputs]  # type: ignore[index]
+                try:
+                    outputs = step.function(step.node, *arguments)
+                except ToolchainError:
+                    raise
+                except (RuntimeError, TypeError, ValueError, IndexError, KeyError) as error:
+                    given = ", ".join("-" if x is None else f"{list(x.shape)} {x.dtype}" for x in arguments)
+                    raise ArtifactError(
+                        f"graph {self.name}: {step.node.where} cannot run on ({given}) with {step.node.attributes}: "
+                        f"{error}"
+                    ) from error
+                values[step.slot] = outputs
+                if observer is not None:
+                    observer(step.node.name, outputs)
+                else:
+                    for slot in step.dead:
+                        values[slot] = None
+        return [values[slot][index] for slot, index in self._outputs]  # type: ignore[index]
+
+
+def _constant_tensor(node: Node) -> Tensor:
+    constant = node.constant
+    if constant is None:
+        raise ArtifactError(f"{node.where} has no value")
+    if not constant.data:
+        return torch.empty(constant.shape, dtype=TORCH_DTYPES[constant.dtype])
+    flat = torch.frombuffer(bytearray(constant.data), dtype=TORCH_DTYPES[constant.dtype])
+    return flat.reshape(constant.shape)

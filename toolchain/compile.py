@@ -1,0 +1,241 @@
+"""`compile --mode dynamo`: trace the graphs for a target and put them into an artifact, with or without weights."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from ..artifacts.binding import CONSTANT, LENGTHS, PARAMETER, Binding
+from ..artifacts.config import ModelConfig, model_config_from_hf
+from ..artifacts.errors import ArtifactError, ConfigError, TargetError
+from ..artifacts.manifest import DTYPES, FileEntry, GePart, Graph, Manifest, OperatorNote, Tensor, empty_manifest
+from ..artifacts.parameters import FP32, parameters
+from ..artifacts.safetensors import header_bytes
+from ..artifacts.schema import parse_json
+from ..artifacts.staging import Staging, stage
+
+DEFAULT_SOC = "Ascend910B2"
+DEFAULT_MAX_LENGTH = 8192
+FOLDER = "graphs/ge"
+Progress = Callable[[str, int, int], None]
+_SAFETENSORS_NAMES = {"bf16": "BF16", "fp16": "F16", "fp32": "F32", "bool": "BOOL"}
+
+
+@dataclass(frozen=True)
+class CompileOptions:
+    """What the graphs are compiled for. dtype None: that of the artifact's weights, or bf16 where there are none."""
+
+    soc: str = DEFAULT_SOC
+    max_length: int = DEFAULT_MAX_LENGTH
+    batches: tuple[int, ...] = (1,)
+    dtype: str | None = None
+    dump_pbtxt: bool = False
+    passes: tuple[str, ...] | None = None
+
+    def check(self, config: ModelConfig) -> None:
+        """Raises TargetError for values that no graph can be made for."""
+        if not self.batches or any(not 1 <= batch <= 256 for batch in self.batches):
+            raise TargetError(f"--batch {','.join(map(str, self.batches))}: expected sizes from 1 to 256")
+        if len(set(self.batches)) != len(self.batches):
+            raise TargetError(f"--batch {','.join(map(str, self.batches))}: a size is given twice")
+        if not 2 <= self.max_length <= config.text.max_position_embeddings:
+            raise TargetError(
+                f"--max-length {self.max_length}: expected 2 to {config.text.max_position_embeddings}, the model's "
+                "max_position_embeddings"
+            )
+        if self.dtype is not None and self.dtype not in DTYPES:
+            raise TargetError(f"--dtype {self.dtype}: expected one of {', '.join(DTYPES)}")
+
+
+def compile_artifact(
+    artifact: Path, options: CompileOptions, progress: Progress | None = None, *, sync: bool = True
+) -> Manifest:
+    """Replace the GE graphs of the artifact at `artifact`; its weights and processor files stay as they are."""
+    with stage(artifact, sync=sync) as staging:
+        if staging.base is None:
+            raise ArtifactError(
+                f"{artifact}: no artifact there; make one with `qwen2vl-tc convert --src <hf_dir> --out {artifact}`"
+            )
+        manifest = stage_graphs(staging, staging.base, options, progress)
+        _commit(staging, manifest)
+    return manifest
+
+
+def compile_config(
+    config_file: Path, out: Path, options: CompileOptions, progress: Progress | None = None, *, sync: bool = True
+) -> Manifest:
+    """Compile from a config.json alone, before or without any weights.
+
+    Raises ConfigError for an unusable config and ArtifactError if `out` holds another model's artifact.
+    """
+    try:
+        data = config_file.read_bytes()
+    except OSError as error:
+        raise ConfigError(f"{config_file}: cannot be read: {error.strerror}") from error
+    try:
+        plain = parse_json(data, str(config_file))
+    except ArtifactError as error:
+        raise ConfigError(str(error)) from error
+    config = model_config_from_hf(plain)
+    with stage(out, sync=sync) as staging:
+        base = staging.base or empty_manifest(Path(out).name.removesuffix(".artifact"), config)
+        if base.model != config:
+            raise ArtifactError(f"{out}: holds a model of another shape than {config_file}; use another --out")
+        manifest = stage_graphs(staging, base, options, progress)
+        _commit(staging, manifest)
+    return manifest
+
+
+def _commit(staging: Staging, manifest: Manifest) -> None:
+    kept = set(staging.base.files()) if staging.base else set()
+    staging.keep(entry for entry in manifest.files() if entry in kept)
+    staging.commit(manifest)
+
+
+def stage_graphs(
+    staging: Staging, manifest: Manifest, options: CompileOptions, progress: Progress | None = None
+) -> Manifest:
+    """Trace all graphs of `manifest.model` into the staged tree; returns the manifest with the new part."""
+    config = manifest.model
+    options.check(config)
+    weights_dtype = manifest.weights.dtype if manifest.weights else None
+    dtype = options.dtype or weights_dtype or "bf16"
+    if weights_dtype not in (None, dtype):
+        raise ArtifactError(
+            f"{staging.target}: its weights are {weights_dtype}, the graphs would be {dtype}; compile with --dtype "
+            f"{weights_dtype}, or build another artifact with --dtype {dtype}"
+        )
+    report = progress or (lambda step, done, total: None)
+    total = 4 + len(options.batches)
+    report("opening the device", 0, total)
+    from ..exporters.torchair.device import open_device
+
+    device = open_device(options.soc)
+    report("constants", 1, total)
+    constants = _stage_constants(staging, config, options.max_length, dtype)
+    graphs: list[Graph] = []
+    notes: dict[str, OperatorNote] = {}
+    for traced in _trace_all(config, options, dtype):
+        report(traced.name, 2 + len(graphs), total)
+        graph, found = traced.run(staging)
+        graphs.append(graph)
+        notes.update({note.operator: note for note in found})
+    report("done", total, total)
+    return replace(
+        manifest,
+        ge=GePart(
+            soc=device.soc,
+            operators="fused",
+            visual_attention="tnd",
+            dtype=dtype,
+            max_length=options.max_length,
+            batches=options.batches,
+            passes=_passes(options),
+            versions={"torch": device.torch, "torch-npu": device.torch_npu, "cann": device.cann_version or "none"},
+            operator_notes=tuple(notes[name] for name in sorted(notes)),
+            constants=constants,
+            graphs=tuple(graphs),
+        ),
+        # what was verified were the graphs that this replaces
+        verification="none",
+        reports=(),
+    )
+
+
+def _passes(options: CompileOptions) -> tuple[str, ...]:
+    from ..exporters.torchair.passes import PASSES
+
+    names = tuple(PASSES) if options.passes is None else options.passes
+    if unknown := [name for name in names if name not in PASSES]:
+        raise TargetError(f"--passes {', '.join(unknown)}: unknown; there are {', '.join(PASSES)}")
+    return names
+
+
+@dataclass(frozen=True)
+class _PendingGraph:
+    name: str
+    run: Callable[[Staging], tuple[Graph, tuple[OperatorNote, ...]]]
+
+
+def _trace_all(config: ModelConfig, options: CompileOptions, dtype: str) -> list[_PendingGraph]:
+    """The graphs in order, each traced when its `run` is called. The device is open."""
+    import torch
+
+    from ..exporters.torchair.trace import trace
+    from .graphs.signatures import CACHES, Qwen2VL, Signature, signatures
+
+    torch_dtype = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[dtype]
+    default = torch.get_default_dtype()
+    torch.set_default_dtype(torch_dtype)
+    try:
+        with torch.device("meta"):
+            model = Qwen2VL(config, options.max_length)
+    finally:
+        torch.set_default_dtype(default)
+    # on the emulated NPU these pages are never touched: a 72B model costs no memory
+    model = model.to_empty(device="npu").eval().requires_grad_(False)
+
+    def pending(signature: Signature) -> _PendingGraph:
+        def run(staging: Staging) -> tuple[Graph, tuple[OperatorNote, ...]]:
+            traced = trace(signature.name, signature.method, signature.arguments, signature.outputs, CACHES)
+            _check_binding(traced.binding, config)
+            return _stage_graph(staging, traced.model, traced.binding, options), traced.notes
+
+        return _PendingGraph(signature.name, run)
+
+    return [
+        pending(signature)
+        for signature in signatures(model, config, torch_dtype, options.max_length, options.batches, "npu")
+    ]
+
+
+def _stage_graph(staging: Staging, model: object, binding: Binding, options: CompileOptions) -> Graph:
+    from google.protobuf import text_format
+
+    from ..exporters.torchair.passes import count_ops, run_passes
+
+    graph = model.graph[0]  # type: ignore[attr-defined]
+    run_passes(graph, _passes(options))
+    folder = f"{FOLDER}/{binding.graph}"
+    # map fields have no order of their own: without this, equal graphs would differ in bytes
+    data = model.SerializeToString(deterministic=True)  # type: ignore[attr-defined]
+    readable = None
+    if options.dump_pbtxt:
+        readable = staging.add(f"{folder}/graph.pbtxt", text_format.MessageToString(model).encode())  # type: ignore[arg-type]
+    return Graph(
+        name=binding.graph,
+        graph=staging.add(f"{folder}/graph.pb", data),
+        binding=staging.add(f"{folder}/binding.json", binding.to_bytes()),
+        readable=readable,
+        inputs=tuple(
+            Tensor(bound.name if bound.index is None else f"{bound.name}[{bound.index}]", bound.dtype, bound.shape)
+            for bound in binding.inputs
+            if bound.kind not in (PARAMETER, CONSTANT)
+        ),
+        outputs=tuple(Tensor(output.name, output.dtype, ()) for output in binding.outputs),
+        ops=count_ops(graph),
+    )
+
+
+def _check_binding(binding: Binding, config: ModelConfig) -> None:
+    """Every parameter that a graph is bound to must be one that the converter writes, with the same shape and dtype."""
+    known = {p.name: p for p in parameters(config)}
+    for bound in binding.inputs:
+        if bound.kind == PARAMETER:
+            wanted = known.get(bound.name)
+            if wanted is None or wanted.shape != bound.shape or (wanted.dtype == FP32 and bound.dtype != "fp32"):
+                raise TargetError(f"{binding.graph}: parameter {bound.name} {list(bound.shape)} is not in the weights")
+        if bound.kind == LENGTHS and not bound.host:
+            raise TargetError(f"{binding.graph}: {bound.name} must be a host input")
+
+
+def _stage_constants(staging: Staging, config: ModelConfig, max_length: int, dtype: str) -> FileEntry:
+    import torch
+
+    from .graphs.constants import constant_tables
+
+    torch_dtype = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[dtype]
+    tables = constant_tables(config, max_length, torch_dtype)
+    names = {name: "bool" if table.dtype == torch.bool else dtype for name, table in tables.items()}
+    header = header_bytes((name, _SAFETENSORS_NAMES[names[name]], tuple(t.shape)) for name, t in tables.items())
+    body = b"".join(table.view(torch.uint8).numpy().tobytes() for table in tables.values())
+    return staging.add(f"{FOLDER}/constants.safetensors", header + body)
