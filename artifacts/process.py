@@ -33,9 +33,9 @@ def npu_usable() -> bool:
     return npu_count() > 0 and cann_problem() is None
 
 
-def npu_count() -> int:
+def npu_count(devices: Path = Path("/dev")) -> int:
     """NPUs that the driver shows, whether or not CANN is installed."""
-    return sum(node.name.removeprefix("davinci").isdigit() for node in Path("/dev").glob("davinci*"))
+    return sum(node.name.removeprefix("davinci").isdigit() for node in devices.glob("davinci*"))
 
 
 def cann_problem() -> str | None:

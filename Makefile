@@ -1,0 +1,30 @@
+# `make demo` runs the main job on a tiny model; `make test` checks everything. Both make .venv first when it is missing.
+PYTHON ?= python3
+# Where torch comes from, if not from pip's own index; for instance TORCH_INDEX=https://download.pytorch.org/whl/cpu,
+# which spares the CUDA libraries.
+TORCH_INDEX ?=
+VENV := .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+
+.PHONY: demo test lint setup
+
+demo: $(READY)
+	$(BIN)/qwen2vl-tc demo
+
+test: lint
+	$(BIN)/python -m pytest
+
+lint: $(READY)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy -p qwen2vl_tc
+
+setup: $(READY)
+
+# The stamp is written last: a set-up that was interrupted is finished, one whose interpreter is gone is made anew.
+$(READY): pyproject.toml constraints.txt
+	$(BIN)/python -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv --clear $(VENV)
+	$(BIN)/python -m pip install $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) torch==2.13.0
+	$(BIN)/python -m pip install -c constraints.txt -e '.[test,onnx]'
+	touch $(READY)
