@@ -1,0 +1,111 @@
+"""torch-npu is installed, CANN is not: torch and transformers import all the same, with no variable set by the user."""
+
+import importlib.util
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from qwen2vl_tc.artifacts import process
+from qwen2vl_tc.artifacts.process import AUTOLOAD_VARIABLE, npu_count, prepare_process
+
+
+def run(script: str) -> str:
+    """Run in a fresh process in which no variable of torch's is set; returns what it printed."""
+    environment = {key: value for key, value in os.environ.items() if key != AUTOLOAD_VARIABLE}
+    done = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return done.stdout.strip()
+
+
+def test_torch_imports_in_a_prepared_process() -> None:
+    assert (
+        run("""
+from qwen2vl_tc.artifacts.process import prepare_process
+prepare_process()
+import torch
+print(torch.ones(2).sum().item())
+""")
+        == "2.0"
+    )
+
+
+def test_child_processes_are_prepared_too() -> None:
+    assert (
+        run("""
+import subprocess, sys
+from qwen2vl_tc.artifacts.process import prepare_process
+prepare_process()
+print(subprocess.run([sys.executable, "-c", "import torch"]).returncode)
+""")
+        == "0"
+    )
+
+
+def test_transformers_runs_its_cpu_code_even_beside_the_emulated_npu() -> None:
+    assert run("""
+from qwen2vl_tc.exporters.torchair.device import open_device
+from qwen2vl_tc.toolchain.transformers_import import import_transformers
+open_device("Ascend910B2")
+transformers = import_transformers()
+transformers.Qwen2VLForConditionalGeneration
+from transformers.integrations import sdpa_attention
+from transformers.utils import is_torch_npu_available
+print(is_torch_npu_available(), is_torch_npu_available(check_device=True), sdpa_attention._is_torch_npu_available)
+import sys, torch_npu
+print(sys.modules["torch_npu"] is torch_npu)
+""").split() == ["False", "False", "False", "True"]
+
+
+def test_importing_transformers_does_not_import_torch_npu() -> None:
+    assert (
+        run("""
+import sys
+from qwen2vl_tc.toolchain.transformers_import import import_transformers
+import_transformers().Qwen2VLForConditionalGeneration
+print("torch_npu" in sys.modules)
+""")
+        == "False"
+    )
+
+
+@pytest.fixture
+def fresh(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
+    """This process as it was before torch was imported, on a machine with torch-npu."""
+    monkeypatch.delitem(sys.modules, "torch", raising=False)
+    monkeypatch.delenv(AUTOLOAD_VARIABLE, raising=False)
+    monkeypatch.setattr(process.importlib.util, "find_spec", lambda name: object())
+    monkeypatch.setattr(process, "npu_usable", lambda: False)
+    return monkeypatch
+
+
+def test_autoload_is_switched_off_without_a_usable_npu_even_if_the_user_asked_for_it(fresh: pytest.MonkeyPatch) -> None:
+    fresh.setenv(AUTOLOAD_VARIABLE, "1")
+    prepare_process()
+    assert os.environ[AUTOLOAD_VARIABLE] == "0"
+
+
+def test_a_host_with_a_usable_npu_is_left_alone(fresh: pytest.MonkeyPatch) -> None:
+    fresh.setattr(process, "npu_usable", lambda: True)
+    prepare_process()
+    assert AUTOLOAD_VARIABLE not in os.environ
+
+
+def test_a_machine_without_torch_npu_is_left_alone(fresh: pytest.MonkeyPatch) -> None:
+    fresh.setattr(importlib.util, "find_spec", lambda name: None)
+    prepare_process()
+    assert AUTOLOAD_VARIABLE not in os.environ
+
+
+def test_preparing_after_torch_is_imported_changes_nothing(fresh: pytest.MonkeyPatch) -> None:
+    fresh.setitem(sys.modules, "torch", sys)
+    prepare_process()
+    assert AUTOLOAD_VARIABLE not in os.environ
+
+
+def test_npus_are_counted_by_their_own_nodes_and_not_by_the_managers(tmp_path: Path) -> None:
+    for node in ("davinci0", "davinci1", "davinci12", "davinci_manager", "davinci_manager_docker", "null"):
+        (tmp_path / node).touch()
+    assert npu_count(tmp_path) == 3
