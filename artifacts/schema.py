@@ -1,5 +1,6 @@
 """Strict JSON to frozen dataclasses and back: unknown, missing and mistyped fields are errors, never defaults."""
 
+import collections
 import dataclasses
 import functools
 import json
@@ -21,7 +22,8 @@ def parse_json(data: bytes, where: str) -> Any:
     def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         result = dict(pairs)
         if len(result) != len(pairs):
-            raise ArtifactError(f"{where}: a key appears twice in one JSON object")
+            twice = collections.Counter(key for key, _ in pairs).most_common(1)[0][0]
+            raise ArtifactError(f"{where}: {twice!r} appears twice in one JSON object")
         return result
 
     def refuse(constant: str) -> None:

@@ -1,0 +1,296 @@
+"""From a HF checkpoint to the artifact's weights: streamed, hashed on the way, resumable, never half there."""
+
+import dataclasses
+import errno
+import functools
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from blake3 import blake3
+
+from ...artifacts.config import ModelConfig
+from ...artifacts.errors import ArtifactError, ConfigError, TargetError
+from ...artifacts.integrity import OpenedFile
+from ...artifacts.manifest import DTYPES, FileEntry, Folding, Manifest, WeightsPart, empty_manifest
+from ...artifacts.parameters import FP32, Parameter
+from ...artifacts.safetensors import DTYPE_NAMES, ITEM_BYTES, header_bytes
+from ...artifacts.schema import dump_json, from_plain
+from ...artifacts.staging import Staging, require_disk, stage
+from .folding import fold_bias, fold_weight, folding_from_hf
+from .names import Make, Rule
+from .processor import check_tokenizer, copy_processor, read_preprocessor
+from .source import Checkpoint, open_checkpoint
+from .stream import Piece, computed, load, numpy_dtype, write_shard
+
+SHARD_BYTES = 2 << 30
+_TORCH_DTYPES = {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32"}
+# raised when the bytes that one source gives change: a killed run of an older version is not resumed
+_CONVERSION = 1
+
+# (bytes done, bytes in all), in steps of a few MB
+Progress = Callable[[int, int], None]
+
+
+@dataclass(frozen=True)
+class Shard:
+    """One file to write: its path in the artifact, the rules of its tensors, and its exact size."""
+
+    path: str
+    rules: tuple[Rule, ...]
+    header: bytes
+    bytes: int
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A checked conversion: only the tensors' values can still be wrong. `fingerprint` names its exact output."""
+
+    checkpoint: Checkpoint
+    dtype: str
+    folding: Folding
+    shards: tuple[Shard, ...]
+    fingerprint: str
+
+    @property
+    def bytes(self) -> int:
+        return sum(shard.bytes for shard in self.shards)
+
+
+@dataclass(frozen=True)
+class ConvertResult:
+    """What was staged. `resumed_shards` were already there, from a run that was killed."""
+
+    model: ModelConfig
+    weights: WeightsPart
+    processor: tuple[FileEntry, ...]
+    bytes: int
+    resumed_shards: int
+
+
+def source_dtype(config: dict[str, Any]) -> str:
+    """The dtype that config.json names, at the top or in text_config. Raises ConfigError for any other than ours."""
+    text = config.get("text_config")
+    for level in (config, text if isinstance(text, dict) else {}):
+        for key in ("torch_dtype", "dtype"):
+            if (name := level.get(key)) is not None:
+                if name not in _TORCH_DTYPES:
+                    raise ConfigError(
+                        f"config.json: {key} is {name!r}, expected one of {', '.join(_TORCH_DTYPES)}; "
+                        f"choose one with --dtype {'|'.join(DTYPES)}"
+                    )
+                return _TORCH_DTYPES[name]
+    raise ConfigError(f"config.json: no torch_dtype there; choose one with --dtype {'|'.join(DTYPES)}")
+
+
+def stored_dtype(parameter: Parameter, dtype: str) -> str:
+    """The safetensors dtype of a parameter in an artifact of `dtype`."""
+    return DTYPE_NAMES["fp32" if parameter.dtype == FP32 else dtype]
+
+
+def _shards(checkpoint: Checkpoint, dtype: str, shard_bytes: int) -> tuple[Shard, ...]:
+    """Whole tensors in load order, a new file before one that would exceed `shard_bytes`."""
+    groups: list[list[Rule]] = [[]]
+    size = 0
+    for rule in checkpoint.rules:
+        tensor_bytes = rule.parameter.size * ITEM_BYTES[stored_dtype(rule.parameter, dtype)]
+        if groups[-1] and size + tensor_bytes > shard_bytes:
+            groups.append([])
+            size = 0
+        groups[-1].append(rule)
+        size += tensor_bytes
+    shards = []
+    for number, rules in enumerate(groups, start=1):
+        layout = [(r.parameter.name, stored_dtype(r.parameter, dtype), r.parameter.shape) for r in rules]
+        header = header_bytes(layout)
+        data = sum(r.parameter.size * ITEM_BYTES[stored_dtype(r.parameter, dtype)] for r in rules)
+        path = f"weights/model-{number:05}-of-{len(groups):05}.safetensors"
+        shards.append(Shard(path, tuple(rules), header, len(header) + data))
+    return tuple(shards)
+
+
+def _fingerprint(checkpoint: Checkpoint, dtype: str, folding: Folding, shards: tuple[Shard, ...]) -> str:
+    """What the output depends on; of the sources' data, size and time of change stand in for the bytes."""
+    digest = blake3()
+    files = [[file.path.name, file.size, file.mtime_ns] for file in checkpoint.files]
+    plan = [_CONVERSION, dtype, dataclasses.asdict(folding), dataclasses.asdict(checkpoint.config), files]
+    digest.update(dump_json(plan))
+    for header in (*(file.header for file in checkpoint.files), *(shard.header for shard in shards)):
+        digest.update(header)
+    return digest.hexdigest()
+
+
+@contextmanager
+def plan_conversion(src: Path, dtype: str | None = None, *, shard_bytes: int = SHARD_BYTES) -> Iterator[Plan]:
+    """Open and check a checkpoint, and lay out the shards. `dtype` None takes the one that config.json names.
+
+    Raises ConfigError, WeightError or TargetError; writes nothing.
+    """
+    if dtype is not None and dtype not in DTYPES:
+        raise TargetError(f"--dtype {dtype}: expected one of {', '.join(DTYPES)}")
+    with open_checkpoint(src) as checkpoint:
+        check_tokenizer(src)
+        folding = folding_from_hf(read_preprocessor(src), checkpoint.config.vision)
+        chosen = dtype or source_dtype(checkpoint.plain_config)
+        shards = _shards(checkpoint, chosen, shard_bytes)
+        yield Plan(checkpoint, chosen, folding, shards, _fingerprint(checkpoint, chosen, folding, shards))
+
+
+def _pieces(plan: Plan, rule: Rule) -> Iterator[Piece]:
+    dtype = stored_dtype(rule.parameter, plan.dtype)
+    sources = [plan.checkpoint.tensors[name] for name, _ in rule.sources]
+    if rule.make is Make.ROWS:
+        for source in sources:
+            yield Piece(source, dtype)
+        return
+    (source,) = sources
+    weight = functools.partial(_folded, plan, source)
+    if rule.make is Make.PATCH_WEIGHT:
+        make: Callable[[], Any] = weight
+    else:
+        channels = plan.checkpoint.config.vision.in_channels
+        make = functools.partial(lambda: fold_bias(weight(), plan.folding, channels))
+    yield Piece(source, dtype, functools.partial(computed, make, source, dtype))
+
+
+def _folded(plan: Plan, source: Any) -> Any:
+    return fold_weight(load(source), plan.folding, numpy_dtype(DTYPE_NAMES[plan.dtype]))
+
+
+def _finished(staging: Staging, plan: Plan) -> dict[str, FileEntry]:
+    """The shards that a killed run of the same conversion wrote, by path; whatever else it left is deleted."""
+    journal = staging.journal.get("weights")
+    if not isinstance(journal, dict) or journal.get("fingerprint") != plan.fingerprint:
+        if (staging.path / "weights").exists():
+            shutil.rmtree(staging.path / "weights")
+        return {}
+    found: dict[str, FileEntry] = {}
+    folder_fd = os.open(staging.path, os.O_RDONLY)
+    try:
+        for plain in journal["shards"]:
+            entry = from_plain(FileEntry, plain, "staging.json")
+            with OpenedFile(folder_fd, entry, str(staging.path)) as file:
+                file.check()
+            found[entry.path] = entry
+    except ArtifactError:
+        # a shard that did not reach the disk before a power cut: it and those after it are written again
+        return found
+    finally:
+        os.close(folder_fd)
+    return found
+
+
+def _write_shards(plan: Plan, staging: Staging, progress: Progress) -> tuple[tuple[FileEntry, ...], int]:
+    """Write what is not there yet; returns the entries and how many were there."""
+    finished = _finished(staging, plan)
+    done = sum(entry.bytes for entry in finished.values())
+    require_disk(staging.path, plan.bytes - done, "the conversion")
+    progress(done, plan.bytes)
+
+    def advance(count: int) -> None:
+        nonlocal done
+        done += count
+        progress(done, plan.bytes)
+
+    entries: list[FileEntry] = []
+    for shard in plan.shards:
+        entry = finished.get(shard.path)
+        if entry is None:
+            pieces = (piece for rule in shard.rules for piece in _pieces(plan, rule))
+            size, digest = write_shard(staging.file(shard.path), shard.header, pieces, advance)
+            entry = FileEntry(shard.path, size, digest)
+        entries.append(entry)
+        staging.journal["weights"] = {
+            "fingerprint": plan.fingerprint,
+            "shards": [dataclasses.asdict(entry) for entry in entries],
+        }
+        staging.save_journal()
+    return tuple(entries), len(finished)
+
+
+def convert_planned(plan: Plan, staging: Staging, progress: Progress | None = None) -> ConvertResult:
+    """Write the plan's weights/ and processor/ into a staged artifact; the caller writes the manifest and commits.
+
+    Raises WeightError for NaN, infinity and overflow, TargetError if the disk is full.
+    """
+    try:
+        files, resumed = _write_shards(plan, staging, progress or (lambda done, total: None))
+        processor = copy_processor(plan.checkpoint.folder, staging)
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        raise TargetError(
+            f"{staging.target}: the disk is full; free some space and run the same command again: it resumes"
+        ) from error
+    weights = WeightsPart(plan.dtype, plan.folding, files)
+    return ConvertResult(plan.checkpoint.config, weights, processor, plan.bytes, resumed)
+
+
+def convert_checkpoint(
+    src: Path,
+    staging: Staging,
+    dtype: str | None = None,
+    *,
+    progress: Progress | None = None,
+    shard_bytes: int = SHARD_BYTES,
+) -> ConvertResult:
+    """Plan and write in one go, into a staged artifact that the caller commits. Raises ToolchainError."""
+    with plan_conversion(src, dtype, shard_bytes=shard_bytes) as plan:
+        return convert_planned(plan, staging, progress)
+
+
+def artifact_name(src: Path) -> str:
+    """What the manifest calls a model: the checkpoint's folder."""
+    return src.resolve().name
+
+
+def _check_graphs_fit(base: Manifest, plan: Plan, target: Path) -> None:
+    """Graphs carry the model's shape and dtype. The folding is in the weights alone: graphs take any."""
+    if base.ge is None:
+        return
+    if base.model != plan.checkpoint.config:
+        what = "a model of another shape or with other constants"
+    elif base.ge.dtype != plan.dtype:
+        what = f"dtype {base.ge.dtype}, the weights would be {plan.dtype}"
+    else:
+        return
+    raise ArtifactError(
+        f"{target}: holds graphs compiled for {what}; use another --out, or rebuild with qwen2vl-tc build"
+    )
+
+
+def convert(
+    src: Path,
+    out: Path,
+    dtype: str | None = None,
+    *,
+    progress: Progress | None = None,
+    sync: bool = True,
+    shard_bytes: int = SHARD_BYTES,
+) -> ConvertResult:
+    """Make or replace weights/ and processor/ of the artifact at `out`; its graphs are kept, and refused if they do
+    not fit. Raises ToolchainError and then leaves `out` as it was.
+    """
+    with plan_conversion(src, dtype, shard_bytes=shard_bytes) as plan, stage(out, sync=sync) as staging:
+        base = staging.base or empty_manifest("", plan.checkpoint.config)
+        _check_graphs_fit(base, plan, staging.target)
+        result = convert_planned(plan, staging, progress)
+        if base.ge:
+            staging.keep(base.ge.files())
+        staging.commit(
+            dataclasses.replace(
+                base,
+                name=artifact_name(src),
+                model=result.model,
+                weights=result.weights,
+                processor=result.processor,
+                # what was verified is no longer there
+                reports=(),
+                verification="none",
+            )
+        )
+    return result

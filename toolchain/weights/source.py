@@ -1,0 +1,232 @@
+"""A HF checkpoint on disk: its config, and where each tensor's bytes lie, checked before anything is written."""
+
+import mmap
+import os
+from collections.abc import Iterable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ...artifacts.config import ModelConfig, model_config_from_hf
+from ...artifacts.errors import ArtifactError, ConfigError, ToolchainError, WeightError
+from ...artifacts.integrity import check_relative
+from ...artifacts.parameters import parameters
+from ...artifacts.safetensors import MAX_HEADER_BYTES, read_header
+from ...artifacts.schema import parse_json
+from .names import Rule, is_quantized, is_recomputed, legacy_name, new_name, rule_for
+
+SINGLE_FILE = "model.safetensors"
+INDEX_FILE = "model.safetensors.index.json"
+FLOAT_DTYPES = ("BF16", "F16", "F32")
+_HEADER_BYTES = 8
+_NAMES_SHOWN = 6
+_COMPARED_BYTES = 8 << 20
+
+
+@dataclass(frozen=True)
+class SourceFile:
+    """One safetensors file, open and mapped. `mtime_ns` and `header` identify its content for resuming."""
+
+    path: Path
+    fd: int
+    map: mmap.mmap
+    size: int
+    mtime_ns: int
+    header: bytes
+
+
+@dataclass(frozen=True)
+class SourceTensor:
+    """One tensor: `name` as stored, bytes `begin` to `end` of its file."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    file: SourceFile
+    begin: int
+    end: int
+
+    def bytes(self) -> memoryview:
+        return memoryview(self.file.map)[self.begin : self.end]
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """An open checkpoint whose tensors are exactly those that the config asks for. `tensors` has the legacy names."""
+
+    folder: Path
+    config: ModelConfig
+    plain_config: dict[str, Any]
+    rules: tuple[Rule, ...]
+    tensors: dict[str, SourceTensor]
+    files: tuple[SourceFile, ...]
+
+
+def read_json(path: Path, error_type: type[ToolchainError] = ConfigError) -> dict[str, Any]:
+    """A JSON object. Raises `error_type` naming the file."""
+    try:
+        value = parse_json(path.read_bytes(), str(path))
+    except ArtifactError as error:
+        raise error_type(str(error)) from error
+    except OSError as error:
+        raise error_type(f"{path}: cannot read: {error.strerror}") from error
+    if not isinstance(value, dict):
+        raise error_type(f"{path}: expected a JSON object")
+    return value
+
+
+def _shown(names: Iterable[str]) -> str:
+    ordered = sorted(names)
+    more = f" and {len(ordered) - _NAMES_SHOWN} more" if len(ordered) > _NAMES_SHOWN else ""
+    return ", ".join(ordered[:_NAMES_SHOWN]) + more
+
+
+def _find_files(folder: Path) -> tuple[list[str], dict[str, str]]:
+    """The checkpoint's safetensors files, and the index's map of tensor to file (empty for a single file)."""
+    # transformers also prefers the single file when both are there
+    if (folder / SINGLE_FILE).exists():
+        return [SINGLE_FILE], {}
+    if (folder / INDEX_FILE).exists():
+        weight_map = read_json(folder / INDEX_FILE, WeightError).get("weight_map")
+        if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
+            raise WeightError(f"{folder / INDEX_FILE}: weight_map is not an object of file names; download it again")
+        for name in set(weight_map.values()):
+            try:
+                check_relative(name, str(folder / INDEX_FILE))
+            except ArtifactError as error:
+                raise WeightError(f"{folder / INDEX_FILE}: {name!r} is not the name of a file beside it") from error
+        if absent := {name for name in weight_map.values() if not (folder / name).is_file()}:
+            raise WeightError(f"{folder / INDEX_FILE} names files that are absent: {_shown(absent)}; download them")
+        return sorted(set(weight_map.values())), weight_map
+    if pickled := sorted(path.name for path in folder.glob("pytorch_model*.bin")):
+        raise WeightError(
+            f"{folder}: holds {pickled[0]}, a pickle, which is not read; convert it to safetensors, for instance with "
+            "transformers: Qwen2VLForConditionalGeneration.from_pretrained(folder).save_pretrained(other_folder)"
+        )
+    raise WeightError(f"{folder}: neither {SINGLE_FILE} nor {INDEX_FILE} there; download the checkpoint's weights")
+
+
+def _open_file(path: Path, stack: ExitStack) -> SourceFile:
+    try:
+        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    except OSError as error:
+        raise WeightError(f"{path}: cannot read: {error.strerror}") from error
+    stack.callback(os.close, fd)
+    status = os.fstat(fd)
+    if status.st_size < _HEADER_BYTES:
+        raise WeightError(f"{path}: {status.st_size} bytes, truncated; download it again")
+    mapping = mmap.mmap(fd, status.st_size, prot=mmap.PROT_READ)
+    length = min(int.from_bytes(mapping[:_HEADER_BYTES], "little"), MAX_HEADER_BYTES)
+    return SourceFile(path, fd, mapping, status.st_size, status.st_mtime_ns, mapping[: _HEADER_BYTES + length])
+
+
+def _tensors_of(file: SourceFile) -> Iterator[SourceTensor]:
+    try:
+        for info in read_header(file.header, str(file.path), file.size):
+            yield SourceTensor(info.name, info.dtype, info.shape, file, info.begin, info.end)
+    except ArtifactError as error:
+        raise WeightError(str(error)) from error
+
+
+def _collect(files: Iterable[SourceFile], weight_map: dict[str, str]) -> dict[str, SourceTensor]:
+    """Every tensor by its legacy name; one that is stored twice, or not where the index says, is an error."""
+    found: dict[str, SourceTensor] = {}
+    for file in files:
+        for tensor in _tensors_of(file):
+            name = legacy_name(tensor.name)
+            if other := found.get(name):
+                raise WeightError(
+                    f"{tensor.name} is stored twice: in {other.file.path} (as {other.name}) and in {file.path}; "
+                    "keep one of them"
+                )
+            found[name] = tensor
+    for stored, file_name in weight_map.items():
+        there = found.get(legacy_name(stored))
+        if there is None or there.file.path.name != Path(file_name).name:
+            raise WeightError(
+                f"{INDEX_FILE} says that {stored} is in {file_name}, but it is "
+                + (f"in {there.file.path.name}" if there else "not there")
+                + "; download index and shards of the same revision"
+            )
+    return found
+
+
+def _check_names(folder: Path, found: dict[str, SourceTensor], rules: Iterable[Rule], tied: bool) -> None:
+    if quantized := [tensor.name for name, tensor in found.items() if is_quantized(name)]:
+        raise WeightError(
+            f"{folder}: holds quantized tensors ({_shown(quantized)}); GPTQ, AWQ and other quantized checkpoints are "
+            "not supported yet: use the unquantized one"
+        )
+    wanted = {name for rule in rules for name, _ in rule.sources}
+    stored_as = new_name if any(name != tensor.name for name, tensor in found.items()) else str
+    if missing := wanted - found.keys():
+        hint = "; or set tie_word_embeddings in config.json" if missing == {"lm_head.weight"} else ""
+        raise WeightError(
+            f"{folder}: missing tensors: {_shown(map(stored_as, missing))}; "
+            f"download the whole checkpoint, or the config.json that belongs to it{hint}"
+        )
+    extra = {"lm_head.weight"} if tied else set()
+    if unused := [t.name for name, t in found.items() if name not in wanted | extra and not is_recomputed(name)]:
+        raise WeightError(
+            f"{folder}: tensors that no parameter of the model uses: {_shown(unused)}; "
+            "use the config.json that belongs to the weights, and a plain Qwen2-VL checkpoint (no adapters)"
+        )
+
+
+def _check_shapes(found: dict[str, SourceTensor], rules: Iterable[Rule]) -> None:
+    for rule in rules:
+        for name, shape in rule.sources:
+            tensor = found[name]
+            where = f"{tensor.file.path}: {tensor.name}"
+            if tensor.dtype not in FLOAT_DTYPES:
+                raise WeightError(
+                    f"{where}: got dtype {tensor.dtype}, expected one of {', '.join(FLOAT_DTYPES)}; "
+                    "quantized checkpoints are not supported yet"
+                )
+            if tensor.shape != shape:
+                raise WeightError(
+                    f"{where}: got shape {list(tensor.shape)}, config.json wants {list(shape)}; "
+                    "use the config.json that belongs to the weights"
+                )
+
+
+def _check_tied(found: dict[str, SourceTensor]) -> None:
+    """A tied checkpoint may store its head as well, if it is the same."""
+    head, embedding = found.get("lm_head.weight"), found["model.embed_tokens.weight"]
+    if head is None:
+        return
+    same = head.shape == embedding.shape and head.dtype == embedding.dtype
+    first, second = np.frombuffer(head.bytes(), np.uint8), np.frombuffer(embedding.bytes(), np.uint8)
+    for begin in range(0, len(first) if same else 0, _COMPARED_BYTES):
+        part = slice(begin, begin + _COMPARED_BYTES)
+        same = same and np.array_equal(first[part], second[part])
+    if not same:
+        raise WeightError(
+            f"{head.file.path}: {head.name} differs from {embedding.name}, but config.json ties them; "
+            "set tie_word_embeddings to false to use both, or remove it"
+        )
+
+
+@contextmanager
+def open_checkpoint(folder: Path) -> Iterator[Checkpoint]:
+    """Open a HF folder: flat or nested config.json, legacy or new names, one file or shards.
+
+    Raises ConfigError or WeightError for everything that is wrong with it, except the values of its tensors.
+    """
+    if not (folder / "config.json").is_file():
+        raise ConfigError(f"{folder}: no config.json there; --src wants the folder of a Qwen2-VL checkpoint")
+    plain = read_json(folder / "config.json")
+    config = model_config_from_hf(plain)
+    rules = tuple(rule_for(parameter, config) for parameter in parameters(config))
+    names, weight_map = _find_files(folder)
+    with ExitStack() as stack:
+        files = tuple(_open_file(folder / name, stack) for name in names)
+        found = _collect(files, weight_map)
+        _check_names(folder, found, rules, config.text.tie_word_embeddings)
+        _check_shapes(found, rules)
+        if config.text.tie_word_embeddings:
+            _check_tied(found)
+        yield Checkpoint(folder, config, plain, rules, found, files)
