@@ -90,7 +90,7 @@ class GePart:
     graphs: tuple[Graph, ...]
 
     def files(self) -> list[FileEntry]:
-        return [self.constants, *(entry for graph in self.graphs for entry in (graph.graph, graph.binding))]
+        return [self.constants, *(e for g in self.graphs for e in (g.graph, g.binding, g.readable) if e)]
 
 
 @dataclass(frozen=True)

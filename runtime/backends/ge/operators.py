@@ -104,8 +104,8 @@ def fast_gelu(node: Node, x: Tensor) -> Outputs:
 
 
 def gelu(node: Node, x: Tensor) -> Outputs:
-    """GeluV2: the erf form with approximate="none", the tanh form with "tanh"."""
-    return (F.gelu(x.float(), approximate=node.attributes["approximate"]).to(x.dtype),)
+    """GeluV2: the erf form with approximate="none" (the attribute's default), the tanh form with "tanh"."""
+    return (F.gelu(x.float(), approximate=node.attributes.get("approximate", "none")).to(x.dtype),)
 
 
 def scatter(node: Node, var: Tensor, indices: Tensor, updates: Tensor) -> Outputs:

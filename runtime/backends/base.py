@@ -1,0 +1,72 @@
+"""What the generation loop asks of an engine. Tensors on the engine's device are opaque to the loop."""
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+Ints = NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class Step:
+    """What prefill or decode gave, on the device.
+
+    next_token [rows] is the largest logit's index; logits [rows, vocabulary]. cache_index and positions [rows] are the
+    next decode step's inputs; None after prefill, which serves one row.
+    """
+
+    next_token: Any
+    logits: Any
+    cache_index: Any = None
+    positions: Any = None
+
+
+@dataclass(frozen=True)
+class Embeds:
+    """Embeddings of pictures on the device: [count, hidden_size]."""
+
+    tensor: Any
+    count: int
+
+
+class Backend(ABC):
+    """An engine with one model loaded. `name` is what --backend takes; `device` says what it runs on."""
+
+    name: str
+    device: str
+
+    @abstractmethod
+    def allocate(self, rows: int) -> Any:
+        """A KV cache for `rows` rows. Raises RequestError when the artifact has no decode graph for so many."""
+
+    @abstractmethod
+    def visual(self, patches: NDArray[np.uint8], positions: Ints, segment_ends: list[int]) -> Embeds:
+        """patches [n, patch_dim], positions [2, n], cumulative segment ends: the merged patches' embeddings."""
+
+    @abstractmethod
+    def prefill(
+        self, cache: Any, row: int, start: int, token_ids: Ints, positions: Ints, embeds: Embeds | None, index: Ints
+    ) -> Step:
+        """Run token_ids [n] of one row at cache positions start..., with M-RoPE positions [3, n].
+
+        embeds replace the token embeddings at index [embeds.count], counted from the first of these tokens.
+        """
+
+    @abstractmethod
+    def begin(self, cache: Any, tokens: Ints, cache_index: Ints, positions: Ints) -> Step:
+        """Device inputs of the first decode step, one value a row."""
+
+    @abstractmethod
+    def decode(self, cache: Any, step: Step, kv_lengths: list[int]) -> Step:
+        """One token of every row: `step` is the one before (or begin's), kv_lengths include the new token."""
+
+    @abstractmethod
+    def tokens(self, step: Step) -> Ints:
+        """next_token on the host: [rows]. The one wait for the device in a greedy step."""
+
+    @abstractmethod
+    def logits(self, step: Step) -> NDArray[np.float32]:
+        """logits on the host: [rows, vocabulary]."""

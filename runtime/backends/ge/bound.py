@@ -1,0 +1,259 @@
+"""A backend over GE graphs: binds weights once, feeds arguments by binding.json, and leaves execution to an engine."""
+
+import warnings
+from abc import abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from ....artifacts.binding import CACHE, CONSTANT, LENGTHS, PARAMETER, Binding, BoundInput, binding_from_bytes
+from ....artifacts.errors import ArtifactError, RequestError
+from ....artifacts.manifest import FileEntry, GePart
+from ....artifacts.parameters import FP32, parameters
+from ....artifacts.safetensors import read_header
+from ....artifacts.store import Artifact
+from ..base import Backend, Embeds, Ints, Step
+from .operators import TORCH_DTYPES
+
+_SAFETENSORS_DTYPES = {"BF16": "bf16", "F16": "fp16", "F32": "fp32", "BOOL": "bool"}
+
+
+@dataclass(frozen=True)
+class Cache:
+    """One key and one value tensor a layer, each [rows, max_length, kv_dim]."""
+
+    rows: int
+    keys: tuple[Tensor, ...]
+    values: tuple[Tensor, ...]
+
+    def row(self, row: int) -> "Cache":
+        """A view of one row: what prefill writes is what decode reads."""
+        return Cache(1, *(tuple(t[row : row + 1] for t in side) for side in (self.keys, self.values)))
+
+
+def mapped_tensors(artifact: Artifact, entry: FileEntry, check: bool) -> dict[str, Tensor]:
+    """The tensors of a safetensors file as views of its mapping; nothing is copied. Raises ArtifactError."""
+    where = f"{artifact.path}: {entry.path}"
+    mapping = artifact.map(entry, check=check)
+    found = {}
+    for info in read_header(memoryview(mapping), where):
+        if info.dtype not in _SAFETENSORS_DTYPES:
+            raise ArtifactError(f"{where}: tensor {info.name} is {info.dtype}, which no graph takes")
+        raw = np.frombuffer(mapping, np.uint8, info.end - info.begin, info.begin)
+
+        found[info.name] = _view(raw).view(TORCH_DTYPES[_SAFETENSORS_DTYPES[info.dtype]]).view(info.shape)
+    return found
+
+
+def _view(raw: NDArray[np.uint8]) -> Tensor:
+    # torch has no read-only tensors and warns of the mapping being one; nothing writes to a weight
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
+        return torch.from_numpy(raw)
+
+
+def load_weights(artifact: Artifact, check: bool) -> dict[str, Tensor]:
+    """All parameters by name, checked against the model's shapes. Raises ArtifactError for any that does not fit."""
+    part = artifact.manifest.weights
+    if part is None:
+        raise ArtifactError(
+            f"{artifact.path}: has no weights (compiled from a config alone); run `qwen2vl-tc convert --src <hf_dir> "
+            f"--out {artifact.path}`"
+        )
+    found: dict[str, Tensor] = {}
+    for entry in part.files:
+        for name, tensor in mapped_tensors(artifact, entry, check).items():
+            if name in found:
+                raise ArtifactError(f"{artifact.path}: {entry.path}: tensor {name} is also in another file")
+            found[name] = tensor
+    for wanted in parameters(artifact.manifest.model):
+        tensor = found.get(wanted.name)  # type: ignore[assignment]
+        dtype = TORCH_DTYPES["fp32" if wanted.dtype == FP32 else part.dtype]
+        if tensor is None or tuple(tensor.shape) != wanted.shape or tensor.dtype != dtype:
+            got = "nothing" if tensor is None else f"{list(tensor.shape)} {tensor.dtype}"
+            raise ArtifactError(
+                f"{artifact.path}: weight {wanted.name}: got {got}, expected {list(wanted.shape)} {dtype}; "
+                "convert it again"
+            )
+    return found
+
+
+class BoundGraph:
+    """One graph's binding: puts named arguments into the order of the graph's inputs.
+
+    Parameters and constants are looked up once; `tensors` is None for a graph that is only loaded, not run.
+    """
+
+    def __init__(self, binding: Binding, tensors: Mapping[str, Tensor] | None) -> None:
+        self.binding = binding
+        self.outputs = [output.name for output in binding.outputs]
+        self._fixed: list[Tensor | None] = [None] * len(binding.inputs)
+        if tensors is None:
+            return
+        for i, bound in enumerate(binding.inputs):
+            if bound.kind in (PARAMETER, CONSTANT):
+                tensor = tensors.get(bound.name)
+                if tensor is None or tuple(tensor.shape) != bound.shape or tensor.dtype != TORCH_DTYPES[bound.dtype]:
+                    got = "nothing" if tensor is None else f"{list(tensor.shape)} {tensor.dtype}"
+                    raise ArtifactError(
+                        f"graph {binding.graph}: {bound.kind} {bound.name}: got {got}, the graph was compiled for "
+                        f"{list(bound.shape)} {bound.dtype}; compile the artifact again"
+                    )
+                self._fixed[i] = tensor
+
+    def inputs(self, arguments: Mapping[str, Tensor], lengths: Mapping[str, list[int]], cache: Cache | None) -> Any:
+        """The graph's inputs in order. Raises RequestError where an argument does not have the compiled shape."""
+        caches = {"keys": cache.keys, "values": cache.values} if cache else {}
+        found: list[Tensor] = []
+        for bound, fixed in zip(self.binding.inputs, self._fixed, strict=True):
+            if fixed is not None:
+                found.append(fixed)
+            elif bound.kind == CACHE:
+                found.append(caches[bound.name][bound.index])  # type: ignore[index]
+            elif bound.kind == LENGTHS:
+                found.append(self._fitting(bound, torch.tensor(lengths[bound.name], dtype=torch.int64)))
+            else:
+                found.append(self._fitting(bound, arguments[bound.name]))
+        return found
+
+    def _fitting(self, bound: BoundInput, tensor: Tensor) -> Tensor:
+        sizes = zip(tensor.shape, bound.shape, strict=False)
+        if tensor.dim() != len(bound.shape) or any(wanted not in (-1, got) for got, wanted in sizes):
+            raise RequestError(
+                f"{self.binding.graph}.{bound.name}: got {list(tensor.shape)}, the artifact wants {list(bound.shape)}"
+            )
+        return tensor
+
+
+class GeBackend(Backend):
+    """Everything about GE graphs but their execution, which a subclass brings for its device."""
+
+    def __init__(self, artifact: Artifact, check_weights: bool = True) -> None:
+        part = ge_part(artifact)
+        self._part = part
+        self._model = artifact.manifest.model
+        self._where = str(artifact.path)
+        self._dtype = TORCH_DTYPES[part.dtype]
+        tensors: dict[str, Tensor] | None = None
+        if artifact.manifest.weights is not None:
+            tensors = {**load_weights(artifact, check_weights), **mapped_tensors(artifact, part.constants, check=True)}
+            tensors = self.place(tensors)
+            self._embedding = tensors["model.embed_tokens.weight"]
+        self._bound: dict[str, BoundGraph] = {}
+        for graph in part.graphs:
+            where = f"{artifact.path}: {graph.binding.path}"
+            self._bound[graph.name] = BoundGraph(binding_from_bytes(artifact.read(graph.binding), where), tensors)
+            self.load_graph(graph.name, artifact.read(graph.graph), f"{artifact.path}: {graph.graph.path}")
+
+    @abstractmethod
+    def place(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Put parameters and constants where the graphs run, once."""
+
+    @abstractmethod
+    def load_graph(self, name: str, data: bytes, where: str) -> None:
+        """Make a serialized graph ready to run."""
+
+    @abstractmethod
+    def run_graph(self, name: str, inputs: list[Tensor]) -> list[Tensor]:
+        """Run a loaded graph."""
+
+    @abstractmethod
+    def to_device(self, array: NDArray[Any]) -> Tensor:
+        """A contiguous copy of a host array on the device."""
+
+    @abstractmethod
+    def new_tensor(self, *shape: int) -> Tensor:
+        """Uninitialised memory on the device, in the model's dtype."""
+
+    def binding(self, name: str) -> Binding:
+        return self._bound[name].binding
+
+    def _run(
+        self,
+        name: str,
+        arguments: Mapping[str, Tensor],
+        lengths: Mapping[str, list[int]],
+        cache: Cache | None = None,
+    ) -> dict[str, Tensor]:
+        bound = self._bound[name]
+        outputs = self.run_graph(name, bound.inputs(arguments, lengths, cache))
+        return dict(zip(bound.outputs, outputs, strict=True))
+
+    def allocate(self, rows: int) -> Cache:
+        fitting = sorted(batch for batch in self._part.batches if batch >= rows)
+        if not fitting:
+            raise RequestError(
+                f"{rows} rows: the artifact has decode graphs for {', '.join(map(str, self._part.batches))}; "
+                f"compile it with --batch {rows}"
+            )
+        size = (fitting[0], self._part.max_length, self._model.text.kv_dim)
+        layers = range(self._model.text.num_layers)
+        sides = (tuple(self.new_tensor(*size) for _ in layers) for _ in range(2))
+        return Cache(fitting[0], *sides)
+
+    def visual(self, patches: NDArray[np.uint8], positions: Ints, segment_ends: list[int]) -> Embeds:
+        arguments = {"patches": self.to_device(patches), "positions": self.to_device(positions)}
+        outputs = self._run("visual", arguments, {"segment_ends": segment_ends})
+        return Embeds(outputs["embeds"], patches.shape[0] // self._model.vision.spatial_merge_size**2)
+
+    def prefill(
+        self, cache: Cache, row: int, start: int, token_ids: Ints, positions: Ints, embeds: Embeds | None, index: Ints
+    ) -> Step:
+        count = len(token_ids)
+        if embeds is None:
+            # The graph always writes rows of embeddings. With no picture it writes the first token's own embedding
+            # over itself: no second graph, no operator more.
+            tensor = self._embedding[int(token_ids[0])][None]
+            index = np.zeros(1, np.int64)
+        else:
+            tensor = embeds.tensor
+        arguments = {
+            "token_ids": self.to_device(token_ids),
+            "image_embeds": tensor,
+            "image_index": self.to_device(index[:, None]),
+            "positions": self.to_device(positions),
+            "cache_index": self.to_device(np.array([start], np.int64)),
+            "last": self.to_device(np.array([count - 1], np.int64)),
+        }
+        outputs = self._run("prefill", arguments, {"kv_lengths": [start + count]}, cache.row(row))
+        return Step(outputs["next_token"], outputs["logits"])
+
+    def begin(self, cache: Cache, tokens: Ints, cache_index: Ints, positions: Ints) -> Step:
+        def padded(values: Ints) -> Tensor:
+            # rows that the batch has and the request has not repeat the last one's values into their own cache row
+            return self.to_device(np.pad(values, (0, cache.rows - len(values)), mode="edge"))
+
+        return Step(padded(tokens), None, padded(cache_index), padded(positions))
+
+    def decode(self, cache: Cache, step: Step, kv_lengths: list[int]) -> Step:
+        arguments = {"token_ids": step.next_token, "cache_index": step.cache_index, "positions": step.positions}
+        lengths = kv_lengths + [kv_lengths[-1]] * (cache.rows - len(kv_lengths))
+        outputs = self._run(f"decode_b{cache.rows}", arguments, {"kv_lengths": lengths}, cache)
+        return Step(outputs["next_token"], outputs["logits"], outputs["cache_index"], outputs["positions"])
+
+    def tokens(self, step: Step) -> Ints:
+        tokens: Ints = step.next_token.cpu().numpy()
+        return tokens
+
+    def logits(self, step: Step) -> NDArray[np.float32]:
+        logits: NDArray[np.float32] = step.logits.cpu().float().numpy()
+        return logits
+
+
+def ge_part(artifact: Artifact) -> GePart:
+    """The artifact's GE graphs. Raises ArtifactError if it has none."""
+    part = artifact.manifest.ge
+    if part is None:
+        raise ArtifactError(f"{artifact.path}: has no GE graphs; run `qwen2vl-tc compile {artifact.path}`")
+    weights = artifact.manifest.weights
+    if weights is not None and weights.dtype != part.dtype:
+        raise ArtifactError(
+            f"{artifact.path}: weights are {weights.dtype}, graphs {part.dtype}; "
+            f"run `qwen2vl-tc compile {artifact.path}`"
+        )
+    return part

@@ -1,0 +1,49 @@
+"""The reference backend: the artifact's own GE graphs, executed on CPU operator by operator.
+
+Slower than an engine built for CPUs, and the measure of what the graphs compute: no tracing, no vendor package.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from ...artifacts.store import Artifact
+from .ge.bound import GeBackend
+from .ge.executor import Executor
+from .ge.graph import read_graph
+
+Observer = Callable[[str, str, tuple[Tensor, ...]], None]
+
+
+class ReferenceBackend(GeBackend):
+    """GE graphs on CPU. `observer(graph, operator's name, outputs)` sees every intermediate, for debugging."""
+
+    name = "reference"
+    device = "cpu"
+
+    def __init__(self, artifact: Artifact, check_weights: bool = True, observer: Observer | None = None) -> None:
+        self.observer = observer
+        self._executors: dict[str, Executor] = {}
+        super().__init__(artifact, check_weights)
+
+    def place(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        return tensors
+
+    def load_graph(self, name: str, data: bytes, where: str) -> None:
+        self._executors[name] = Executor(read_graph(data, where), where)
+
+    def run_graph(self, name: str, inputs: list[Tensor]) -> list[Tensor]:
+        observer = self.observer
+        if observer is None:
+            return self._executors[name].run(inputs)
+        return self._executors[name].run(inputs, lambda operator, outputs: observer(name, operator, outputs))
+
+    def to_device(self, array: NDArray[Any]) -> Tensor:
+        return torch.from_numpy(np.ascontiguousarray(array))
+
+    def new_tensor(self, *shape: int) -> Tensor:
+        return torch.empty(*shape, dtype=self._dtype)

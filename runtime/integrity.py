@@ -1,0 +1,30 @@
+"""Checking the weights beside the work: gigabytes of hashing overlap graph loading and prefill."""
+
+import threading
+
+from ..artifacts.errors import ArtifactError
+from ..artifacts.store import Artifact
+
+
+class WeightCheck:
+    """Hashes the artifact's weights in a thread; `wait` must return before a result is given out."""
+
+    def __init__(self, artifact: Artifact) -> None:
+        self._artifact = artifact
+        self._error: ArtifactError | None = None
+        self._thread = threading.Thread(target=self._run, name="weight-check", daemon=True)
+        self._thread.start()
+
+    def _run(self) -> None:
+        part = self._artifact.manifest.weights
+        try:
+            for entry in part.files if part else ():
+                self._artifact.check(entry)
+        except ArtifactError as error:
+            self._error = error
+
+    def wait(self) -> None:
+        """Block until all weights are hashed. Raises ArtifactError if a file is not what the manifest says."""
+        self._thread.join()
+        if self._error is not None:
+            raise self._error

@@ -1,0 +1,63 @@
+"""How much device memory an artifact takes, from its manifest alone."""
+
+from dataclasses import dataclass
+
+from ..artifacts.errors import TargetError
+from ..artifacts.manifest import GePart, Manifest
+from ..artifacts.parameters import FP32, parameters
+
+ITEM_BYTES = {"bf16": 2, "fp16": 2, "fp32": 4}
+# High-bandwidth memory of one device, by prefix of the SoC name (Huawei's product pages); others are not known here.
+_DEVICE_BYTES = {
+    "Ascend910B4": 32 << 30,
+    "Ascend910B": 64 << 30,
+    "Ascend910_93": 64 << 30,
+}
+# Share of the memory that CANN, the graphs' workspaces and activations leave to weights and cache.
+_USABLE = 0.9
+
+
+@dataclass(frozen=True)
+class DeviceMemory:
+    """Bytes on the device: all weights, and the KV cache of the largest compiled batch."""
+
+    weights: int
+    cache: int
+
+    @property
+    def total(self) -> int:
+        return self.weights + self.cache
+
+
+def device_memory(manifest: Manifest, part: GePart) -> DeviceMemory:
+    """What the graphs of `part` need on one device."""
+    item = ITEM_BYTES[part.dtype]
+    weights = sum(p.size * (4 if p.dtype == FP32 else item) for p in parameters(manifest.model))
+    text = manifest.model.text
+    cache = text.num_layers * 2 * part.max_length * text.kv_dim * item * max(part.batches)
+    return DeviceMemory(weights, cache)
+
+
+def soc_memory(soc: str) -> int | None:
+    """Bytes of memory of one device of this SoC; None where it is not known."""
+    fitting = [prefix for prefix in _DEVICE_BYTES if soc.startswith(prefix)]
+    return _DEVICE_BYTES[max(fitting, key=len)] if fitting else None
+
+
+def check_fits(manifest: Manifest, part: GePart, available: int) -> None:
+    """Raises TargetError, with what is needed and what would fit, if one device cannot hold the model."""
+    needed = device_memory(manifest, part)
+    usable = int(available * _USABLE)
+    if needed.total <= usable:
+        return
+    per_token = needed.cache // part.max_length
+    room = (usable - needed.weights) // per_token
+    advice = (
+        f"compile with --max-length {room} or a smaller --batch"
+        if room >= 1
+        else "its weights alone do not fit one device, and this version does not split a model over several"
+    )
+    raise TargetError(
+        f"{manifest.name} needs {needed.total / 1e9:.1f} GB of device memory (weights {needed.weights / 1e9:.1f}, "
+        f"KV cache {needed.cache / 1e9:.1f}); one {part.soc} leaves {usable / 1e9:.1f} GB: {advice}"
+    )
