@@ -95,6 +95,8 @@ def _preload_stubs(soc: str) -> None:
     main.qwen2vl_tc_set_soc_name.argtypes = [ctypes.c_char_p]
     if not main.qwen2vl_tc_set_soc_name(soc.encode()):
         raise TargetError(f"--soc {soc}: the name is too long")
+    # a CANN that does not load is not to be looked into: torch-npu refuses to import when its folders are incomplete
+    os.environ.pop("ASCEND_HOME_PATH", None)
     # kernels queued on another thread would fail unseen, and copies return what they should have computed
     os.environ["TASK_QUEUE_ENABLE"] = "0"
 
@@ -121,7 +123,7 @@ def _import_and_open() -> tuple[str, str]:
             return str(torch_npu.npu.get_device_name(0)), str(torch_npu.npu.utils.get_cann_version())
     except ModuleNotFoundError as error:
         raise MissingDependencyError(f"torch-npu needs {error.name}, which is not installed; {INSTALL}") from error
-    except (ImportError, RuntimeError, OSError) as error:
+    except Exception as error:  # torch-npu raises Exception itself when it finds CANN's folders wanting
         where = "emulated NPU" if emulated() else "NPU"
         raise TargetError(f"the {where} does not open: {error}") from error
 

@@ -137,6 +137,13 @@ def test_an_unknown_soc_is_refused_with_those_that_are_known() -> None:
     assert "Ascend910B2," in done.stderr
 
 
+def test_a_cann_that_is_installed_in_part_does_not_hinder(tmp_path: Path) -> None:
+    script = "from qwen2vl_tc.exporters.torchair.device import open_device; print(open_device('Ascend910B2').emulated)"
+    environment = {**os.environ, "ASCEND_HOME_PATH": str(tmp_path)}
+    done = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True)
+    assert done.stdout == "True\n", done.stderr
+
+
 def test_two_processes_that_build_at_once_share_one_whole_result(tmp_path: Path) -> None:
     script = "from qwen2vl_tc.exporters.torchair.cann_stubs.build import build_stubs; print(build_stubs())"
     command = [sys.executable, "-c", script]
