@@ -1,6 +1,6 @@
 # `make demo` runs the main job on a tiny model; `make test` checks everything. Both make .venv first when it is missing.
 PYTHON ?= python3
-# Where torch comes from, if not from pip's own index; for instance TORCH_INDEX=https://download.pytorch.org/whl/cpu,
+# A further place to take torch from; for instance TORCH_INDEX=https://download.pytorch.org/whl/cpu,
 # which spares the CUDA libraries.
 TORCH_INDEX ?=
 VENV := .venv
@@ -25,6 +25,6 @@ setup: $(READY)
 # The stamp is written last: a set-up that was interrupted is finished, one whose interpreter is gone is made anew.
 $(READY): pyproject.toml constraints.txt
 	$(BIN)/python -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv --clear $(VENV)
-	$(BIN)/python -m pip install $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) torch==2.13.0
+	$(BIN)/python -m pip install -c constraints.txt $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX)) torch==2.13.0
 	$(BIN)/python -m pip install -c constraints.txt -e '.[test,onnx]'
 	touch $(READY)
