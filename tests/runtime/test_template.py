@@ -1,0 +1,275 @@
+"""Chat templates print what transformers prints, and a hostile one is stopped."""
+
+import itertools
+import sys
+
+import numpy as np
+import pytest
+from PIL import Image
+from transformers.utils.chat_template_utils import render_jinja_template
+
+from qwen2vl_tc.artifacts.errors import ArtifactError, RequestError
+from qwen2vl_tc.runtime.template import ChatTemplate, Limits
+from qwen2vl_tc.toolchain.synthetic_tokenizer import CHAT_TEMPLATE as QWEN2_VL
+
+CHATML = (
+    "{% for message in messages %}{% if loop.first and messages[0]['role'] != 'system' %}"
+    "{{ '<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n' }}{% endif %}"
+    "{{'<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>' + '\n'}}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+# the constructs that published chat templates use beyond those two
+WIDE = r"""
+{%- macro shout(text, mark='!') %}{{ text | upper ~ mark }}{% endmacro -%}
+{%- set ns = namespace(users=0, last=none) %}
+{#- a comment #}
+{%- if messages[0].role == 'system' %}{% set rest = messages[1:] %}{% else %}{% set rest = messages %}{% endif %}
+{%- for message in rest -%}
+    {%- if message.role not in ['user', 'assistant'] %}{% continue %}{% endif %}
+    {%- if message['role'] == 'user' %}{% set ns.users = ns.users + 1 %}{% endif -%}
+    [{{ loop.index0 }}{{ ',' if not loop.last }}{{ message.get('missing', 'none') }}]
+    {%- if message.content is string %}{{ shout(message.content.strip()) | trim }}
+    {%- else %}{{ message.content | selectattr('type', 'equalto', 'text') | map(attribute='text') | join(' + ') }}
+    {%- for key, value in message.content[0].items() | sort %} {{ key }}={{ value | string | length }}{% endfor %}
+    {%- endif %}
+    {%- generation %} {{ message | tojson }} {{ message | tojson(indent=2) }}{% endgeneration %}
+    {%- if loop.index > 20 %}{% break %}{% endif %}
+{%- endfor %}
+{{ ns.users }} {{ range(3) | list }} {{ 7 // 2 }} {{ 2 ** 5 }} {{ 7 % 4 }} {{ '-' * 4 }} {{ [1, 2] + [3] }} {{ (1, 2) }}
+{{ messages | length }} {{ tools is none }} {{ documents }} {{ eos_token }} {{ undefined_thing is defined }}
+{{ 'a,b'.split(',') }} {{ 'x'.join(['a', 'b']) }} {{ 'aXb' | replace('X', '-') }} {{ 'aXb'.replace('X', '--', 1) }}
+{{ {'b': 1, 'a': [true, none, 1.5]} | tojson }} {{ dict(a=1) | items | list }} {{ [3, 1] | sort | first }}
+{% set block %}{{ 'set' }} block{% endset %}{{ block | title }}{% filter upper %}low{% endfilter %}
+{{ messages[-1].role.startswith('u') }} {{ "<&>" }} {{ '日本' | tojson }} {{ none | default('d', true) }}
+"""
+PICTURE = Image.new("RGB", (4, 4))
+CONVERSATIONS = {
+    "a question": [{"role": "user", "content": "What is this?"}],
+    "a system message": [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Hi"}],
+    "several turns": [
+        {"role": "user", "content": "Hi"},
+        {"role": "assistant", "content": " Hello <b> 日本 </b>\n"},
+        {"role": "user", "content": ""},
+    ],
+}
+PICTURED = {
+    "an image": [{"role": "user", "content": [{"type": "image", "image": PICTURE}, {"type": "text", "text": "this?"}]}],
+    "images and videos": [
+        {"role": "system", "content": [{"type": "text", "text": "Look."}]},
+        {
+            "role": "user",
+            "content": [
+                {"type": "text", "text": "between"},
+                {"type": "image", "image": "cat.jpg", "min_pixels": 50176},
+                {"type": "image_url", "image_url": {"url": "x"}},
+                {"type": "video", "video": [PICTURE, PICTURE], "fps": 1.5},
+                {"type": "image"},
+                {"type": "text", "text": "and\nafter"},
+            ],
+        },
+        {"role": "assistant", "content": "A cat."},
+        {"role": "user", "content": [{"type": "video", "video": np.zeros((2, 4, 4, 3), np.uint8)}]},
+    ],
+}
+CASES = [
+    *itertools.product([QWEN2_VL, WIDE], [*CONVERSATIONS.values(), *PICTURED.values()]),
+    *itertools.product([CHATML], CONVERSATIONS.values()),
+]
+
+
+class Ticks:
+    """A clock that moves by a millisecond every time somebody looks at it."""
+
+    def __init__(self) -> None:
+        self.now = 0.0
+
+    def __call__(self) -> float:
+        self.now += 0.001
+        return self.now
+
+
+def limits() -> Limits:
+    return Limits(seconds=100.0, clock=Ticks())
+
+
+@pytest.mark.parametrize(("source", "messages"), CASES)
+@pytest.mark.parametrize("more", [{}, {"add_vision_id": True}, {"eos_token": "<|im_end|>"}], ids=str)
+@pytest.mark.parametrize("prompt", [True, False])
+def test_the_output_is_that_of_transformers(source, messages, more, prompt):
+    rendered = ChatTemplate(source).render(messages, add_generation_prompt=prompt, **more)
+    (expected,), _ = render_jinja_template([messages], chat_template=source, add_generation_prompt=prompt, **more)
+    assert rendered == expected
+
+
+def test_rendering_leaves_the_messages_as_they_were():
+    messages = [{"role": "user", "content": [{"type": "text", "text": "hi"}]}]
+    ChatTemplate(QWEN2_VL).render(messages)
+    assert messages == [{"role": "user", "content": [{"type": "text", "text": "hi"}]}]
+
+
+def test_the_template_sees_no_object_of_ours():
+    template = ChatTemplate("{{ messages[0].content.save('x') }}")
+    with pytest.raises(ArtifactError, match="save"):
+        template.render([{"role": "user", "content": PICTURE}])
+
+
+def test_the_date_is_printed_by_the_directives_that_templates_use():
+    assert len(ChatTemplate("{{ strftime_now('%d %b %Y %-d') }}").render([{"role": "user"}])) > 10
+
+
+BIG = "{% set big = 'a' * 500000 %}"
+FOR_EVER = "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}"
+
+
+def grow(start: str, step: str, times: int = 60) -> str:
+    """A template that replaces x.v by `step` again and again, then prints it."""
+    loop = f"{{% for i in range({times}) %}}{{% set x.v = {step} %}}{{% endfor %}}"
+    return f"{{% set x = namespace(v={start}) %}}{loop}{{{{ x.v }}}}"
+
+
+GROWTH = {
+    "joined text": grow("'abcdefgh'", "x.v ~ x.v"),
+    "added text": grow("'abcdefgh'", "x.v + x.v"),
+    "added lists": grow("[1]", "x.v + x.v"),
+    "shared lists": grow("[1]", "[x.v, x.v]"),
+    "shared tuples": grow("(1,)", "(x.v, x.v)"),
+    "shared dicts": grow("{}", "{1: x.v, 2: x.v}"),
+    "shared calls": grow("{}", "dict(a=x.v, b=x.v)"),
+    "shared views": grow("{}", "dict(a=x.v.items(), b=x.v)"),
+    "namespaces": grow("namespace()", "namespace(a=x.v, b=x.v)"),
+    "nesting": grow("[]", "[x.v]", times=99999),
+    "lazy filters": grow("[]", "[x.v|map('upper')]", times=99999),
+    "products": grow("3", "x.v * x.v"),
+    "times": "{{ 'a' * 999999999 }}",
+    "times reversed": "{{ 999999999 * 'a' }}",
+    "list times": "{{ [1] * 999999999 }}",
+    "power": "{{ 9 ** (9 ** 9) }}",
+    "a folded constant": "{{ ('a' * 99999) | replace('a', 'b' * 99999) }}",
+    "replace": "{{ ('a' * 1000).replace('a', 'a' * 100000) }}",
+    "replace nothing": "{{ ('a' * 1000).replace('', 'a' * 100000) }}",
+    "replace many": "{{ (['a'] * 100000) | map('replace', 'a', 'b' * 1000000) | list | length }}",
+    "join": "{{ ('a' * 100000).join(['b'] * 10000) }}",
+    "join filter": "{{ (['b'] * 10000) | join('a' * 100000) }}",
+    "indented JSON": "{{ [1] | tojson(indent=999999999) }}",
+    "set block": BIG + "{% set x %}{% for i in range(99999) %}{{ big }}{% endfor %}{% endset %}",
+    "macro": BIG + "{% macro m(b) %}{% for i in range(99999) %}{{ b }}{% endfor %}{% endmacro %}{{ m(big) }}",
+    "output": BIG + "{% for i in range(99999) %}{{ big }}{% endfor %}",
+    "range": "{{ range(999999999) | list }}",
+    "a slow search": "{{ ('b' * 500000).strip('b' * 500000) }}",
+    "a slow trim": "{{ ('b' * 500000) | trim('b' * 500000) }}",
+    "a wide date": "{{ strftime_now('%999999999d') }}",
+    "center": "{{ 'a'.center(999999999) }}",
+    "center filter": "{{ 'a' | center(999999999) }}",
+    "format": "{{ '{:>999999999}'.format(1) }}",
+    "format filter": "{{ '%999999999d' | format(1) }}",
+    "format operator": "{{ '%999999999d' % 1 }}",
+    "bytes": "{{ (5).to_bytes(999999999, 'big') }}",
+    "lipsum": "{{ lipsum(n=999999) }}",
+}
+LOOPS = {
+    "a loop": FOR_EVER,
+    "a loop in a macro": "{% macro m() %}" + FOR_EVER + "{% endmacro %}{{ m() }}",
+    "a loop over filters": "{% for a in range(99999) %}{% set x = range(9999) | map('string') | list %}{% endfor %}",
+    "recursion": "{% macro m() %}{{ m() }}{% endmacro %}{{ m() }}",
+    "recursive blocks": "{% block a %}{{ self.a() }}{% endblock %}",
+    "a recursive loop": "{% for m in messages recursive %}{{ loop(messages) }}{% endfor %}",
+}
+ESCAPES = {
+    "class": "{{ ''.__class__.__mro__[1].__subclasses__() }}",
+    "attr filter": "{{ '' | attr('__class__') }}",
+    "map attribute": "{{ [''] | map(attribute='__class__.__mro__') | list }}",
+    "globals": "{{ raise_exception.__globals__['sys'] }}",
+    "undefined": "{{ cycler.__init__.__globals__.os.system('true') }}",
+    "change": "{{ messages.append(1) }}",
+    "namespace": "{{ namespace(__class__=1) }}",
+    "namespace set": "{% set ns = namespace() %}{% set ns.__class__ = 1 %}",
+    "include": "{% include '/etc/hostname' %}",
+    "import": "{% import 'os' as os %}",
+    "escaping": "{% autoescape true %}{{ 1 }}{% endautoescape %}",
+}
+BROKEN = {
+    "unfinished": "{% if %}",
+    "unclosed": "{{ (1 }}",
+    "unknown tag": "{% frobnicate %}",
+    "undefined": "{{ nothing.at.all }}",
+    "type": "{{ 1 + 'a' }}",
+    "division": "{{ 1 / 0 }}",
+    "deep brackets": "{{ " + "(" * 5000 + "1" + ")" * 5000 + " }}",
+    "deep lists": "{{ " + "[" * 5000 + "]" * 5000 + " }}",
+    "deep sums": "{{ 1" + "+1" * 20_000 + " }}",
+    "deep attributes": "{{ a" + ".a" * 20_000 + " }}",
+    "deep ifs": "{% if 1 %}" * 2000 + "{% endif %}" * 2000,
+    "size": "x" * 70_000,
+}
+
+
+@pytest.mark.parametrize(
+    "source",
+    [*GROWTH.values(), *LOOPS.values(), *ESCAPES.values(), *BROKEN.values()],
+    ids=[
+        *(f"growth: {n}" for n in GROWTH),
+        *(f"loop: {n}" for n in LOOPS),
+        *ESCAPES,
+        *(f"broken: {n}" for n in BROKEN),
+    ],
+)
+def test_a_hostile_or_broken_template_ends_in_one_error_that_names_it(source):
+    messages = [{"role": "user", "content": "hi"}] * 3
+    with pytest.raises(ArtifactError, match=r"^chat_template\.json: "):
+        ChatTemplate(source, "chat_template.json", limits()).render(messages)
+
+
+def test_a_syntax_error_names_its_line():
+    with pytest.raises(ArtifactError, match="line 3"):
+        ChatTemplate("a\nb\n{% if %}")
+
+
+def test_a_loop_that_does_nothing_is_stopped_by_the_clock():
+    with pytest.raises(ArtifactError, match=r"ran longer than 100\.0 s"):
+        ChatTemplate(FOR_EVER, limits=limits()).render([{"role": "user", "content": "hi"}])
+
+
+def test_an_honest_template_takes_few_of_the_steps_allowed():
+    ticks = Ticks()
+    template = ChatTemplate(QWEN2_VL, limits=Limits(seconds=1e9, clock=ticks))
+    compiled = ticks.now
+    template.render([*CONVERSATIONS["several turns"], *PICTURED["images and videos"]])
+    # a step takes well under a microsecond; 5 s are allowed
+    assert compiled < 200_000 * 0.001
+    assert ticks.now - compiled < 10_000 * 0.001
+
+
+@pytest.mark.parametrize("source", [QWEN2_VL, "{{ 1 / 0 }}", FOR_EVER])
+def test_a_debuggers_trace_function_is_there_again_afterwards(source):
+    def debugger(frame, event, argument):
+        return None
+
+    previous = sys.gettrace()
+    sys.settrace(debugger)
+    try:
+        ChatTemplate(source, limits=limits()).render([{"role": "user", "content": "hi"}])
+    except ArtifactError:
+        pass
+    finally:
+        found = sys.gettrace()
+        sys.settrace(previous)
+    assert found is debugger
+
+
+def test_a_template_can_refuse_a_conversation():
+    template = ChatTemplate("{{ raise_exception('roles must alternate') }}", "chat_template.jinja")
+    with pytest.raises(RequestError, match=r"chat_template\.jinja.*roles must alternate"):
+        template.render([{"role": "user", "content": "hi"}])
+
+
+def test_a_conversation_beyond_the_size_limit_is_the_requests_fault():
+    with pytest.raises(RequestError, match="too large"):
+        ChatTemplate(QWEN2_VL).render([{"role": "user", "content": "x" * (1 << 20)}])
+    assert len(ChatTemplate(QWEN2_VL).render([{"role": "user", "content": "x" * 900_000}])) > 900_000
+
+
+def test_messages_that_contain_themselves_are_refused():
+    message: dict = {"role": "user"}
+    message["content"] = [message]
+    with pytest.raises(RequestError, match="too deep"):
+        ChatTemplate(QWEN2_VL).render([message])
