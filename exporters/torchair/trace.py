@@ -72,7 +72,7 @@ def _tracing_patches(bypassed: set[str]) -> Iterator[None]:
             # floats as graph inputs (eps, scale) would compile everything twice
             torch._dynamo.config.patch(specialize_float=True),
             # two sizes that happen to be equal in the example must stay independent
-            fx_config.patch(use_duck_shape=False),
+            fx_config.patch(use_duck_shape=False),  # type: ignore[attr-defined]  # installed at import
             warnings.catch_warnings(),
         ):
             warnings.filterwarnings("ignore", message="When enable frozen_parameter")

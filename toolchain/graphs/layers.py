@@ -12,6 +12,17 @@ def parameter(*shape: int, dtype: torch.dtype | None = None) -> nn.Parameter:
     return nn.Parameter(torch.empty(*shape, dtype=dtype), requires_grad=False)
 
 
+class Embedding(nn.Module):
+    """Rows of a table [vocabulary, width] by index."""
+
+    def __init__(self, vocabulary: int, width: int) -> None:
+        super().__init__()
+        self.weight = parameter(vocabulary, width)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        return nn.functional.embedding(ids, self.weight)
+
+
 class Linear(nn.Module):
     """x [tokens, inputs] to [tokens, outputs]; one MatMul with the weight as stored.
 

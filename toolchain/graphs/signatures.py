@@ -74,7 +74,7 @@ class Qwen2VL(nn.Module):
         keys, values: one [1, L, KV] a layer.
         Returns the next token [1] and the last position's logits [1, V].
         """
-        x = torch.ops.npu.npu_scatter_nd_update(self.model.embed(token_ids), image_index, image_embeds)
+        x = torch.ops.npu.npu_scatter_nd_update(self.model.embed_tokens(token_ids), image_index, image_embeds)
         # each rotary column belongs to one of the three axes: mask the other two away and add
         angles = (nn.functional.embedding(positions, self.constants.text_rope) * self.constants.text_rope_axes).sum(0)
         rotary = angles.view(1, -1, 1, 2 * self.text_dim).split([self.text_dim, self.text_dim], -1)
@@ -109,7 +109,11 @@ class Qwen2VL(nn.Module):
         angles = nn.functional.embedding(positions, self.constants.text_rope).view(-1, 1, 1, 2 * self.text_dim)
         cos, sin = angles.split([self.text_dim, self.text_dim], -1)
         y = self.model.layers_forward(
-            self.model.embed(token_ids), (cos, sin), list(zip(keys, values, strict=True)), cache_index, kv_lengths
+            self.model.embed_tokens(token_ids),
+            (cos, sin),
+            list(zip(keys, values, strict=True)),
+            cache_index,
+            kv_lengths,
         )
         logits = self.logits(y)
         return logits.argmax(-1), logits, cache_index + 1, positions + 1

@@ -4,11 +4,13 @@ Shapes: S prompt tokens, B batch rows, H hidden_size, D head_dim, KV num_kv_head
 The caches are lists of one key and one value tensor a layer, each [B, L, KV], written in place.
 """
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor, nn
 
 from ...artifacts.config import TextConfig
-from .layers import Linear, RMSNorm, parameter
+from .layers import Embedding, Linear, RMSNorm
 
 # FusedInferAttentionScore: sparse_mode 3 aligns the causal triangle with the end of the cache; the operator reads one
 # fixed mask of this side instead of a mask of S x length
@@ -88,13 +90,10 @@ class Model(nn.Module):
 
     def __init__(self, config: TextConfig) -> None:
         super().__init__()
-        self.embed_tokens = nn.Module()
-        self.embed_tokens.weight = parameter(config.vocab_size, config.hidden_size)
-        self.layers = nn.ModuleList(Layer(config) for _ in range(config.num_layers))
+        self.embed_tokens = Embedding(config.vocab_size, config.hidden_size)
+        # nn.ModuleList does not say what it holds
+        self.layers: Sequence[Layer] = nn.ModuleList(Layer(config) for _ in range(config.num_layers))  # type: ignore[assignment]
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-
-    def embed(self, token_ids: Tensor) -> Tensor:
-        return nn.functional.embedding(token_ids, self.embed_tokens.weight)
 
     def layers_forward(
         self,
@@ -111,17 +110,16 @@ class Model(nn.Module):
         last [1] is the row whose logits are wanted: the last layer computes everything after its attention, and the
         final norm, for that row only. Without it, for all rows. Returns the normalised hidden state [B * S or 1, H].
         """
-        residual, x_out = x, None
+        residual = x
+        y = self.layers[0].input_layernorm(residual)
         for i, layer in enumerate(self.layers):
-            if x_out is None:
-                y = layer.input_layernorm(residual)
-            else:
-                y, residual = layer.input_layernorm.add(residual, x_out)
+            if i > 0:
+                y, residual = layer.input_layernorm.add(residual, x)
             attention = layer.self_attn(y, rotary, caches[i], cache_index, kv_lengths, causal_mask)
             if last is not None and i == len(self.layers) - 1:
                 attention = attention.index_select(0, last)
                 residual = residual.index_select(0, last)
             y, residual = layer.post_attention_layernorm.add(residual, layer.self_attn.o_proj(attention))
-            x_out = layer.mlp(y)
-        y, _ = self.norm.add(residual, x_out)
+            x = layer.mlp(y)
+        y, _ = self.norm.add(residual, x)
         return y

@@ -3,6 +3,8 @@
 Shapes: N patches, M = N / merge**2 merged tokens, E embed_dim, D head_dim, H the language model's width.
 """
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor, nn
 
@@ -88,7 +90,8 @@ class Visual(nn.Module):
     def __init__(self, config: VisionConfig) -> None:
         super().__init__()
         self.patch_embed = Linear(config.patch_dim, config.embed_dim, bias_dtype=torch.float32)
-        self.blocks = nn.ModuleList(Block(config) for _ in range(config.depth))
+        # nn.ModuleList does not say what it holds
+        self.blocks: Sequence[Block] = nn.ModuleList(Block(config) for _ in range(config.depth))  # type: ignore[assignment]
         self.merger = Merger(config)
         self.head_dim = config.head_dim
 
@@ -105,12 +108,10 @@ class Visual(nn.Module):
         """
         angles = (nn.functional.embedding(positions, rope) * rope_axes).sum(0)
         cos, sin = angles.view(1, -1, 1, 2 * self.head_dim).split([self.head_dim, self.head_dim], -1)
-        residual = self.patch_embed(patches.to(self.patch_embed.weight.dtype))
-        x = None
-        for block in self.blocks:
-            if x is None:
-                y = block.norm1(residual)
-            else:
+        x = residual = self.patch_embed(patches.to(self.patch_embed.weight.dtype))
+        y = self.blocks[0].norm1(residual)
+        for i, block in enumerate(self.blocks):
+            if i > 0:
                 y, residual = block.norm1.add(residual, x)
             y, residual = block.norm2.add(residual, block.attn(y, cos, sin, segment_ends))
             x = block.mlp(y)
