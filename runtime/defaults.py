@@ -1,5 +1,6 @@
 """generation_config.json: what a request that says nothing else gets."""
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -67,7 +68,7 @@ def generation_defaults_from_hf(
     def number(name: str, default: float, least: float, most: float = float("inf")) -> float:
         value = plain.get(name)
         value = default if value is None else value
-        if type(value) not in (int, float) or not least <= value <= most:
+        if type(value) not in (int, float) or not math.isfinite(value) or not least <= value <= most:
             raise ArtifactError(f"{where}: {name} is {value!r}, expected a number from {least} to {most}")
         return float(value)
 
