@@ -204,6 +204,7 @@ def test_what_is_no_local_picture_is_refused(source):
         load_image(source)
 
 
+@pytest.mark.filterwarnings("ignore::UserWarning")  # Pillow's remarks on the damage
 @settings(max_examples=200, deadline=None, derandomize=True)
 @given(st.data())
 def test_a_damaged_picture_is_read_or_refused_but_never_crashes(data):
