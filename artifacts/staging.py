@@ -82,6 +82,7 @@ class Staging:
         self.sync = sync
         self.committed = False
         self.journal: dict[str, Any] = {}
+        self._added: set[str] = set()
         if self.path.is_dir():
             self.journal = _read_journal(self.path) or {}
         else:
@@ -110,14 +111,18 @@ class Staging:
     def add(self, relative: str, data: bytes) -> FileEntry:
         """Write one small file and return its manifest entry."""
         self._write(relative, data)
+        self._added.add(relative)
         return FileEntry(relative, len(data), hash_bytes(data))
 
     def keep(self, entries: Iterable[FileEntry]) -> None:
         """Take files over from the present artifact, as hard links; as copies where there are no hard links.
 
+        What was staged by `add` stays, even if the present artifact has the same: it may be damaged there.
         Raises ArtifactError if one is missing there, TargetError if copies do not fit on the disk.
         """
         for entry in entries:
+            if entry.path in self._added:
+                continue
             source = self.target.joinpath(*check_relative(entry.path, str(self.target)))
             if source.is_symlink() or not source.is_file() or source.stat().st_size != entry.bytes:
                 raise ArtifactError(

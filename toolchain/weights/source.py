@@ -52,6 +52,16 @@ class SourceTensor:
     def bytes(self) -> memoryview:
         return memoryview(self.file.map)[self.begin : self.end]
 
+    def forget(self) -> None:
+        """Unmap the pages that only this tensor uses, so that resident memory does not grow to the checkpoint's size.
+
+        They stay in the system's cache, and come back if they are touched again.
+        """
+        first = -(-self.begin // mmap.PAGESIZE) * mmap.PAGESIZE
+        count = self.end // mmap.PAGESIZE * mmap.PAGESIZE - first
+        if count > 0:
+            self.file.map.madvise(mmap.MADV_DONTNEED, first, count)
+
 
 @dataclass(frozen=True)
 class Checkpoint:

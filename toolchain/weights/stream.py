@@ -89,28 +89,35 @@ def _cast(source: SourceTensor, dtype: str) -> Iterator[npt.NDArray[Any]]:
         if not is_finite(cast.view(np.uint8), dtype):
             _refuse_overflow(source, dtype)
         yield cast
+    source.forget()
 
 
 class _Checker:
-    """Hashes what is handed to `put`, in its own thread; also looks for NaN and infinity where asked."""
+    """Hashes what is handed to `put`, in its own thread.
+
+    Chunks of a source that were not looked at yet come with the source: they are checked for NaN and infinity, and
+    unmapped once the source's last byte is hashed.
+    """
 
     def __init__(self) -> None:
-        self._queue: queue.Queue[tuple[Any, SourceTensor | None] | None] = queue.Queue(_QUEUED_CHUNKS)
+        self._queue: queue.Queue[tuple[Any, SourceTensor | None, bool] | None] = queue.Queue(_QUEUED_CHUNKS)
         self._hash = blake3()
         self._bad: SourceTensor | None = None
         self._thread = threading.Thread(target=self._work, name="hash", daemon=True)
 
     def _work(self) -> None:
         while (item := self._queue.get()) is not None:
-            data, source = item
+            data, source, is_last = item
             self._hash.update(data)
             if source and not self._bad and not is_finite(data, source.dtype):
                 self._bad = source
+            if source and is_last:
+                source.forget()
 
-    def put(self, data: Any, check: SourceTensor | None = None) -> None:
+    def put(self, data: Any, source: SourceTensor | None = None, is_last: bool = False) -> None:
         if self._bad:
             _refuse_nonfinite(self._bad)
-        self._queue.put((data, check))
+        self._queue.put((data, source, is_last))
 
     def digest(self) -> str:
         """Wait for what was put. Raises WeightError if it was not finite."""
@@ -172,7 +179,7 @@ def write_shard(path: Path, header: bytes, pieces: Iterable[Piece], progress: Pr
                     data = source.bytes()
                     for begin in range(0, len(data), CHUNK_BYTES):
                         chunk = data[begin : begin + CHUNK_BYTES]
-                        checker.put(chunk, source)
+                        checker.put(chunk, source, is_last=begin + len(chunk) == len(data))
                         copies = copies and _copy_range(source, source.begin + begin, len(chunk), fd)
                         if not copies:
                             _write_all(fd, chunk)
