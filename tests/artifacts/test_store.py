@@ -10,6 +10,7 @@ import threading
 from pathlib import Path
 
 import pytest
+
 from qwen2vl_tc.artifacts import staging as staging_module
 from qwen2vl_tc.artifacts.config import model_config_from_hf
 from qwen2vl_tc.artifacts.errors import ArtifactError, TargetError, WeightError
