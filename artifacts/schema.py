@@ -6,6 +6,7 @@ import functools
 import json
 import types
 import typing
+from collections.abc import Callable
 from typing import Any, TypeVar
 
 from .errors import ArtifactError
@@ -41,45 +42,103 @@ def dump_json(value: Any) -> bytes:
     return (json.dumps(plain, indent=1, ensure_ascii=False, allow_nan=False) + "\n").encode("utf-8")
 
 
+class _MismatchError(Exception):
+    """A value that does not fit, with the path to it, innermost step first: built only when something is wrong."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__(message)
+        self.path: list[str] = []
+
+
+Decoder = Callable[[Any], Any]
+
+
+def _inside(step: str, decode: Decoder, value: Any) -> Any:
+    try:
+        return decode(value)
+    except _MismatchError as error:
+        error.path.append(step)
+        raise
+
+
+def _mismatch(value: Any, expected: str) -> _MismatchError:
+    return _MismatchError(f"got {type(value).__name__} {str(value)[:60]!r}, expected {expected}")
+
+
 @functools.cache
-def _fields(cls: type) -> dict[str, Any]:
-    hints = typing.get_type_hints(cls)
-    return {field.name: hints[field.name] for field in dataclasses.fields(cls)}
-
-
-def _name(hint: Any) -> str:
-    return getattr(hint, "__name__", str(hint))
-
-
-def _decode(hint: Any, value: Any, where: str) -> Any:
+def _decoder(hint: Any) -> Decoder:
+    """The function that checks and converts one value of this type; resolved once, a binding has thousands."""
     origin, arguments = typing.get_origin(hint), typing.get_args(hint)
+    expected = getattr(hint, "__name__", str(hint))
     if hint is Any:
-        return value
-    if dataclasses.is_dataclass(hint) and isinstance(hint, type):
-        return from_plain(hint, value, where)
+        return lambda value: value
+    if dataclasses.is_dataclass(hint):
+        return _dataclass_decoder(hint)
     if origin in (types.UnionType, typing.Union):
-        if value is None and type(None) in arguments:
-            return None
-        return _decode(next(a for a in arguments if a is not type(None)), value, where)
-    if origin is tuple and isinstance(value, list):
-        if arguments[-1] is Ellipsis:
-            return tuple(_decode(arguments[0], item, f"{where}[{i}]") for i, item in enumerate(value))
-        if len(arguments) == len(value):
-            return tuple(_decode(a, v, f"{where}[{i}]") for i, (a, v) in enumerate(zip(arguments, value, strict=True)))
-    elif origin is dict and isinstance(value, dict):
-        return {key: _decode(arguments[1], item, f"{where}.{key}") for key, item in value.items()}
-    elif (hint is float and type(value) in (int, float)) or (isinstance(hint, type) and type(value) is hint):
+        inner = _decoder(next(a for a in arguments if a is not type(None)))
+        return lambda value: None if value is None else inner(value)
+    if origin is tuple:
+        return _tuple_decoder(arguments, expected)
+    if origin is dict:
+        inner = _decoder(arguments[1])
+
+        def decode_dict(value: Any) -> Any:
+            if type(value) is not dict:
+                raise _mismatch(value, expected)
+            return {key: _inside(f".{key}", inner, item) for key, item in value.items()}
+
+        return decode_dict
+    accepted = (int, float) if hint is float else (hint,)
+
+    def decode_plain(value: Any) -> Any:
+        # the exact type: JSON's true is no number
+        if type(value) not in accepted:
+            raise _mismatch(value, expected)
         return value
-    raise ArtifactError(f"{where}: got {type(value).__name__} {str(value)[:60]!r}, expected {_name(hint)}")
+
+    return decode_plain
+
+
+def _tuple_decoder(arguments: tuple[Any, ...], expected: str) -> Decoder:
+    if arguments[-1] is Ellipsis:
+        item = _decoder(arguments[0])
+
+        def decode_all(value: Any) -> Any:
+            if type(value) is not list:
+                raise _mismatch(value, expected)
+            return tuple([_inside(f"[{i}]", item, each) for i, each in enumerate(value)])
+
+        return decode_all
+    items = [_decoder(argument) for argument in arguments]
+
+    def decode_each(value: Any) -> Any:
+        if type(value) is not list or len(value) != len(items):
+            raise _mismatch(value, expected)
+        return tuple([_inside(f"[{i}]", items[i], each) for i, each in enumerate(value)])
+
+    return decode_each
+
+
+def _dataclass_decoder(cls: Any) -> Decoder:
+    hints = typing.get_type_hints(cls)
+    fields = {field.name: _decoder(hints[field.name]) for field in dataclasses.fields(cls)}
+
+    def decode(value: Any) -> Any:
+        if type(value) is not dict:
+            raise _MismatchError(f"got {type(value).__name__}, expected an object")
+        if value.keys() != fields.keys():
+            if unknown := sorted(value.keys() - fields.keys()):
+                raise _MismatchError(f"unknown field {', '.join(unknown)}")
+            raise _MismatchError(f"missing field {', '.join(sorted(fields.keys() - value.keys()))}")
+        return cls(**{name: _inside(f".{name}", field, value[name]) for name, field in fields.items()})
+
+    return decode
 
 
 def from_plain(cls: type[T], value: Any, where: str) -> T:
     """Build the dataclass `cls` from parsed JSON. Raises ArtifactError naming the field that is wrong."""
-    if not isinstance(value, dict):
-        raise ArtifactError(f"{where}: got {type(value).__name__}, expected an object")
-    hints = _fields(cls)  # type: ignore[arg-type]  # mypy doubts that a class is hashable
-    if unknown := sorted(value.keys() - hints.keys()):
-        raise ArtifactError(f"{where}: unknown field {', '.join(unknown)}")
-    if missing := sorted(hints.keys() - value.keys()):
-        raise ArtifactError(f"{where}: missing field {', '.join(missing)}")
-    return cls(**{name: _decode(hint, value[name], f"{where}.{name}") for name, hint in hints.items()})
+    try:
+        result: T = _decoder(cls)(value)  # type: ignore[arg-type]  # mypy doubts that a class is hashable
+    except _MismatchError as error:
+        raise ArtifactError(f"{where}{''.join(reversed(error.path))}: {error}") from error
+    return result

@@ -1,6 +1,5 @@
 """A GE graph as plain data: nodes in execution order with resolved inputs, ready for an executor or for counting."""
 
-import struct
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -42,8 +41,13 @@ class Node:
     op: str
     inputs: tuple[tuple[str, int] | None, ...]
     outputs: int
-    attributes: dict[str, Any]
+    proto: Any
     constant: Constant | None = None
+
+    @cached_property
+    def attributes(self) -> dict[str, Any]:
+        """Plain values of the operator's attributes, converted at first use: loading a graph reads few of them."""
+        return {key: _attribute(value) for key, value in self.proto.attr.items() if not key.startswith("_")}
 
     @property
     def where(self) -> str:
@@ -101,12 +105,12 @@ def _constant(op: Any, where: str) -> Constant:
     return Constant(dtype, shape, tensor.data)
 
 
-def _edge(text: str, where: str) -> tuple[str, int] | None:
+def _edge(text: str, where: str, reader: str) -> tuple[str, int] | None:
     if not text:
         return None
     producer, _, index = text.rpartition(":")
     if not producer or not index.lstrip("-").isdigit():
-        raise ArtifactError(f"{where}: malformed input {text[:80]!r}")
+        raise ArtifactError(f"{where}: {reader}: malformed input {text[:80]!r}")
     return producer, int(index)
 
 
@@ -143,18 +147,14 @@ def read_graph(data: bytes, where: str) -> GeGraph:
     for op in proto.op:
         if op.name in nodes:
             raise ArtifactError(f"{where}: two nodes are called {op.name!r}")
-        try:
-            attributes = {key: _attribute(value) for key, value in op.attr.items() if not key.startswith("_")}
-            nodes[op.name] = Node(
-                name=op.name,
-                op=op.type,
-                inputs=tuple(_edge(text, f"{where}: {op.name}") for text in op.input),
-                outputs=len(op.output_desc),
-                attributes=attributes,
-                constant=_constant(op, where) if op.type == "Const" else None,
-            )
-        except (KeyError, struct.error) as error:
-            raise ArtifactError(f"{where}: node {op.name!r} cannot be read: {error}") from error
+        nodes[op.name] = Node(
+            name=op.name,
+            op=op.type,
+            inputs=tuple([_edge(text, where, op.name) for text in op.input]),
+            outputs=len(op.output_desc),
+            proto=op,
+            constant=_constant(op, where) if op.type == "Const" else None,
+        )
     for node in nodes.values():
         if node.op in INPUT_TYPES and not isinstance(node.attributes.get("index"), int):
             raise ArtifactError(f"{where}: input {node.name!r} has no index")

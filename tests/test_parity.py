@@ -1,0 +1,194 @@
+"""The whole way, against transformers on the same weights: convert, compile, load, generate."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from qwen2vl_tc.runtime import Model, load
+from qwen2vl_tc.runtime.generate import Timings, prefill_prompt
+from qwen2vl_tc.runtime.prompt import Prompt
+from qwen2vl_tc.runtime.vision import segment_ends, vision_positions
+from qwen2vl_tc.toolchain.synthetic import tiny_config, write_checkpoint
+from qwen2vl_tc.toolchain.weights.convert import convert
+
+# fp32 sums of a few hundred products in another order differ by some 1e-6 of logits of order 5; a wrong operator is
+# off by more than 1e-2
+FP32_TOLERANCE = 1e-4
+NEW_TOKENS = 32
+
+SHAPES: dict[str, dict[str, Any]] = {
+    "gqa1_untied": {"num_attention_heads": 4, "num_key_value_heads": 4},
+    "gqa2_tied": {"num_attention_heads": 4, "num_key_value_heads": 2, "tie_word_embeddings": True},
+    "gqa7_untied": {
+        "hidden_size": 112,
+        "intermediate_size": 160,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 7,
+        "num_key_value_heads": 1,
+        "vision": {"depth": 3, "embed_dim": 48, "num_heads": 3},
+    },
+    "wide_vision": {
+        "num_attention_heads": 2,
+        "num_key_value_heads": 1,
+        "num_hidden_layers": 1,
+        "vision": {"depth": 1, "embed_dim": 160, "num_heads": 2, "mlp_ratio": 4},
+    },
+}
+# both layouts of config.json, both namings, one file and several, all meet a shape
+FORMS: dict[str, dict[str, Any]] = {
+    "gqa1_untied": {"layout": "nested", "names": "new"},
+    "gqa2_tied": {"stored_head": True},
+    "gqa7_untied": {"shards": 3},
+    "wide_vision": {"layout": "nested", "shards": 2},
+}
+
+
+def picture(height: int, width: int, seed: int) -> Image.Image:
+    rng = np.random.default_rng(seed)
+    ramp = np.linspace(0, 255, height * width * 3).reshape(height, width, 3)
+    return Image.fromarray(((ramp + rng.integers(0, 64, ramp.shape)) % 256).astype(np.uint8))
+
+
+def messages(pictures: list[Image.Image]) -> list[dict[str, Any]]:
+    content = [{"type": "image", "image": each} for each in pictures]
+    return [{"role": "user", "content": [*content, {"type": "text", "text": "What is in the pictures? Answer."}]}]
+
+
+CASES = {
+    "one_image": [picture(112, 140, 0)],
+    "two_sizes": [picture(84, 196, 1), picture(57, 61, 2)],
+    "text_only": [],
+}
+
+
+class Transformers:
+    """transformers on the checkpoint itself, fed by its own picture processor."""
+
+    def __init__(self, folder: Path, dtype: torch.dtype = torch.float32) -> None:
+        from transformers import Qwen2VLForConditionalGeneration
+        from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
+
+        self.model = Qwen2VLForConditionalGeneration.from_pretrained(folder, dtype=dtype, local_files_only=True).eval()
+        self.processor = Qwen2VLImageProcessorPil.from_pretrained(folder)
+        self.image_token = json.loads((folder / "config.json").read_text())["image_token_id"]
+
+    def inputs(self, prompt: Prompt, pictures: list[Image.Image]) -> dict[str, Any]:
+        ids = torch.from_numpy(prompt.token_ids)[None]
+        found: dict[str, Any] = {
+            "input_ids": ids,
+            "attention_mask": torch.ones_like(ids),
+            "mm_token_type_ids": (ids == self.image_token).long(),
+        }
+        if pictures:
+            pixels = self.processor(images=pictures, return_tensors="pt")
+            found["pixel_values"] = pixels["pixel_values"].to(self.model.dtype)
+            found["image_grid_thw"] = pixels["image_grid_thw"]
+        return found
+
+    def visual(self, inputs: dict[str, Any]) -> torch.Tensor:
+        with torch.no_grad():
+            out = self.model.model.visual(inputs["pixel_values"], grid_thw=inputs["image_grid_thw"])
+        merged: torch.Tensor = out.pooler_output if hasattr(out, "pooler_output") else out
+        return merged
+
+    def greedy(self, inputs: dict[str, Any], count: int) -> tuple[list[int], list[torch.Tensor]]:
+        """New tokens, and the logits that each was chosen from."""
+        with torch.no_grad():
+            out = self.model.generate(
+                **inputs,
+                max_new_tokens=count,
+                do_sample=False,
+                repetition_penalty=1.0,
+                output_logits=True,
+                return_dict_in_generate=True,
+            )
+        return out.sequences[0, inputs["input_ids"].shape[1] :].tolist(), [step[0] for step in out.logits]
+
+
+def our_logits(model: Model, prompt: Prompt, tokens: list[int]) -> list[np.ndarray]:
+    """Logits of the prompt's last position and of every teacher-forced token."""
+    backend = model.backend
+    cache = backend.allocate(1)
+    step = prefill_prompt(backend, cache, 0, prompt, model.processor.config.vision.spatial_merge_size, Timings())
+    found = [backend.logits(step)[0]]
+    for i, token in enumerate(tokens):
+        at = np.array([len(prompt.token_ids) + i], np.int64)
+        step = backend.decode(cache, backend.begin(cache, np.array([token]), at, at + prompt.delta), [int(at[0]) + 1])
+        found.append(backend.logits(step)[0])
+    return found
+
+
+def visual_output(model: Model, prompt: Prompt) -> np.ndarray:
+    merge = model.processor.config.vision.spatial_merge_size
+    positions = vision_positions(prompt.grids, merge)
+    embeds = model.backend.visual(prompt.patches, positions, segment_ends(prompt.grids))
+    result: np.ndarray = embeds.tensor.float().numpy()
+    return result
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_every_graph_agrees_with_transformers_in_fp32(build: Any, shape: str) -> None:
+    source, artifact = build(shape, tiny_config(**SHAPES[shape]), **FORMS[shape])
+    model, oracle = load(artifact), Transformers(source)
+    for pictures in CASES.values():
+        prompt = model.processor.prepare(messages(pictures))
+        inputs = oracle.inputs(prompt, pictures)
+        if pictures:
+            assert np.abs(visual_output(model, prompt) - oracle.visual(inputs).numpy()).max() < FP32_TOLERANCE
+        tokens, logits = oracle.greedy(inputs, NEW_TOKENS)
+        assert 1 < np.std(logits[0].numpy()) < 25, "logits of the order that real models have"
+        for ours, theirs in zip(our_logits(model, prompt, tokens[:-1]), logits, strict=True):
+            assert np.abs(ours - theirs.numpy()).max() < FP32_TOLERANCE
+        answer = model.generate(messages(pictures), max_new_tokens=NEW_TOKENS)
+        assert list(answer.token_ids) == tokens
+
+
+@pytest.mark.parametrize("dtype", ["bf16", "fp16"])
+def test_half_precision_is_no_worse_than_that_of_transformers(build: Any, tmp_path: Path, dtype: str) -> None:
+    """Both against fp32 transformers on the rounded weights; RMS over five random models.
+
+    1.5 allows for noise between five samples: both round at about the same places.
+    """
+    torch_dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}[dtype]
+    ours: list[np.ndarray] = []
+    theirs: list[np.ndarray] = []
+    config = tiny_config(hidden_size=128, intermediate_size=256, num_hidden_layers=4)
+    _, artifact = build(dtype, config, dtype=dtype)
+    for seed in range(5):
+        # one set of graphs serves every set of weights: convert replaces only its own part
+        source = write_checkpoint(tmp_path / str(seed), config, seed=seed, dtype=dtype, tokenizer=True)
+        convert(source, artifact, dtype, sync=False)
+        model, exact, half = load(artifact), Transformers(source), Transformers(source, torch_dtype)
+        pictures = CASES["one_image"]
+        prompt = model.processor.prepare(messages(pictures))
+        tokens, logits = exact.greedy(exact.inputs(prompt, pictures), 8)
+        forced = our_logits(model, prompt, tokens[:-1])
+        their_logits = teacher_forced(half, prompt, pictures, tokens)
+        for a, b, c in zip(forced, their_logits, logits, strict=True):
+            ours.append(a - c.numpy())
+            theirs.append(b.float().numpy() - c.numpy())
+    ratio = np.sqrt(np.mean(np.square(ours)) / np.mean(np.square(theirs)))
+    print(f"{dtype}: RMS error {ratio:.2f} times that of transformers in {dtype}")
+    assert ratio < 1.5
+
+
+def teacher_forced(
+    oracle: Transformers, prompt: Prompt, pictures: list[Image.Image], tokens: list[int]
+) -> list[torch.Tensor]:
+    """transformers' logits at the prompt's last position and after each token but the last, in one full pass."""
+    inputs = oracle.inputs(prompt, pictures)
+    ids = torch.cat([inputs["input_ids"], torch.tensor([tokens[:-1]])], 1)
+    whole = {
+        **inputs,
+        "input_ids": ids,
+        "attention_mask": torch.ones_like(ids),
+        "mm_token_type_ids": (ids == oracle.image_token).long(),
+    }
+    with torch.no_grad():
+        logits = oracle.model(**whole).logits[0]
+    return list(logits[len(prompt.token_ids) - 1 :])
