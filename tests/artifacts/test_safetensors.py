@@ -23,7 +23,11 @@ def file_of(entries: Any, data: bytes = b"", padding: int = 0) -> bytes:
 
 
 def test_what_the_library_writes_is_read() -> None:
-    arrays = {"b": np.arange(6, dtype=np.float32).reshape(2, 3), "a": np.ones((), np.float16), "c": np.ones(0, np.int8)}
+    arrays: dict[str, np.ndarray] = {
+        "b": np.arange(6, dtype=np.float32).reshape(2, 3),
+        "a": np.ones((), np.float16),
+        "c": np.ones(0, np.int8),
+    }
     data = save(arrays, metadata={"format": "pt"})
     infos = read_header(data, "file")
     assert {i.name: i.shape for i in infos} == {name: array.shape for name, array in arrays.items()}

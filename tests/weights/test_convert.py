@@ -394,7 +394,7 @@ def test_a_disk_that_fills_up_is_one_error_and_the_next_run_resumes(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     checkpoint(tmp_path / "hf")
-    write = convert_module.write_shard
+    write = stream.write_shard
     calls = []
 
     def fill_up(*arguments: Any) -> tuple[int, str]:
