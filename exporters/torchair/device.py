@@ -6,8 +6,10 @@ import difflib
 import importlib.metadata
 import io
 import os
+import signal
 import sys
 import tempfile
+import threading
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -113,7 +115,7 @@ def _load(path: Path) -> ctypes.CDLL:
 def _import_and_open() -> tuple[str, str]:
     """Import the vendor packages and make the first allocation; returns the names of the SoC and of CANN's version."""
     try:
-        with _without_noise():
+        with _without_noise(), _own_signal_handlers():
             import torch
             import torch_npu
             import torchair  # noqa: F401  # registers the "npu" backend of torch.compile
@@ -126,6 +128,20 @@ def _import_and_open() -> tuple[str, str]:
     except Exception as error:  # torch-npu raises Exception itself when it finds CANN's folders wanting
         where = "emulated NPU" if emulated() else "NPU"
         raise TargetError(f"the {where} does not open: {error}") from error
+
+
+@contextlib.contextmanager
+def _own_signal_handlers() -> Iterator[None]:
+    """Undo what importing torchair does to Ctrl-C and SIGTERM: its handlers kill the process where it stands."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 @contextlib.contextmanager
