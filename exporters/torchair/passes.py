@@ -6,20 +6,11 @@ Every pass keeps the graph's outputs and in-place writes equal, bit for bit; tes
 from collections.abc import Callable, Iterable
 from typing import Any
 
-# In-place operators: their effect is a write, so they live even where nothing reads their output.
-WRITES = frozenset({"Scatter", "ScatterNdUpdate", "ScatterPaKvCache"})
-_INPUTS = ("Data", "RefData")
+from ...artifacts.ge_ops import Op, count_kinds, live_ops
 
 
 def _producer(edge: str) -> str:
     return edge.rpartition(":")[0]
-
-
-def _writes_input(op: Any, by_name: dict[str, Any]) -> bool:
-    """Whether an in-place operator writes into an input of the graph, so that the caller sees it."""
-    while op is not None and op.type in WRITES:
-        op = by_name.get(_producer(op.input[0]))
-    return op is not None and op.type in _INPUTS
 
 
 def _keep(graph: Any, names: Iterable[str]) -> None:
@@ -32,20 +23,8 @@ def _keep(graph: Any, names: Iterable[str]) -> None:
 
 def remove_dead_ops(graph: Any) -> None:
     """Drop operators that neither reach NetOutput nor write into an input. Inputs stay: they are the signature."""
-    by_name = {op.name: op for op in graph.op}
-    live: set[str] = set()
-    open_names = [
-        op.name
-        for op in graph.op
-        if op.type in (*_INPUTS, "NetOutput") or (op.type in WRITES and _writes_input(op, by_name))
-    ]
-    while open_names:
-        name = open_names.pop()
-        if name in live:
-            continue
-        live.add(name)
-        open_names += [_producer(edge) for edge in by_name[name].input if edge]
-    _keep(graph, live)
+    ops = (Op(op.name, op.type, tuple(_producer(edge) or None for edge in op.input)) for op in graph.op)
+    _keep(graph, live_ops(ops))
 
 
 def merge_equal_constants(graph: Any) -> None:
@@ -79,18 +58,5 @@ def run_passes(graph: Any, names: Iterable[str]) -> None:
 
 
 def count_ops(graph: Any) -> dict[str, int]:
-    """Operators by kind: total; device (kernels); shape (arithmetic on shapes); data (inputs, constants, output) and
-    layout (Reshape and the like, which move no bytes)."""
-    kinds = {kind: name for name, group in _KINDS.items() for kind in group}
-    counts = dict.fromkeys(("total", "device", "shape", "layout", "data"), 0)
-    for op in graph.op:
-        counts["total"] += 1
-        counts[kinds.get(op.type, "device")] += 1
-    return counts
-
-
-_KINDS = {
-    "data": ("Data", "RefData", "Const", "NetOutput"),
-    "shape": ("Shape", "Gather", "Pack"),
-    "layout": ("Reshape", "Unsqueeze", "Squeeze", "Identity"),
-}
+    """Operators by kind, as `artifacts.ge_ops` tells them apart."""
+    return count_kinds(op.type for op in graph.op)
