@@ -10,6 +10,8 @@ import os
 import sys
 from pathlib import Path
 
+from .errors import TargetError
+
 AUTOLOAD_VARIABLE = "TORCH_DEVICE_BACKEND_AUTOLOAD"
 # The two libraries of CANN that `import torch_npu` needs first.
 CANN_LIBRARIES = ("libascendcl.so", "libhccl.so")
@@ -56,3 +58,15 @@ def cann_problem() -> str | None:
 def emulated() -> bool:
     """Whether this process has loaded our stand-ins for CANN: its "npu" device then is host memory without kernels."""
     return hasattr(ctypes.CDLL(None), STUB_MARKER)
+
+
+def cache_home() -> Path:
+    """Our folder in the user's cache. Raises TargetError when there is no home folder."""
+    base = os.environ.get("XDG_CACHE_HOME", "")
+    # the XDG specification: a relative path is invalid and to be ignored
+    if not os.path.isabs(base):
+        try:
+            base = str(Path.home() / ".cache")
+        except RuntimeError as error:
+            raise TargetError("no home folder to keep compiled files in; set XDG_CACHE_HOME to a folder") from error
+    return Path(base) / "qwen2vl-tc"

@@ -7,7 +7,7 @@ from types import TracebackType
 
 from .errors import ArtifactError
 from .integrity import OpenedFile, hash_bytes, open_inside
-from .manifest import MANIFEST_NAME, FileEntry, Manifest, manifest_from_bytes
+from .manifest import MANIFEST_NAME, FileEntry, GePart, Manifest, manifest_from_bytes
 
 _MAX_MANIFEST_BYTES = 64 << 20
 _REPLACED_TRIES = 5
@@ -148,3 +148,15 @@ def read_manifest(path: "Path | str") -> Manifest:
         return manifest_from_bytes(_read_manifest_bytes(folder_fd, resolved), f"{resolved}/{MANIFEST_NAME}")
     finally:
         os.close(folder_fd)
+
+
+def ge_part(manifest: Manifest, path: Path) -> GePart:
+    """The GE graphs of the artifact at `path`. Raises ArtifactError if it has none, or none for its weights."""
+    part = manifest.ge
+    if part is None:
+        raise ArtifactError(f"{path}: has no GE graphs; run `qwen2vl-tc compile {path}`")
+    if manifest.weights is not None and manifest.weights.dtype != part.dtype:
+        raise ArtifactError(
+            f"{path}: weights are {manifest.weights.dtype}, graphs {part.dtype}; run `qwen2vl-tc compile {path}`"
+        )
+    return part

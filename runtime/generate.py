@@ -1,6 +1,7 @@
 """The generation loop: prefill, then decode one token at a time, over whatever engine is loaded."""
 
 import time
+from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -84,16 +85,19 @@ def greedy(
 
     Tokens stay on the device from step to step; the host only reads them.
     """
-    (token,) = backend.tokens(first)[:1]
-    yield int(token)
     length = len(prompt.token_ids)
-    step: Step | None = None
-    for made in range(1, count):
-        if int(token) in ends:
+    at = np.array([length], np.int64)
+    step = backend.begin(cache, first, at, at + prompt.delta) if count > 1 else first
+    waiting, launched = deque([first]), 1
+    while True:
+        # without run-ahead a step starts only here, once the token before it is known not to end the answer
+        while launched < count and len(waiting) <= backend.run_ahead:
+            step = backend.decode(cache, step, [length + launched])
+            waiting.append(step)
+            launched += 1
+        if not waiting:
             return
-        if step is None:
-            at = np.array([length], np.int64)
-            step = backend.begin(cache, np.array([token], np.int64), at, at + prompt.delta)
-        step = backend.decode(cache, step, [length + made])
-        (token,) = backend.tokens(step)[:1]
-        yield int(token)
+        token = int(backend.tokens(waiting.popleft())[0])
+        yield token
+        if token in ends:
+            return

@@ -4,8 +4,8 @@ import importlib.util
 from pathlib import Path
 
 from ..artifacts.errors import ArtifactError, MissingDependencyError, TargetError
-from ..artifacts.process import npu_usable, prepare_process
-from ..artifacts.store import Artifact, open_artifact
+from ..artifacts.process import cann_problem, npu_count, npu_usable, prepare_process
+from ..artifacts.store import Artifact, ge_part, open_artifact
 from .backends.base import Backend
 from .integrity import WeightCheck
 from .memory import check_fits, soc_memory
@@ -18,8 +18,8 @@ BACKENDS = ("reference", "onnxruntime", "npu")
 def load(path: str | Path, backend: str | None = None) -> Model:
     """Open an artifact and make it ready to generate; nothing is traced and nothing in it is changed.
 
-    backend: "reference" runs the GE graphs on CPU; "onnxruntime" and "npu" are not built yet and say so. None takes the
-    best that can run here; `model.reason` says which and why.
+    backend: "npu" runs the GE graphs on NPU 0, "reference" on CPU; "onnxruntime" is not built yet and says so. None
+    takes the best that can run here; `model.reason` says which and why.
     Raises ArtifactError for a damaged or unfit artifact, TargetError when it cannot run on this machine and
     MissingDependencyError when an engine is not installed.
     """
@@ -50,24 +50,36 @@ def open_processor(artifact: Artifact) -> Processor:
 def _choose(artifact: Artifact, wanted: str | None) -> tuple[str, str]:
     if wanted is not None and wanted not in BACKENDS:
         raise TargetError(f"backend {wanted!r}: expected one of {', '.join(BACKENDS)}")
-    part = artifact.manifest.ge
-    if wanted == "npu":
-        memory = soc_memory(part.soc) if part else None
-        if part and memory is not None:
-            check_fits(artifact.manifest, part, memory)
-        raise TargetError("backend npu is not built yet in this version; use --backend reference")
     if wanted == "onnxruntime":
         raise TargetError("backend onnxruntime is not built yet in this version; use --backend reference")
-    if wanted == "reference":
-        return "reference", "asked for"
+    if wanted == "npu":
+        part = ge_part(artifact.manifest, artifact.path)
+        memory = soc_memory(part.soc)
+        # said even where there is no NPU: it is a property of the artifact
+        if memory is not None:
+            check_fits(artifact.manifest, part, memory)
+        if not npu_usable():
+            raise TargetError(f"backend npu: {_no_npu()}; use --backend reference, or run on an NPU host")
+    if wanted is not None:
+        return wanted, "asked for"
     if npu_usable():
-        return "reference", "an NPU is here, but the npu backend is not built yet in this version"
-    return "reference", "no NPU is here; the GE graphs run on CPU"
+        return "npu", "an NPU is here"
+    return "reference", f"{_no_npu()}; the GE graphs run on CPU"
+
+
+def _no_npu() -> str:
+    if not npu_count():
+        return "no NPU is here"
+    return f"an NPU is here, but CANN does not load ({cann_problem()})"
 
 
 def _engine(name: str, artifact: Artifact) -> Backend:
     if importlib.util.find_spec("torch") is None:
         raise MissingDependencyError(f"backend {name} needs torch; pip install 'qwen2vl-tc[{name}]'")
+    if name == "npu":
+        from .backends.npu import NpuBackend
+
+        return NpuBackend(artifact, check_weights=False)
     from .backends.reference import ReferenceBackend
 
     return ReferenceBackend(artifact, check_weights=False)

@@ -37,6 +37,8 @@ class Backend(ABC):
 
     name: str
     device: str
+    # decode steps worth having in flight before the host reads the oldest token; 0 where running is synchronous
+    run_ahead: int = 0
 
     @abstractmethod
     def allocate(self, rows: int) -> Any:
@@ -56,8 +58,8 @@ class Backend(ABC):
         """
 
     @abstractmethod
-    def begin(self, cache: Any, tokens: Ints, cache_index: Ints, positions: Ints) -> Step:
-        """Device inputs of the first decode step, one value a row."""
+    def begin(self, cache: Any, tokens: Ints | Step, cache_index: Ints, positions: Ints) -> Step:
+        """Device inputs of the first decode step, one value a row; the token of a lone row may stay on the device."""
 
     @abstractmethod
     def decode(self, cache: Any, step: Step, kv_lengths: list[int]) -> Step:

@@ -19,6 +19,7 @@ import tempfile
 from pathlib import Path
 
 from ....artifacts.errors import MissingDependencyError, TargetError
+from ....artifacts.process import cache_home
 from .elf import SharedLibrary, read_library
 
 HERE = Path(__file__).parent
@@ -93,14 +94,7 @@ def known_socs(folder: Path) -> list[str]:
 
 def cache_folder() -> Path:
     """Where the stubs of all versions live. Raises TargetError when there is no home folder."""
-    base = os.environ.get("XDG_CACHE_HOME", "")
-    # the XDG specification: a relative path is invalid and to be ignored
-    if not os.path.isabs(base):
-        try:
-            base = str(Path.home() / ".cache")
-        except RuntimeError as error:
-            raise TargetError("no home folder to keep compiled files in; set XDG_CACHE_HOME to a folder") from error
-    return Path(base) / "qwen2vl-tc" / "cann-stubs"
+    return cache_home() / "cann-stubs"
 
 
 def find_compiler() -> list[str]:

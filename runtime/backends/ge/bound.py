@@ -13,10 +13,10 @@ from torch import Tensor
 
 from ....artifacts.binding import CACHE, CONSTANT, LENGTHS, PARAMETER, Binding, BoundInput, binding_from_bytes
 from ....artifacts.errors import ArtifactError, RequestError
-from ....artifacts.manifest import FileEntry, GePart
+from ....artifacts.manifest import FileEntry
 from ....artifacts.parameters import FP32, parameters
 from ....artifacts.safetensors import read_header
-from ....artifacts.store import Artifact
+from ....artifacts.store import Artifact, ge_part
 from ..base import Backend, Embeds, Ints, Step
 from .operators import TORCH_DTYPES
 
@@ -121,6 +121,19 @@ class BoundGraph:
                 found.append(self._fitting(bound, arguments[bound.name]))
         return found
 
+    def examples(self, device: str) -> list[Tensor]:
+        """Inputs of the right places and formats, with 1 for every dynamic size: what GE wants to see once."""
+        return [
+            torch.empty(
+                [1 if size == -1 else size for size in bound.shape],
+                dtype=TORCH_DTYPES[bound.dtype],
+                device="cpu" if bound.host else device,
+            )
+            if fixed is None
+            else fixed
+            for bound, fixed in zip(self.binding.inputs, self._fixed, strict=True)
+        ]
+
     def _fitting(self, bound: BoundInput, tensor: Tensor) -> Tensor:
         sizes = zip(tensor.shape, bound.shape, strict=False)
         if tensor.dim() != len(bound.shape) or any(wanted not in (-1, got) for got, wanted in sizes):
@@ -134,7 +147,7 @@ class GeBackend(Backend):
     """Everything about GE graphs but their execution, which a subclass brings for its device."""
 
     def __init__(self, artifact: Artifact, check_weights: bool = True) -> None:
-        part = ge_part(artifact)
+        part = ge_part(artifact.manifest, artifact.path)
         self._part = part
         self._model = artifact.manifest.model
         self._where = str(artifact.path)
@@ -223,12 +236,16 @@ class GeBackend(Backend):
         outputs = self._run("prefill", arguments, {"kv_lengths": [start + count]}, cache.row(row))
         return Step(outputs["next_token"], outputs["logits"])
 
-    def begin(self, cache: Cache, tokens: Ints, cache_index: Ints, positions: Ints) -> Step:
+    def begin(self, cache: Cache, tokens: Ints | Step, cache_index: Ints, positions: Ints) -> Step:
         def padded(values: Ints) -> Tensor:
             # rows that the batch has and the request has not repeat the last one's values into their own cache row
             return self.to_device(np.pad(values, (0, cache.rows - len(values)), mode="edge"))
 
-        return Step(padded(tokens), None, padded(cache_index), padded(positions))
+        if isinstance(tokens, Step):
+            token_ids = tokens.next_token if cache.rows == 1 else padded(self.tokens(tokens))
+        else:
+            token_ids = padded(tokens)
+        return Step(token_ids, None, padded(cache_index), padded(positions))
 
     def decode(self, cache: Cache, step: Step, kv_lengths: list[int]) -> Step:
         arguments = {"token_ids": step.next_token, "cache_index": step.cache_index, "positions": step.positions}
@@ -243,17 +260,3 @@ class GeBackend(Backend):
     def logits(self, step: Step) -> NDArray[np.float32]:
         logits: NDArray[np.float32] = step.logits.cpu().float().numpy()
         return logits
-
-
-def ge_part(artifact: Artifact) -> GePart:
-    """The artifact's GE graphs. Raises ArtifactError if it has none."""
-    part = artifact.manifest.ge
-    if part is None:
-        raise ArtifactError(f"{artifact.path}: has no GE graphs; run `qwen2vl-tc compile {artifact.path}`")
-    weights = artifact.manifest.weights
-    if weights is not None and weights.dtype != part.dtype:
-        raise ArtifactError(
-            f"{artifact.path}: weights are {weights.dtype}, graphs {part.dtype}; "
-            f"run `qwen2vl-tc compile {artifact.path}`"
-        )
-    return part

@@ -1,0 +1,216 @@
+"""The NPU backend end to end on the emulated device, and what it refuses."""
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from helpers.emulated_npu import DeviceWork, emulated_npu, load_on_npu
+from PIL import Image
+
+from qwen2vl_tc.artifacts.errors import TargetError
+from qwen2vl_tc.artifacts.store import Artifact
+from qwen2vl_tc.runtime import Model, load
+from qwen2vl_tc.runtime.backends import npu
+from qwen2vl_tc.runtime.generate import Timings, greedy, prefill_prompt
+from qwen2vl_tc.toolchain.synthetic import tiny_config
+
+
+@pytest.fixture(scope="module")
+def artifact(build: Any) -> Path:
+    _, path = build("npu", tiny_config(tie_word_embeddings=True), batches=(1, 3))
+    assert isinstance(path, Path)
+    return path
+
+
+@pytest.fixture
+def model(artifact: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Any:
+    with emulated_npu(monkeypatch, tmp_path):
+        yield load_on_npu(artifact)
+
+
+def question(pictures: int) -> list[dict[str, Any]]:
+    images = [Image.new("RGB", (56 + 28 * i, 84), (200, 40 * i, 90)) for i in range(pictures)]
+    content = [{"type": "image", "image": image} for image in images]
+    return [{"role": "user", "content": [*content, {"type": "text", "text": "What colours are these?"}]}]
+
+
+@pytest.mark.parametrize("pictures", [0, 1, 2])
+def test_the_npu_backend_gives_the_reference_backends_tokens(model: Model, artifact: Path, pictures: int) -> None:
+    expected = load(artifact, backend="reference").generate(question(pictures), max_new_tokens=24)
+    assert model.generate(question(pictures), max_new_tokens=24).token_ids == expected.token_ids
+    assert model.backend.device == "npu:0"
+
+
+def decode_counts(model: Model, steps: int) -> DeviceWork:
+    """Device work outside graphs of a greedy loop of `steps` tokens, prefill left out."""
+    backend = model.backend
+    prompt = model.processor.prepare(question(1))
+    cache = backend.allocate(1)
+    first = prefill_prompt(backend, cache, 0, prompt, 2, Timings())
+    work = DeviceWork()
+    with work:
+        made = list(greedy(backend, cache, first, prompt, steps, frozenset()))
+    assert len(made) == steps
+    return work
+
+
+def test_a_decoded_token_costs_no_kernel_and_one_copy_to_the_host(model: Model) -> None:
+    few, many = decode_counts(model, 10), decode_counts(model, 30)
+    assert not [name for name in many.counts if name.startswith("kernel")]
+    assert many.counts["to_host"] - few.counts["to_host"] == 20, "one deferrable read a token"
+    assert many.counts["to_device"] == few.counts["to_device"], "nothing is sent to the device per token"
+
+
+def test_the_counter_sees_a_kernel_and_a_second_copy(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The test above can fail: one more read or one eager operator a token is counted."""
+    backend: Any = model.backend
+    original = backend.tokens
+
+    def reads_logits_too(step: Any) -> Any:
+        step.logits.cpu()
+        with pytest.raises(RuntimeError):
+            step.next_token + 1  # the emulated device has no kernels; being asked is what counts
+        return original(step)
+
+    monkeypatch.setattr(backend, "tokens", reads_logits_too)
+    few, many = decode_counts(model, 10), decode_counts(model, 30)
+    assert many.counts["to_host"] - few.counts["to_host"] == 40
+    assert many.counts["kernel add"] - few.counts["kernel add"] == 20
+
+
+def test_steps_run_ahead_of_the_host_by_the_stated_number(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    backend: Any = model.backend
+    events: list[str] = []
+    for name in ("decode", "tokens"):
+        original = getattr(backend, name)
+
+        def record(*args: Any, name: str = name, original: Any = original) -> Any:
+            events.append(name)
+            return original(*args)
+
+        monkeypatch.setattr(backend, name, record)
+    prompt = model.processor.prepare(question(0))
+    cache = backend.allocate(1)
+    first = prefill_prompt(backend, cache, 0, prompt, 2, Timings())
+    list(greedy(backend, cache, first, prompt, 6, frozenset()))
+    assert npu.RUN_AHEAD == 2
+    assert events[:4] == ["decode", "decode", "tokens", "decode"]
+    assert (events.count("decode"), events.count("tokens")) == (5, 6)
+
+
+def test_an_answer_that_ends_early_is_not_continued(model: Model) -> None:
+    backend = model.backend
+    prompt = model.processor.prepare(question(0))
+
+    def tokens(ends: frozenset[int]) -> list[int]:
+        cache = backend.allocate(1)
+        first = prefill_prompt(backend, cache, 0, prompt, 2, Timings())
+        return list(greedy(backend, cache, first, prompt, 12, ends))
+
+    free = tokens(frozenset())
+    assert tokens(frozenset({free[4]})) == free[: free.index(free[4]) + 1]
+
+
+def test_a_batch_decodes_rows_of_unequal_length_like_each_alone(model: Model) -> None:
+    backend = model.backend
+    prompts = [model.processor.prepare(question(n)) for n in (1, 0, 2)]
+    alone = []
+    for prompt in prompts:
+        cache = backend.allocate(1)
+        first = prefill_prompt(backend, cache, 0, prompt, 2, Timings())
+        alone.append(list(greedy(backend, cache, first, prompt, 9, frozenset())))
+    cache = backend.allocate(3)
+    firsts = [prefill_prompt(backend, cache, row, prompt, 2, Timings()) for row, prompt in enumerate(prompts)]
+    rows = [[int(backend.tokens(first)[0])] for first in firsts]
+    lengths = np.array([len(prompt.token_ids) for prompt in prompts])
+    positions = lengths + np.array([prompt.delta for prompt in prompts])
+    step = backend.begin(cache, np.array([row[0] for row in rows]), lengths, positions)
+    for made in range(1, 9):
+        step = backend.decode(cache, step, [int(n) + made for n in lengths])
+        for row, token in zip(rows, backend.tokens(step), strict=True):
+            row.append(int(token))
+    assert rows == alone
+
+
+def test_graphs_get_a_compile_cache_outside_the_artifact(model: Model, artifact: Path, tmp_path: Path) -> None:
+    from torchair.core._backend import TorchNpuGraph
+
+    before = sorted(path.name for path in artifact.rglob("*"))
+    backend: Any = model.backend
+    for name, graph in backend._graphs.items():
+        assert isinstance(graph._executor, TorchNpuGraph)
+        options = graph._executor.options
+        assert options["ge.graph_key"] == name
+        assert Path(options["ge.graph_compiler_cache_dir"]).is_relative_to(tmp_path)
+        assert set(options["frozenInput"].split(",")) == {"0", "1"}
+    assert sorted(path.name for path in artifact.rglob("*")) == before
+
+
+def test_parameters_keep_one_address_and_are_parameters(model: Model) -> None:
+    backend: Any = model.backend
+    fixed = {
+        id(tensor): tensor.data_ptr()
+        for bound in backend._bound.values()
+        for tensor in bound._fixed
+        if tensor is not None
+    }
+    model.generate(question(1), max_new_tokens=4)
+    for bound in backend._bound.values():
+        for tensor in bound._fixed:
+            if tensor is not None:
+                assert isinstance(tensor, torch.nn.Parameter)
+                assert fixed[id(tensor)] == tensor.data_ptr()
+
+
+def changed(artifact: Artifact, **fields: Any) -> Artifact:
+    part = artifact.manifest.ge
+    assert part is not None
+    manifest = dataclasses.replace(artifact.manifest, ge=dataclasses.replace(part, **fields))
+    return Artifact(artifact.path, manifest, artifact.manifest_hash, artifact._files)
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"soc": "Ascend310P3"}, "compiled for Ascend310P3, this device is Ascend910B2; compile it again with --soc"),
+        ({"versions": {"torch-npu": "2.5.1"}}, "compiled with torch-npu 2.5.1, installed is"),
+        ({"max_length": 10**12}, "needs .* GB of device memory .* compile with --max-length"),
+    ],
+)
+def test_what_cannot_run_here_is_refused_before_device_memory_is_taken(
+    model: Model, monkeypatch: pytest.MonkeyPatch, fields: dict[str, Any], message: str
+) -> None:
+    taken: list[Any] = []
+    monkeypatch.setattr(npu.NpuBackend, "place", lambda *args: taken.append(args))
+    with pytest.raises(TargetError, match=message):
+        npu.NpuBackend(changed(model.artifact, **fields))
+    assert not taken
+
+
+def test_another_chip_of_the_same_family_is_accepted(model: Model) -> None:
+    assert npu.NpuBackend(changed(model.artifact, soc="Ascend910B4")).name == "npu"
+
+
+def test_the_emulated_device_never_counts_as_an_npu(model: Model, artifact: Path) -> None:
+    assert load(artifact).backend.name == "reference"
+    with pytest.raises(TargetError, match="no NPU is here"):
+        load(artifact, backend="npu")
+
+
+def test_a_model_too_large_for_one_device_is_refused_by_name(artifact: Path) -> None:
+    from qwen2vl_tc.artifacts.config import model_config_from_hf
+    from qwen2vl_tc.artifacts.manifest import empty_manifest
+    from qwen2vl_tc.artifacts.store import read_manifest
+    from qwen2vl_tc.runtime.memory import check_fits
+    from qwen2vl_tc.toolchain.synthetic import published
+
+    part = read_manifest(artifact).ge
+    assert part is not None
+    part = dataclasses.replace(part, dtype="bf16", max_length=8192, batches=(1,))
+    manifest = empty_manifest("qwen2-vl-72b", model_config_from_hf(published("72b")))
+    with pytest.raises(TargetError, match=r"qwen2-vl-72b needs 149\.5 GB of device memory .* weights alone do not fit"):
+        check_fits(manifest, part, 64 << 30)
+    check_fits(empty_manifest("qwen2-vl-7b", model_config_from_hf(published("7b"))), part, 64 << 30)
