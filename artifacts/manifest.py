@@ -94,6 +94,30 @@ class GePart:
 
 
 @dataclass(frozen=True)
+class AirGraph:
+    """One offline model, graphs/air/<name>/<name>.air. `source` is the hash of the GE graph that it was made from.
+
+    inputs are in the order of the model's indices: run-time arguments, then the parts of the KV cache.
+    """
+
+    name: str
+    source: str
+    model: FileEntry
+    inputs: tuple[Tensor, ...]
+    outputs: tuple[Tensor, ...]
+
+
+@dataclass(frozen=True)
+class AirPart:
+    """What `compile --mode air` wrote; its constants stay in the files of `weights` and `ge`."""
+
+    graphs: tuple[AirGraph, ...]
+
+    def files(self) -> list[FileEntry]:
+        return [graph.model for graph in self.graphs]
+
+
+@dataclass(frozen=True)
 class Manifest:
     """The whole artifact. `verification` is "passed", "skipped" or "none"; its figures stand in reports/verify.json."""
 
@@ -103,6 +127,7 @@ class Manifest:
     model: ModelConfig
     weights: WeightsPart | None
     ge: GePart | None
+    air: AirPart | None
     processor: tuple[FileEntry, ...]
     reports: tuple[FileEntry, ...]
     verification: str
@@ -114,6 +139,8 @@ class Manifest:
             found += self.weights.files
         if self.ge:
             found += self.ge.files()
+        if self.air:
+            found += self.air.files()
         return found
 
     def to_bytes(self) -> bytes:
@@ -122,7 +149,7 @@ class Manifest:
 
 def empty_manifest(name: str, model: ModelConfig) -> Manifest:
     """A manifest with no part built yet."""
-    return Manifest(SCHEMA_VERSION, HASH_NAME, name, model, None, None, (), (), "none")
+    return Manifest(SCHEMA_VERSION, HASH_NAME, name, model, None, None, None, (), (), "none")
 
 
 def manifest_from_bytes(data: bytes, where: str) -> Manifest:
