@@ -1,0 +1,341 @@
+"""The command line: parses, calls the functions that do the work, and prints what they return.
+
+Every command imports what it needs when it runs: `--help` stays fast, and nothing imports torch before main() has
+prepared the process.
+"""
+
+import dataclasses
+from importlib.metadata import version
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from ..artifacts.errors import ConfigError
+from ..artifacts.process import prepare_process
+from .cli_errors import FAILED, Commands
+from .cli_values import batches, chat_messages, check_mode, check_source, config_file, dump, passes
+from .compile import DEFAULT_MAX_LENGTH, DEFAULT_SOC
+
+DEBUG_VARIABLE = "QWEN2VL_TC_DEBUG"
+
+app = typer.Typer(
+    cls=Commands,
+    name="qwen2vl-tc",
+    help="Compile Qwen2-VL for Ascend NPUs, ahead of time: from a Hugging Face checkpoint to one artifact that loads "
+    "and generates without tracing anything.",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode="rich",
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+
+def main() -> None:
+    """The console script."""
+    prepare_process()
+    app()
+
+
+def _examples(*lines: str) -> str:
+    """An epilog with one line each; typer keeps line breaks between paragraphs only, and reads brackets as markup."""
+    return "\n\n".join(["[bold]Examples[/bold]", *(line.replace("[", "\\[") for line in lines)])
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"qwen2vl-tc {version('qwen2vl-tc')}")
+        raise typer.Exit
+
+
+@app.callback(
+    epilog=_examples(
+        "qwen2vl-tc demo",
+        "qwen2vl-tc build --src Qwen2-VL-7B-Instruct --out qwen2-vl-7b.artifact",
+        "qwen2vl-tc generate qwen2-vl-7b.artifact --image cat.jpg --prompt 'What is this?'",
+    )
+)
+def _root(
+    debug: Annotated[
+        bool, typer.Option("--debug", envvar=DEBUG_VARIABLE, help="Show the traceback of an error.")
+    ] = False,
+    show_version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Show the version and exit.")
+    ] = False,
+) -> None:
+    pass
+
+
+Src = Annotated[
+    Path,
+    typer.Option("--src", metavar="DIR", help="The Hugging Face checkpoint: config.json, *.safetensors, tokenizer."),
+]
+OptionalArtifact = Annotated[
+    Path | None, typer.Argument(metavar="[ARTIFACT]", help="Default: the only artifact in the current folder.")
+]
+Artifact = Annotated[Path, typer.Argument(metavar="ARTIFACT", help="The artifact's folder.")]
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON object instead.")]
+NoSync = Annotated[
+    bool, typer.Option("--no-sync", help="Do not wait until all is on the disk: faster, and not safe in a power cut.")
+]
+Dtype = Annotated[
+    str | None, typer.Option("--dtype", metavar="bf16|fp16|fp32", help="Default: the dtype of the weights.")
+]
+Mode = Annotated[
+    str,
+    typer.Option(
+        "--mode", metavar="dynamo|onnx|air", help="dynamo: GE graphs for torchair. onnx and air are not built yet."
+    ),
+]
+Soc = Annotated[str, typer.Option("--soc", metavar="NAME", help="The SoC to compile for; none needs to be here.")]
+MaxLength = Annotated[
+    int, typer.Option("--max-length", metavar="N", help="Tokens that the KV cache holds: prompt and answer together.")
+]
+Batch = Annotated[
+    str, typer.Option("--batch", metavar="N,...", help="Batch sizes to decode with, one graph each, such as 1,4.")
+]
+Dump = Annotated[str | None, typer.Option("--dump", metavar="pbtxt", help="Also write a readable copy of each graph.")]
+Passes = Annotated[
+    str | None,
+    typer.Option(
+        "--passes", metavar="NAME,...", help="Graph passes to run, for debugging: all (default), none, names."
+    ),
+]
+
+
+@app.command(
+    epilog=_examples(
+        "qwen2vl-tc convert --src Qwen2-VL-7B-Instruct",
+        "qwen2vl-tc convert --src Qwen2-VL-7B-Instruct --out qwen2-vl-7b.artifact --dtype bf16",
+    )
+)
+def convert(
+    src: Src,
+    out: Annotated[
+        Path | None,
+        typer.Option("--out", metavar="ARTIFACT", help="Default: ./<name of DIR>.artifact. Its graphs are kept."),
+    ] = None,
+    dtype: Dtype = None,
+    no_sync: NoSync = False,
+) -> None:
+    """Write a checkpoint's weights and tokenizer into an artifact, restructured for the graphs.
+
+    Streams: memory stays small whatever the model's size. A run that was stopped resumes.
+    """
+    from ..artifacts.store import read_manifest
+    from .cli_output import print_converted
+    from .console import bytes_progress
+    from .locate import default_artifact
+    from .weights.convert import convert as convert_weights
+
+    check_source(src)
+    target = out or default_artifact(src)
+    with bytes_progress("convert") as progress:
+        converted = convert_weights(src, target, dtype, progress=progress, sync=not no_sync)
+    print_converted(converted, target, has_graphs=read_manifest(target).ge is not None)
+
+
+@app.command(
+    epilog=_examples(
+        "qwen2vl-tc compile",
+        "qwen2vl-tc compile qwen2-vl-7b.artifact --mode dynamo --soc Ascend910B2 --max-length 8192 --batch 1,4",
+        "qwen2vl-tc compile --config Qwen2-VL-72B-Instruct/config.json --out qwen2-vl-72b.artifact",
+    )
+)
+def compile(
+    artifact: OptionalArtifact = None,
+    mode: Mode = "dynamo",
+    soc: Soc = DEFAULT_SOC,
+    max_length: MaxLength = DEFAULT_MAX_LENGTH,
+    batch: Batch = "1",
+    dtype: Dtype = None,
+    dump_format: Dump = None,
+    pass_names: Passes = None,
+    config: Annotated[
+        Path | None,
+        typer.Option("--config", metavar="FILE", help="Compile from a config.json alone, without any weights."),
+    ] = None,
+    out: Annotated[
+        Path | None, typer.Option("--out", metavar="ARTIFACT", help="With --config: the artifact to make.")
+    ] = None,
+) -> None:
+    """Trace the graphs for a target and put them into an artifact; its weights stay as they are.
+
+    Needs neither an NPU nor CANN.
+    """
+    from .cli_output import print_compiled, print_written
+    from .compile import CompileOptions, compile_artifact, compile_config
+    from .console import step_progress
+    from .locate import find_artifact
+
+    check_mode(mode)
+    options = CompileOptions(soc, max_length, batches(batch), dtype, dump(dump_format), passes(pass_names))
+    if (config is None) != (out is None) or (config is not None and artifact is not None):
+        raise ConfigError("give either an artifact, or --config and --out together")
+    target = out or artifact or find_artifact(Path())
+    with step_progress("compile") as progress:
+        if config is None:
+            manifest = compile_artifact(target, options, progress)
+        else:
+            manifest = compile_config(config_file(config), target, options, progress)
+    print_compiled(manifest)
+    print_written(manifest, target)
+
+
+@app.command(
+    epilog=_examples(
+        "qwen2vl-tc build --src Qwen2-VL-7B-Instruct --out qwen2-vl-7b.artifact",
+        "qwen2vl-tc build --src Qwen2-VL-2B-Instruct --out qwen2-vl-2b.artifact --dtype fp16 --batch 1,4 --no-verify",
+    )
+)
+def build(
+    src: Src,
+    out: Annotated[Path, typer.Option("--out", metavar="ARTIFACT", help="Replaced as a whole, at the very end.")],
+    mode: Mode = "dynamo",
+    soc: Soc = DEFAULT_SOC,
+    max_length: MaxLength = DEFAULT_MAX_LENGTH,
+    batch: Batch = "1",
+    dtype: Dtype = None,
+    dump_format: Dump = None,
+    pass_names: Passes = None,
+    no_verify: Annotated[
+        bool, typer.Option("--no-verify", help="Do not compare with transformers; the manifest records that.")
+    ] = False,
+    no_sync: NoSync = False,
+) -> None:
+    """Convert, compile and verify: the one offline command.
+
+    An artifact that fails verification is not written, and the exit code is 1. A run that was stopped resumes.
+    """
+    from .build import Phases
+    from .build import build as build_artifact
+    from .cli_output import print_compiled, print_written
+    from .compile import CompileOptions
+    from .console import bytes_progress, fail, stdout, step_progress
+
+    check_mode(mode)
+    check_source(src)
+    options = CompileOptions(soc, max_length, batches(batch), dtype, dump(dump_format), passes(pass_names))
+    phases = Phases(bytes_progress, step_progress)
+    built = build_artifact(
+        src, out, dtype=dtype, options=options, verify=not no_verify, sync=not no_sync, phases=phases
+    )
+    print_compiled(built.manifest)
+    if built.report is not None:
+        from .verify_report import render
+
+        render(built.report, stdout())
+    if not built.committed:
+        fail(f"verification failed: {out} was not written")
+        raise typer.Exit(FAILED)
+    print_written(built.manifest, out)
+
+
+@app.command(epilog=_examples("qwen2vl-tc verify qwen2-vl-7b.artifact --against Qwen2-VL-7B-Instruct"))
+def verify(
+    artifact: Artifact,
+    against: Annotated[
+        Path, typer.Option("--against", metavar="DIR", help="The checkpoint that the artifact was made from.")
+    ],
+    as_json: Json = False,
+) -> None:
+    """Compare an artifact with the original model, run by transformers in fp32, and record the result in it.
+
+    The exit code is 1 if it differs by more than the stated tolerance.
+    """
+    from .console import fail, result_json, stdout, step_progress
+    from .verify import verify_artifact
+    from .verify_report import render
+
+    check_source(against)
+    with step_progress("verify") as progress:
+        report = verify_artifact(artifact, against, progress=progress)
+    if as_json:
+        result_json(dataclasses.asdict(report))
+    else:
+        render(report, stdout())
+    if not report.passed:
+        fail(f"{artifact} differs from {against} by more than the tolerance")
+        raise typer.Exit(FAILED)
+
+
+@app.command(epilog=_examples("qwen2vl-tc inspect", "qwen2vl-tc inspect qwen2-vl-7b.artifact --json"))
+def inspect(artifact: OptionalArtifact = None, as_json: Json = False) -> None:
+    """Show what is in an artifact: graphs, operators by kind and type, bytes, versions, target."""
+    from .console import result_json, stdout
+    from .inspect import inspect_artifact, render
+    from .locate import find_artifact
+
+    inspection = inspect_artifact(artifact or find_artifact(Path()))
+    if as_json:
+        result_json(dataclasses.asdict(inspection))
+    else:
+        render(inspection, stdout())
+
+
+@app.command(
+    epilog=_examples(
+        "qwen2vl-tc generate qwen2-vl-7b.artifact --image cat.jpg --prompt 'What is this?'",
+        "qwen2vl-tc generate qwen2-vl-7b.artifact --image a.png --image b.png --prompt 'What differs?' --json",
+    )
+)
+def generate(
+    artifact: Artifact,
+    prompt: Annotated[str, typer.Option("--prompt", metavar="TEXT", help="What to ask.")],
+    image: Annotated[
+        list[str] | None, typer.Option("--image", metavar="FILE", help="A picture; repeat it for several, in order.")
+    ] = None,
+    system: Annotated[
+        str | None, typer.Option("--system", metavar="TEXT", help="Replaces the chat template's own system message.")
+    ] = None,
+    max_new_tokens: Annotated[
+        int | None, typer.Option("--max-new-tokens", metavar="N", help="Default: the model's own, or 128.")
+    ] = None,
+    backend: Annotated[
+        str | None,
+        typer.Option(
+            "--backend", metavar="reference|onnxruntime|npu", help="What runs the graphs. Default: the best here."
+        ),
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Answer a prompt about pictures, or about nothing but text. The text comes to stdout as it is made."""
+    from ..runtime import load
+    from .console import note, result, result_json, write_text
+
+    model = load(artifact, backend)
+    note(f"backend: {model.backend.name} ({model.reason})")
+    messages = chat_messages(prompt, image or [], system)
+    if as_json:
+        result_json(dataclasses.asdict(model.generate(messages, max_new_tokens=max_new_tokens)))
+        return
+    for piece in model.stream(messages, max_new_tokens=max_new_tokens):
+        write_text(piece)
+    result("")
+
+
+@app.command(epilog=_examples("qwen2vl-tc doctor", "qwen2vl-tc doctor --json"))
+def doctor(as_json: Json = False) -> None:
+    """Show what this machine can build and run, and what to install for the rest."""
+    from .console import result_json, stdout
+    from .doctor import diagnose, render
+
+    diagnosis = diagnose()
+    if as_json:
+        result_json(dataclasses.asdict(diagnosis))
+    else:
+        render(diagnosis, stdout())
+
+
+@app.command(epilog=_examples("qwen2vl-tc demo", "qwen2vl-tc demo --out /tmp/demo", "qwen2vl-tc demo --no-keep"))
+def demo(
+    out: Annotated[
+        Path | None, typer.Option("--out", metavar="DIR", help="Default: ./qwen2vl-tc-demo, which git ignores.")
+    ] = None,
+    keep: Annotated[bool, typer.Option("--keep/--no-keep", help="Keep what was made, or delete it at the end.")] = True,
+) -> None:
+    """No weights at hand: make a tiny model with random ones, then build it, ask it something and inspect it."""
+    from .demo import DEFAULT_FOLDER, run_demo
+
+    run_demo(out or DEFAULT_FOLDER, keep=keep)

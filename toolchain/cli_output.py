@@ -1,0 +1,81 @@
+"""What the commands print about what they did."""
+
+import shlex
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from ..artifacts.errors import TargetError
+from ..artifacts.manifest import GePart, Graph, Manifest
+from ..runtime.memory import check_fits, soc_memory
+from .console import format_bytes, result, stdout, warn
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+    from .weights.convert import ConvertResult
+
+
+def command(*words: "str | Path") -> str:
+    """A command line that can be copied into a shell."""
+    return shlex.join(str(word) for word in words)
+
+
+def print_converted(converted: "ConvertResult", out: Path, has_graphs: bool) -> None:
+    """What `convert` wrote, and what to run next."""
+    weights = converted.weights
+    resumed = f"; {converted.resumed_shards} resumed from a run that was stopped" if converted.resumed_shards else ""
+    following = command("qwen2vl-tc", "inspect" if has_graphs else "compile", out)
+    result(
+        f"wrote {out}: {format_bytes(converted.bytes)} of {weights.dtype} weights in {len(weights.files)} file(s)"
+        f"{resumed}; next: {following}"
+    )
+
+
+def print_compiled(manifest: Manifest) -> None:
+    """The graphs, what must be checked on the device, and whether one device holds the model."""
+    from .inspect import operator_table
+
+    part = manifest.ge
+    if part is None:
+        return
+    console = stdout()
+    console.print(_graphs(part))
+    if part.operator_notes:
+        console.print(operator_table(part.operator_notes))
+    memory = soc_memory(part.soc)
+    if memory is not None:
+        try:
+            check_fits(manifest, part, memory)
+        except TargetError as error:
+            warn(str(error))
+
+
+def _graphs(part: GePart) -> "Table":
+    from rich.table import Table
+
+    title = f"GE graphs for {part.soc}: {part.dtype}, up to {part.max_length} tokens"
+    table = Table("graph", title=title, title_justify="left")
+    for column in ("operators", "device operators", "bytes"):
+        table.add_column(column, justify="right")
+    for graph in part.graphs:
+        table.add_row(graph.name, str(graph.ops["total"]), str(graph.ops["device"]), format_bytes(_size(graph)))
+    return table
+
+
+def _size(graph: Graph) -> int:
+    return graph.graph.bytes + graph.binding.bytes
+
+
+def next_after_compile(manifest: Manifest, out: Path) -> str:
+    """What to run on an artifact that has graphs."""
+    if manifest.weights is None:
+        return command("qwen2vl-tc", "convert", "--src", "HF_DIR", "--out", out)
+    if manifest.verification == "none":
+        return command("qwen2vl-tc", "verify", out, "--against", "HF_DIR")
+    return command("qwen2vl-tc", "generate", out, "--image", "PICTURE", "--prompt", "What is this?")
+
+
+def print_written(manifest: Manifest, out: Path) -> None:
+    """Where it is and what to run next: the last line of compile and build."""
+    size = format_bytes(sum(entry.bytes for entry in manifest.files()))
+    result(f"wrote {out}: {size}, verification: {manifest.verification}; next: {next_after_compile(manifest, out)}")

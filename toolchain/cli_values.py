@@ -1,0 +1,64 @@
+"""The options' values: what a user typed, checked."""
+
+from pathlib import Path
+from typing import Any
+
+from ..artifacts.errors import ConfigError, TargetError
+
+MODES = ("dynamo", "onnx", "air")
+DUMPS = ("pbtxt",)
+
+
+def batches(text: str) -> tuple[int, ...]:
+    """`1,4` to (1, 4); their range is checked with the model at hand."""
+    try:
+        return tuple(int(size) for size in text.split(","))
+    except ValueError as error:
+        raise TargetError(f"--batch {text}: expected batch sizes separated by commas, such as 1,4") from error
+
+
+def passes(text: str | None) -> tuple[str, ...] | None:
+    """`all` (None), `none`, or names separated by commas. Raises TargetError for an unknown one."""
+    from ..exporters.torchair.passes import PASSES
+
+    if text is None or text == "all":
+        return None
+    names = () if text == "none" else tuple(text.split(","))
+    if unknown := [name for name in names if name not in PASSES]:
+        raise TargetError(f"--passes {', '.join(unknown)}: unknown; there are all, none, {', '.join(PASSES)}")
+    return names
+
+
+def dump(text: str | None) -> bool:
+    """Whether a readable copy of each graph is wanted. Raises TargetError for another format than pbtxt."""
+    if text is not None and text not in DUMPS:
+        raise TargetError(f"--dump {text}: expected {', '.join(DUMPS)}")
+    return text is not None
+
+
+def check_mode(mode: str) -> None:
+    """Raises TargetError for a mode that this version cannot compile to."""
+    if mode not in MODES:
+        raise TargetError(f"--mode {mode}: expected one of {', '.join(MODES)}")
+    if mode != "dynamo":
+        raise TargetError(f"--mode {mode}: not built yet in this version; use --mode dynamo")
+
+
+def config_file(path: Path) -> Path:
+    """A config.json, named itself or by its folder."""
+    return path / "config.json" if path.is_dir() else path
+
+
+def check_source(src: Path) -> None:
+    """Raises ConfigError unless there is a folder to read a checkpoint from."""
+    if not src.exists():
+        raise ConfigError(f"{src}: no such folder; --src is a checkpoint as downloaded from Hugging Face")
+    if not src.is_dir():
+        raise ConfigError(f"{src}: is a file; --src is the checkpoint's folder")
+
+
+def chat_messages(prompt: str, images: list[str], system: str | None) -> list[dict[str, Any]]:
+    """One question in the form that the runtime takes: pictures first, as the model was trained."""
+    content = [*({"type": "image", "image": path} for path in images), {"type": "text", "text": prompt}]
+    question = {"role": "user", "content": content}
+    return [question] if system is None else [{"role": "system", "content": system}, question]

@@ -1,0 +1,153 @@
+"""Where the command line prints: results to stdout, everything else to stderr; progress bars on terminals only."""
+
+import json
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+from unicodedata import category
+
+if TYPE_CHECKING:
+    from rich.console import Console
+    from rich.progress import Progress
+
+# a pipe or a file has no width of its own, and rich would cut tables at 80 columns
+_FILE_WIDTH = 160
+# between two progress lines where there is no terminal
+_LINE_SECONDS = 5.0
+
+# (bytes done, bytes in all)
+BytesProgress = Callable[[int, int], None]
+# (step, steps done, steps in all)
+StepProgress = Callable[[str, int, int], None]
+
+
+def stdout() -> "Console":
+    """The console for results."""
+    return _console(stderr=False)
+
+
+def stderr() -> "Console":
+    """The console for progress, notes and errors."""
+    return _console(stderr=True)
+
+
+def _console(stderr: bool) -> "Console":
+    from rich.console import Console
+
+    stream = sys.stderr if stderr else sys.stdout
+    return Console(stderr=stderr, highlight=False, width=None if stream.isatty() else _FILE_WIDTH)
+
+
+def note(message: str) -> None:
+    """One line for people, on stderr: what happens, which choice was made and why."""
+    print(message, file=sys.stderr, flush=True)
+
+
+def warn(message: str) -> None:
+    """One line for people about something that will matter later."""
+    note(f"warning: {message}")
+
+
+def fail(message: str) -> None:
+    """The one line of an error."""
+    note("error: " + " ".join(message.split()))
+
+
+def result(line: str) -> None:
+    """One line of a command's result."""
+    print(line, flush=True)
+
+
+def result_json(value: Any) -> None:
+    """A command's result as one JSON object."""
+    print(json.dumps(value, indent=2, ensure_ascii=False), flush=True)
+
+
+def write_text(piece: str) -> None:
+    """A piece of generated text, as it comes."""
+    if sys.stdout.isatty():
+        # a model's words must not steer the reader's terminal: control characters become visible
+        piece = "".join("\ufffd" if category(c) == "Cc" and c not in "\n\t" else c for c in piece)
+    sys.stdout.write(piece)
+    sys.stdout.flush()
+
+
+def format_bytes(count: int) -> str:
+    """Decimal units, as the manifests' and the vendors' numbers are."""
+    size = float(count)
+    for unit in ("B", "kB", "MB", "GB"):
+        if size < 999.5:
+            return f"{size:.3g} {unit}"
+        size /= 1000
+    return f"{size:.3g} TB"
+
+
+@contextmanager
+def bytes_progress(task: str) -> Iterator[BytesProgress]:
+    """Progress of a copy: a bar with bytes and rate, or a line every few seconds."""
+    if sys.stderr.isatty():
+        from rich.progress import BarColumn, DownloadColumn, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+
+        columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn())
+        with _bar(*columns, TimeRemainingColumn()) as bar:
+            shown = bar.add_task(task, total=None)
+            yield lambda done, total: bar.update(shown, completed=done, total=total)
+        return
+    begin = last = time.monotonic()
+    first: int | None = None
+    state = (0, 0)
+
+    def line(done: int, total: int) -> None:
+        nonlocal last, first, state
+        if first is None:
+            first = done
+            resumed = f", {format_bytes(done)} of it there already" if done else ""
+            note(f"{task}: {format_bytes(total)}{resumed}")
+        state = (done, total)
+        if time.monotonic() - last >= _LINE_SECONDS and done < total:
+            last = time.monotonic()
+            note(f"{task}: {format_bytes(done)} of {format_bytes(total)} ({_rate(done - first, last - begin)})")
+
+    yield line
+    if first is not None:
+        seconds = time.monotonic() - begin
+        note(f"{task}: done, {format_bytes(state[1])} in {seconds:.1f} s ({_rate(state[1] - first, seconds)})")
+
+
+def _rate(count: int, seconds: float) -> str:
+    return f"{format_bytes(int(count / max(seconds, 1e-9)))}/s"
+
+
+@contextmanager
+def step_progress(task: str) -> Iterator[StepProgress]:
+    """Progress through named steps: a bar with the step's name, or a line for each step."""
+    if sys.stderr.isatty():
+        from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn
+
+        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+        # Redrawn at each step only: while the emulated device is opened, what vendor code prints on stderr is held
+        # back and searched for noise, and a bar redrawn from a thread would be taken for that.
+        with _bar(*columns, auto_refresh=False) as bar:
+            shown = bar.add_task(task, total=None)
+            yield lambda step, done, total: bar.update(
+                shown, description=f"{task}: {step}", completed=done, total=total, refresh=True
+            )
+        return
+    begin = time.monotonic()
+    last = ""
+
+    def line(step: str, done: int, total: int) -> None:
+        nonlocal last
+        if step != last:
+            last = step
+            note(f"{task}: {step} ({done}/{total}, {time.monotonic() - begin:.1f} s)")
+
+    yield line
+
+
+def _bar(*columns: Any, auto_refresh: bool = True) -> "Progress":
+    from rich.progress import Progress
+
+    return Progress(*columns, console=stderr(), auto_refresh=auto_refresh)

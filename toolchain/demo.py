@@ -1,0 +1,190 @@
+"""`demo`: with no weights at hand, a tiny model goes the whole way, by the commands that a user types."""
+
+import shutil
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from ..artifacts.errors import ToolchainError
+from .build import BuildResult, Phases, build
+from .cli_output import command
+from .compile import CompileOptions
+from .console import bytes_progress, note, result, stdout, step_progress, write_text
+from .inspect import RECIPE_7B, Inspection, inspect_artifact, render
+from .synthetic import tiny_config, write_checkpoint
+
+if TYPE_CHECKING:
+    from ..runtime.generate import Generation
+
+DEFAULT_FOLDER = Path("qwen2vl-tc-demo")
+CHECKPOINT = "tiny-qwen2-vl"
+ARTIFACT = f"{CHECKPOINT}.artifact"
+PICTURE = "shapes.png"
+PROMPT = "What is this?"
+MAX_LENGTH = 512
+NEW_TOKENS = 24
+# makes git ignore the folder, and tells a later demo that it may write there
+_IGNORE = ".gitignore"
+_MARK = "# made by qwen2vl-tc demo\n*\n"
+
+
+@dataclass(frozen=True)
+class DemoResult:
+    """What a demo made and how long it took."""
+
+    folder: Path
+    built: BuildResult
+    answer: "Generation"
+    inspection: Inspection
+    seconds: float
+
+
+def run_demo(folder: Path, keep: bool = True) -> DemoResult:
+    """Make a tiny model in `folder`, then build, generate and inspect, printing each command and what came of it.
+
+    Raises ToolchainError if the folder holds something else than an earlier demo, or if verification fails.
+    """
+    begin = time.perf_counter()
+    _prepare(folder)
+    src, artifact, picture = folder / CHECKPOINT, folder / ARTIFACT, folder / PICTURE
+    try:
+        _title("1. A tiny checkpoint with random weights, and a picture")
+        config = tiny_config(hidden_size=128, intermediate_size=256, num_hidden_layers=4, vision={"depth": 4})
+        write_checkpoint(src, config, dtype="fp32", tokenizer=True)
+        draw_picture(picture)
+        result(f"{src}: in the form that Hugging Face publishes, but tiny\n{picture}: 280 x 196 pixels")
+
+        _title("2. Build: convert the weights, compile the graphs, verify both against transformers")
+        _show("build", "--src", src, "--out", artifact, "--max-length", MAX_LENGTH)
+        phases = Phases(bytes_progress, step_progress)
+        built = build(src, artifact, options=CompileOptions(max_length=MAX_LENGTH), phases=phases)
+        if built.report is not None:
+            from .verify_report import render as render_report
+
+            render_report(built.report, stdout())
+        if not built.committed:
+            raise ToolchainError(f"{artifact}: verification failed; `qwen2vl-tc doctor` shows what is installed here")
+
+        _title("3. Generate: the runtime loads the artifact, traces nothing, and answers")
+        shown = ("--image", picture, "--prompt", PROMPT, "--max-new-tokens", NEW_TOKENS)
+        _show("generate", artifact, *shown)
+        answer = _answer(artifact, picture)
+        write_text(answer.text)
+        result("")
+
+        _title("4. Inspect: what is in the artifact")
+        _show("inspect", artifact)
+        inspection = inspect_artifact(artifact)
+        render(inspection, stdout())
+
+        made = DemoResult(folder, built, answer, inspection, time.perf_counter() - begin)
+        _title("Summary")
+        for line in summary(made, keep):
+            result(line)
+    finally:
+        if not keep:
+            _remove(folder)
+    return made
+
+
+def draw_picture(path: Path) -> None:
+    """Coloured shapes on a gradient, as a PNG of 280 x 196 pixels."""
+    from PIL import Image, ImageDraw
+
+    width, height = 280, 196
+    picture = Image.merge(
+        "RGB",
+        (
+            Image.linear_gradient("L").resize((width, height)),
+            Image.linear_gradient("L").rotate(90).resize((width, height)),
+            Image.new("L", (width, height), 160),
+        ),
+    )
+    pen = ImageDraw.Draw(picture)
+    pen.ellipse((24, 28, 110, 114), fill=(220, 50, 40))
+    pen.rectangle((130, 60, 210, 150), fill=(40, 90, 200))
+    pen.polygon([(200, 180), (240, 90), (270, 180)], fill=(250, 210, 60))
+    picture.save(path)
+
+
+def summary(made: DemoResult, keep: bool) -> list[str]:
+    """What happened, for somebody who sees all of this for the first time."""
+    inspection, answer = made.inspection, made.answer
+    text, vision = inspection.model.text, inspection.model.vision
+    values = inspection.weights.values if inspection.weights else 0
+    lines = [
+        f"Made in {made.seconds:.0f} s: an artifact of a Qwen2-VL with {values / 1e6:.1f} million weights "
+        f"({text.num_layers} text and {vision.depth} vision layers).",
+        "The weights are random, so the text above is gibberish. Everything else is real: the graphs are GE graphs "
+        "that torchair traced on an emulated NPU, and this machine's CPU executed them.",
+    ]
+    if made.built.report is not None:
+        conclusion = made.built.report.conclusion
+        lines.append(f"Measured on the same weights, Hugging Face transformers being the original: {conclusion}.")
+    counts = []
+    for name, graph in inspection.graphs.items():
+        recipe = RECIPE_7B["decode" if name.startswith("decode") else name]
+        counts.append(f"{name} {graph.ops.per_layer} (recipe at 7B: {recipe['per_layer']})")
+    lines.append(f"Device operators per layer: {', '.join(counts)}; transposes of a weight: {_transposes(inspection)}.")
+    timings = answer.timings_ms
+    lines.append(
+        f"{len(answer.prompt_token_ids)} prompt tokens and {len(answer.token_ids)} new ones; first token after "
+        f"{timings['first_token']:.0f} ms, then {timings.get('per_token', 0.0):.1f} ms each, on the CPU."
+    )
+    if keep:
+        lines.append(f"All of it is in {made.folder} (git ignores it; delete it when you like).")
+    lines += [
+        "Next, with a real checkpoint:",
+        "  " + command("qwen2vl-tc", "build", "--src", "Qwen2-VL-2B-Instruct", "--out", "qwen2-vl-2b.artifact"),
+        "  " + command("qwen2vl-tc", "generate", "qwen2-vl-2b.artifact", "--image", "cat.jpg", "--prompt", PROMPT),
+    ]
+    return lines
+
+
+def _transposes(inspection: Inspection) -> str:
+    ours = sum(graph.ops.transpose_weight for graph in inspection.graphs.values())
+    return f"{ours} (recipe at 7B: {sum(figures['transpose_weight'] for figures in RECIPE_7B.values())})"
+
+
+def _answer(artifact: Path, picture: Path) -> "Generation":
+    from ..runtime import load
+    from .cli_values import chat_messages
+
+    model = load(artifact)
+    note(f"backend: {model.backend.name} ({model.reason})")
+    try:
+        return model.generate(chat_messages(PROMPT, [str(picture)], None), max_new_tokens=NEW_TOKENS)
+    finally:
+        model.close()
+
+
+def _title(text: str) -> None:
+    console = stdout()
+    console.print()
+    console.print(text, style="bold")
+
+
+def _show(*words: "str | int | Path") -> None:
+    result("$ " + command("qwen2vl-tc", *map(str, words)))
+
+
+def _prepare(folder: Path) -> None:
+    """Make the folder, or take an earlier demo's. Raises ToolchainError for any other that is not empty."""
+    mark = folder / _IGNORE
+    if folder.exists() and not folder.is_dir():
+        raise ToolchainError(f"{folder}: is a file; choose another --out")
+    if folder.is_dir() and any(folder.iterdir()) and not (mark.is_file() and mark.read_text() == _MARK):
+        raise ToolchainError(f"{folder}: holds something else than a demo; choose another --out")
+    folder.mkdir(parents=True, exist_ok=True)
+    mark.write_text(_MARK)
+
+
+def _remove(folder: Path) -> None:
+    """Delete what a demo makes, and the folder unless a user put something into it."""
+    for name in (CHECKPOINT, ARTIFACT):
+        shutil.rmtree(folder / name, ignore_errors=True)
+    for name in (PICTURE, _IGNORE):
+        (folder / name).unlink(missing_ok=True)
+    if not any(folder.iterdir()):
+        folder.rmdir()
