@@ -97,13 +97,14 @@ class GePart:
 class AirGraph:
     """One offline model, graphs/air/<name>/<name>.air. `source` is the hash of the GE graph that it was made from.
 
-    inputs are in the order of the model's indices: run-time arguments, then the parts of the KV cache.
+    The model's inputs are, by index, `inputs` (run-time arguments), then `caches` (parts of the KV cache).
     """
 
     name: str
     source: str
     model: FileEntry
     inputs: tuple[Tensor, ...]
+    caches: tuple[Tensor, ...]
     outputs: tuple[Tensor, ...]
 
 

@@ -1,5 +1,6 @@
 """A backend over GE graphs: binds weights once, feeds arguments by binding.json, and leaves execution to an engine."""
 
+import mmap
 import warnings
 from abc import abstractmethod
 from collections.abc import Mapping
@@ -44,17 +45,17 @@ def mapped_tensors(artifact: Artifact, entry: FileEntry, check: bool) -> dict[st
     for info in read_header(memoryview(mapping), where):
         if info.dtype not in _SAFETENSORS_DTYPES:
             raise ArtifactError(f"{where}: tensor {info.name} is {info.dtype}, which no graph takes")
-        raw = np.frombuffer(mapping, np.uint8, info.end - info.begin, info.begin)
-
-        found[info.name] = _view(raw).view(TORCH_DTYPES[_SAFETENSORS_DTYPES[info.dtype]]).view(info.shape)
+        raw = mapped_bytes(mapping, info.begin, info.end - info.begin)
+        found[info.name] = raw.view(TORCH_DTYPES[_SAFETENSORS_DTYPES[info.dtype]]).view(info.shape)
     return found
 
 
-def _view(raw: NDArray[np.uint8]) -> Tensor:
+def mapped_bytes(mapping: mmap.mmap, offset: int, length: int) -> Tensor:
+    """A part of a mapped file as bytes; nothing is copied."""
     # torch has no read-only tensors and warns of the mapping being one; nothing writes to a weight
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
-        return torch.from_numpy(raw)
+        return torch.from_numpy(np.frombuffer(mapping, np.uint8, length, offset))
 
 
 def load_weights(artifact: Artifact, check: bool) -> dict[str, Tensor]:

@@ -1,6 +1,6 @@
 """Runs a GE graph on CPU: every operator is resolved when the graph is loaded, then a plain ordered loop."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,9 +25,12 @@ class _Step:
 
 
 class Executor:
-    """One graph, ready to run. Raises ArtifactError at construction for an operator it does not know."""
+    """One graph, ready to run. Raises ArtifactError at construction for an operator it does not know.
 
-    def __init__(self, graph: GeGraph, where: str) -> None:
+    constants: the tensors of its FileConstants, by name.
+    """
+
+    def __init__(self, graph: GeGraph, where: str, constants: Mapping[str, Tensor] | None = None) -> None:
         self.name = graph.name
         slots: dict[str, int] = {node.name: i for i, node in enumerate(graph.nodes)}
         self._inputs = [slots[node.name] for node in graph.inputs]
@@ -35,9 +38,12 @@ class Executor:
         self._constants = {
             slots[node.name]: (_constant_tensor(node),) for node in graph.nodes if node.constant is not None
         }
+        self._constants |= {slots[name]: (tensor,) for name, tensor in (constants or {}).items()}
         kept = {slot for slot, _ in self._outputs} | set(self._inputs) | set(self._constants)
         last_reader: dict[int, str] = {}
-        running = [n for n in graph.nodes if n.op not in (*INPUT_TYPES, "Const", "NetOutput")]
+        running = [
+            n for n in graph.nodes if n.op not in (*INPUT_TYPES, "NetOutput") and slots[n.name] not in self._constants
+        ]
         for node in running:
             for edge in node.inputs:
                 if edge is not None:

@@ -58,7 +58,12 @@ FIELDS: dict[str, tuple[tuple[str, int, str, bool], ...]] = {
         ("t", 12, ".TensorDef", False),
         ("dt", 15, "int64", False),
     ),
-    "AttrDef.ListValue": (("s", 2, "bytes", True), ("i", 3, "int64", True), ("f", 4, "float", True)),
+    "AttrDef.ListValue": (
+        ("s", 2, "bytes", True),
+        ("i", 3, "int64", True),
+        ("f", 4, "float", True),
+        ("val_type", 20, "enum", False),
+    ),
 }
 _PACKAGE = "ge.proto"
 
