@@ -12,6 +12,7 @@ from ..artifacts.parameters import FP32, parameters
 from ..artifacts.safetensors import header_bytes
 from ..artifacts.schema import parse_json
 from ..artifacts.staging import Staging, stage
+from .graphs.form import OPERATORS, VISUAL_ATTENTION, Form
 
 DEFAULT_SOC = "Ascend910B2"
 DEFAULT_MAX_LENGTH = 8192
@@ -29,7 +30,13 @@ class CompileOptions:
     batches: tuple[int, ...] = (1,)
     dtype: str | None = None
     dump_pbtxt: bool = False
+    operators: str = "fused"
+    visual_attention: str = "tnd"
     passes: tuple[str, ...] | None = None
+
+    @property
+    def form(self) -> Form:
+        return Form(self.operators, self.visual_attention)
 
     def check(self, config: ModelConfig) -> None:
         """Raises TargetError for values that no graph can be made for."""
@@ -42,6 +49,12 @@ class CompileOptions:
                 f"--max-length {self.max_length}: expected 2 to {config.text.max_position_embeddings}, the model's "
                 "max_position_embeddings"
             )
+        for option, value, known in (
+            ("--operators", self.operators, OPERATORS),
+            ("--visual-attention", self.visual_attention, VISUAL_ATTENTION),
+        ):
+            if value not in known:
+                raise TargetError(f"{option} {value}: expected one of {', '.join(known)}")
         if self.dtype is not None and self.dtype not in DTYPES:
             raise TargetError(f"--dtype {self.dtype}: expected one of {', '.join(DTYPES)}")
 
@@ -111,7 +124,7 @@ def stage_graphs(
 
     device = open_device(options.soc)
     report("constants", 1, total)
-    constants = _stage_constants(staging, config, options.max_length, dtype)
+    constants = _stage_constants(staging, config, options, dtype)
     graphs: list[Graph] = []
     notes: dict[str, OperatorNote] = {}
     for traced in _trace_all(config, options, dtype):
@@ -124,8 +137,8 @@ def stage_graphs(
         manifest,
         ge=GePart(
             soc=device.soc,
-            operators="fused",
-            visual_attention="tnd",
+            operators=options.operators,
+            visual_attention=options.visual_attention,
             dtype=dtype,
             max_length=options.max_length,
             batches=options.batches,
@@ -168,7 +181,7 @@ def _trace_all(config: ModelConfig, options: CompileOptions, dtype: str) -> list
     torch.set_default_dtype(torch_dtype)
     try:
         with torch.device("meta"):
-            model = Qwen2VL(config, options.max_length)
+            model = Qwen2VL(config, options.max_length, options.form)
     finally:
         torch.set_default_dtype(default)
     # on the emulated NPU these pages are never touched: a 72B model costs no memory
@@ -228,13 +241,13 @@ def _check_binding(binding: Binding, config: ModelConfig) -> None:
             raise TargetError(f"{binding.graph}: {bound.name} must be a host input")
 
 
-def _stage_constants(staging: Staging, config: ModelConfig, max_length: int, dtype: str) -> FileEntry:
+def _stage_constants(staging: Staging, config: ModelConfig, options: CompileOptions, dtype: str) -> FileEntry:
     import torch
 
     from .graphs.constants import constant_tables
 
     torch_dtype = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[dtype]
-    tables = constant_tables(config, max_length, torch_dtype)
+    tables = constant_tables(config, options.max_length, torch_dtype, options.form)
     names = {name: "bool" if table.dtype == torch.bool else dtype for name, table in tables.items()}
     header = header_bytes((name, _SAFETENSORS_NAMES[names[name]], tuple(t.shape)) for name, t in tables.items())
     body = b"".join(table.view(torch.uint8).numpy().tobytes() for table in tables.values())

@@ -6,7 +6,7 @@ Every pass keeps the graph's outputs and in-place writes equal, bit for bit; tes
 from collections.abc import Callable, Iterable
 from typing import Any
 
-from ...artifacts.ge_ops import Op, count_kinds, live_ops
+from ...artifacts.ge_ops import CONSTANT, INPUTS, Op, count_kinds, live_ops
 
 
 def _producer(edge: str) -> str:
@@ -43,7 +43,44 @@ def merge_equal_constants(graph: Any) -> None:
     _keep(graph, [op.name for op in graph.op if renamed.get(op.name, op.name) == op.name])
 
 
+def drop_same_dtype_casts(graph: Any) -> None:
+    """Drop Casts to the dtype that the value already has: torchair puts one behind every half-precision product."""
+    dtypes = _dtypes(graph)
+    source: dict[str, str] = {}
+    for op in graph.op:
+        if op.type == "Cast":
+            wanted = _FROM_ATTRIBUTE.get(op.attr["dst_type"].i)
+            if wanted is not None and dtypes.get(_producer(op.input[0])) == wanted:
+                source[op.name] = source.get(_producer(op.input[0]), op.input[0])
+    for op in graph.op:
+        for i, edge in enumerate(op.input):
+            if edge and _producer(edge) in source:
+                op.input[i] = source[_producer(edge)]
+    _keep(graph, [op.name for op in graph.op if op.name not in source])
+
+
+# Operators whose only output, or whose every output that is read, has the dtype of their first input.
+_LIKE_FIRST_INPUT = frozenset({"GatherV2", "Mul", "Add", "Reshape", "ReduceSum", "SplitV", "TensorMove"})
+# ge::DataType, in attributes, to ge.proto.DataType, in descriptors
+_FROM_ATTRIBUTE = {0: 1, 1: 2, 27: 27}
+
+
+def _dtypes(graph: Any) -> dict[str, int]:
+    """ge.proto.DataType of the operators whose dtype follows from the graph; descriptors inside it say nothing."""
+    found: dict[str, int] = {}
+    for op in graph.op:
+        if op.type in (*INPUTS, CONSTANT):
+            found[op.name] = op.output_desc[0].dtype
+        elif op.type == "Cast":
+            if (dtype := _FROM_ATTRIBUTE.get(op.attr["dst_type"].i)) is not None:
+                found[op.name] = dtype
+        elif op.type in _LIKE_FIRST_INPUT and (dtype := found.get(_producer(op.input[0]))) is not None:
+            found[op.name] = dtype
+    return found
+
+
 PASSES: dict[str, Callable[[Any], None]] = {
+    "drop_same_dtype_casts": drop_same_dtype_casts,
     "remove_dead_ops": remove_dead_ops,
     "merge_equal_constants": merge_equal_constants,
 }

@@ -14,6 +14,7 @@ from typing import Any
 from ...artifacts.binding import ARGUMENT, CACHE, CONSTANT, LENGTHS, PARAMETER, Binding, BoundInput, BoundOutput
 from ...artifacts.errors import TargetError
 from ...artifacts.manifest import OperatorNote
+from .converters import register_converters
 
 CONSTANTS_PREFIX = "constants."
 _MODULE_STEP = re.compile(r"\._modules\['([^']+)'\]|\._parameters\['([^']+)'\]|\.([A-Za-z_]\w*)")
@@ -186,6 +187,7 @@ def trace(
     from torch._dynamo.exc import BackendCompilerFailed, Unsupported
     from torchair.npu_fx_compiler import _compile_graph_with_aot, _get_merged_decompositions, get_compiler
 
+    register_converters()
     config = _compiler_config()
     bypassed: set[str] = set()
     taken: list[tuple[Any, list[str]]] = []
@@ -210,7 +212,7 @@ def trace(
         try:
             torch.compile(method, backend=backend, fullgraph=True, dynamic=True)(**arguments)
         except (BackendCompilerFailed, Unsupported) as error:
-            raise TargetError(f"torchair cannot trace the {name} graph: {str(error).splitlines()[0]}") from error
+            raise TargetError(f"torchair cannot trace the {name} graph: {_gist(error)}") from error
         finally:
             torch._dynamo.reset()
     if len(taken) != 1:
@@ -238,6 +240,12 @@ def trace(
     )
     binding = Binding(name, inputs, bound_outputs, dict(local), dict(global_options))
     return TracedGraph(name, model, open_length_lists(model, binding), notes)
+
+
+def _gist(error: Exception) -> str:
+    """The first lines of dynamo's message that say something of the cause, without its advice and traces."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip() and " raised:" not in line]
+    return " ".join(lines[:2])
 
 
 def _named_model(graph: Any, name: str) -> Any:

@@ -80,9 +80,6 @@ class NpuBackend(GeBackend):
     def to_device(self, array: NDArray[Any]) -> Tensor:
         return torch.from_numpy(np.ascontiguousarray(array)).to(self.device)
 
-    def new_tensor(self, *shape: int) -> Tensor:
-        return torch.empty(*shape, dtype=self._dtype, device=self.device)
-
 
 def _vendor_modules() -> Any:
     """Import torch_npu and torchair. Raises MissingDependencyError when they are absent or do not match torch."""

@@ -44,6 +44,3 @@ class ReferenceBackend(GeBackend):
 
     def to_device(self, array: NDArray[Any]) -> Tensor:
         return torch.from_numpy(np.ascontiguousarray(array))
-
-    def new_tensor(self, *shape: int) -> Tensor:
-        return torch.empty(*shape, dtype=self._dtype)

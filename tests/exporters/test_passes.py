@@ -21,7 +21,7 @@ GRAPHS = ("visual", "prefill", "decode_b1")
 @pytest.fixture(scope="module")
 def untouched(build: Any) -> Path:
     """An artifact whose graphs are as torchair emitted them."""
-    _, artifact = build("untouched", tiny_config())
+    _, artifact = build("untouched", tiny_config(), dtype="bf16")
     compile_artifact(artifact, CompileOptions(max_length=256, passes=()), sync=False)
     assert isinstance(artifact, Path)
     return artifact
@@ -46,7 +46,7 @@ def example_inputs(binding: Any, backend: Any, seed: int) -> list[torch.Tensor]:
         elif bound.dtype == "uint8":
             made.append(torch.from_numpy(rng.integers(0, 256, shape, dtype=np.uint8)))
         else:
-            made.append(torch.from_numpy(rng.standard_normal(shape).astype(np.float32)))
+            made.append(torch.from_numpy(rng.standard_normal(shape).astype(np.float32)).to(backend._dtype))
     return made
 
 
@@ -78,8 +78,11 @@ def test_the_passes_remove_what_they_are_for(untouched: Path, name: str) -> None
         return [value.SerializeToString(deterministic=True) for value in values]
 
     before = len(proto.op)
+    assert sum(op.type == "Cast" for op in proto.op) > (name == "visual")
     run_passes(proto, PASSES)
     assert len(proto.op) < before
+    # the patches' bytes become numbers; nothing else changes dtype
+    assert sum(op.type == "Cast" for op in proto.op) == (name == "visual")
     assert len(set(constants())) == len(constants()), "no constant is there twice"
     read = {edge.rpartition(":")[0] for op in proto.op for edge in op.input}
     effects = ("Data", "NetOutput", "Scatter")

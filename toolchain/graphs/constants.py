@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 
 from ...artifacts.config import ModelConfig
+from .form import Form
 from .signatures import MAX_VISION_SIDE
 from .text import CAUSAL_MASK_SIDE
 
@@ -22,7 +23,7 @@ def _cos_sin(angles: Tensor, repeats: int) -> Tensor:
     return torch.cat([full.cos(), full.sin()], 1)
 
 
-def constant_tables(config: ModelConfig, max_length: int, dtype: torch.dtype) -> dict[str, Tensor]:
+def constant_tables(config: ModelConfig, max_length: int, dtype: torch.dtype, form: Form) -> dict[str, Tensor]:
     """The tensors of `signatures.Constants`, by name.
 
     text_rope [max_length, 2 D] and vision_rope [sides, 2 D]: cos | sin by position, each laid out for the half-split
@@ -33,14 +34,19 @@ def constant_tables(config: ModelConfig, max_length: int, dtype: torch.dtype) ->
     text_axis = section.repeat(4)  # two halves of the head, for cos and for sin
     quarter = vision.head_dim // 4
     vision_axis = torch.repeat_interleave(torch.arange(2), quarter).repeat(4)
+    turning = torch.ones(text.num_heads + 2 * text.num_kv_heads)
+    turning[-text.num_kv_heads :] = 0
     tables = {
         "text_rope": _cos_sin(_angles(max_length, text.head_dim, text.rope_theta), 2),
         "text_rope_axes": (text_axis == torch.arange(3)[:, None]).float()[:, None],
         # rows and columns share the same angles, so one table serves both axes
         "vision_rope": _cos_sin(_angles(MAX_VISION_SIDE, vision.head_dim // 2, _VISION_THETA), 4),
         "vision_rope_axes": (vision_axis == torch.arange(2)[:, None]).float()[:, None],
+        "turning_heads": turning[None, None, :, None],
+        "passing_heads": 1 - turning[None, None, :, None],
     }
     tables = {name: table.to(dtype).contiguous() for name, table in tables.items()}
-    # true hides: FusedInferAttentionScore takes the strictly upper triangle
-    tables["causal_mask"] = torch.ones(CAUSAL_MASK_SIDE, CAUSAL_MASK_SIDE, dtype=torch.bool).triu(1)
+    if form.operators == "fused":
+        # true hides: FusedInferAttentionScore takes the strictly upper triangle
+        tables["causal_mask"] = torch.ones(CAUSAL_MASK_SIDE, CAUSAL_MASK_SIDE, dtype=torch.bool).triu(1)
     return tables

@@ -6,6 +6,9 @@
 import torch
 from torch import Tensor, nn
 
+# PromptFlashAttention hides what lies further ahead than next_tokens, 0 by default, whatever the mask says
+ALL_TOKENS = 2147483647
+
 
 def parameter(*shape: int, dtype: torch.dtype | None = None) -> nn.Parameter:
     """An uninitialised frozen parameter: tracing never looks at the values."""
@@ -56,7 +59,7 @@ class RMSNorm(nn.Module):
 
 
 class LayerNorm(nn.Module):
-    """Layer normalisation of x [tokens, width], alone or after the residual addition before it."""
+    """Layer normalisation of x [tokens, width], alone or fused with the residual addition before it."""
 
     # Qwen2-VL's vision tower fixes it; config.json has no field for it
     EPS = 1e-6
@@ -71,5 +74,5 @@ class LayerNorm(nn.Module):
 
     def add(self, residual: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
         """Returns (normalised sum, sum)."""
-        total = residual + x
-        return self(total), total
+        y, _, _, total = torch.ops.npu.npu_add_layer_norm(residual, x, self.weight, self.bias, self.EPS, True)
+        return y, total

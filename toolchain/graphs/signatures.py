@@ -11,8 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from ...artifacts.config import ModelConfig
+from .form import Form
 from .layers import Linear, parameter
-from .text import CAUSAL_MASK_SIDE, Model
+from .text import CAUSAL_MASK_SIDE, Model, Step
 from .visual import Visual
 
 # Longest side of a picture in patches. The processor's limits (max_pixels 12,845,056, aspect ratio 200) allow 3,620.
@@ -22,37 +23,54 @@ MAX_VISION_SIDE = 4096
 class Constants(nn.Module):
     """Tables that the graphs read and no checkpoint holds; `toolchain.graphs.constants` computes the values."""
 
-    def __init__(self, config: ModelConfig, max_length: int) -> None:
+    def __init__(self, config: ModelConfig, max_length: int, form: Form) -> None:
         super().__init__()
         text_dim, vision_dim = config.text.head_dim, config.vision.head_dim
         self.text_rope = parameter(max_length, 2 * text_dim)
         self.text_rope_axes = parameter(3, 1, 2 * text_dim)
         self.vision_rope = parameter(MAX_VISION_SIDE, 2 * vision_dim)
         self.vision_rope_axes = parameter(2, 1, 2 * vision_dim)
-        self.causal_mask = parameter(CAUSAL_MASK_SIDE, CAUSAL_MASK_SIDE, dtype=torch.bool)
+        heads = config.text.num_heads + 2 * config.text.num_kv_heads
+        # 1 for the heads of q and k, 0 for those of v; and the other way round
+        self.turning_heads = parameter(1, 1, heads, 1)
+        self.passing_heads = parameter(1, 1, heads, 1)
+        if form.operators == "fused":
+            self.causal_mask = parameter(CAUSAL_MASK_SIDE, CAUSAL_MASK_SIDE, dtype=torch.bool)
 
 
 class Qwen2VL(nn.Module):
     """The whole model. Parameter names are those of `artifacts.parameters` and `constants.*`."""
 
-    def __init__(self, config: ModelConfig, max_length: int) -> None:
+    def __init__(self, config: ModelConfig, max_length: int, form: Form) -> None:
         super().__init__()
+        self.form = form
         self.visual = Visual(config.vision)
-        self.model = Model(config.text)
+        self.model = Model(config.text, form)
         self.lm_head = None
         if not config.text.tie_word_embeddings:
             self.lm_head = Linear(config.text.hidden_size, config.text.vocab_size, bias=False)
-        self.constants = Constants(config, max_length)
+        self.constants = Constants(config, max_length, form)
         self.text_dim = config.text.head_dim
 
     def logits(self, y: Tensor) -> Tensor:
         """y [rows, H] to [rows, V]."""
         return torch.ops.npu.npu_linear(y, (self.lm_head or self.model.embed_tokens).weight)
 
+    def rotary(self, angles: Tensor, batch: int) -> tuple[Tensor, Tensor]:
+        """cos | sin [B * S, 2 D] to cos and sin [B, S, heads + 2 kv_heads, D], which leave v as it is."""
+        constants = self.constants
+        cos, sin = angles.view(batch, -1, 1, 2 * self.text_dim).split([self.text_dim, self.text_dim], -1)
+        return cos * constants.turning_heads + constants.passing_heads, sin * constants.turning_heads
+
     def encode(self, patches: Tensor, positions: Tensor, segment_ends: list[int]) -> Tensor:
         """patches uint8 [N, patch_dim], positions int64 [2, N], segment_ends: to embeddings [N / merge**2, H]."""
         constants = self.constants
         return self.visual(patches, positions, segment_ends, constants.vision_rope, constants.vision_rope_axes)
+
+    def encode_masked(self, patches: Tensor, positions: Tensor, segment_mask: Tensor) -> Tensor:
+        """As `encode`, with a mask bool [1, 1, N, N] that is true between different segments."""
+        constants = self.constants
+        return self.visual(patches, positions, segment_mask, constants.vision_rope, constants.vision_rope_axes)
 
     def prefill(
         self,
@@ -65,28 +83,22 @@ class Qwen2VL(nn.Module):
         kv_lengths: list[int],
         keys: list[Tensor],
         values: list[Tensor],
+        mask: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
         """Run S new tokens of one row, attending over the cache from its start.
 
         token_ids int64 [S]; image_embeds [M, H] replace the embeddings at image_index int64 [M, 1];
         positions int64 [3, S] are M-RoPE's temporal, height and width; cache_index int64 [1] is the first cache
         position to write; last int64 [1] is S - 1; kv_lengths is [cache_index + S];
-        keys, values: one [1, L, KV] a layer.
+        keys, values: one [1, L, KV] a layer; mask, in the recipe's form only: bool [1, 1, S, L], true where hidden.
         Returns the next token [1] and the last position's logits [1, V].
         """
         x = torch.ops.npu.npu_scatter_nd_update(self.model.embed_tokens(token_ids), image_index, image_embeds)
         # each rotary column belongs to one of the three axes: mask the other two away and add
         angles = (nn.functional.embedding(positions, self.constants.text_rope) * self.constants.text_rope_axes).sum(0)
-        rotary = angles.view(1, -1, 1, 2 * self.text_dim).split([self.text_dim, self.text_dim], -1)
-        y = self.model.layers_forward(
-            x,
-            (rotary[0], rotary[1]),
-            list(zip(keys, values, strict=True)),
-            cache_index,
-            kv_lengths,
-            self.constants.causal_mask,
-            last,
-        )
+        mask = self.constants.causal_mask if mask is None else mask
+        step = Step(*self.rotary(angles, 1), cache_index, kv_lengths, mask)
+        y = self.model.layers_forward(x, list(zip(keys, values, strict=True)), step, last)
         logits = self.logits(y)
         return logits.argmax(-1), logits
 
@@ -106,15 +118,9 @@ class Qwen2VL(nn.Module):
         keys, values: one [B, L, KV] a layer.
         Returns the next tokens [B], logits [B, V], cache_index + 1 and positions + 1: the next step's inputs.
         """
-        angles = nn.functional.embedding(positions, self.constants.text_rope).view(-1, 1, 1, 2 * self.text_dim)
-        cos, sin = angles.split([self.text_dim, self.text_dim], -1)
-        y = self.model.layers_forward(
-            self.model.embed_tokens(token_ids),
-            (cos, sin),
-            list(zip(keys, values, strict=True)),
-            cache_index,
-            kv_lengths,
-        )
+        angles = nn.functional.embedding(positions, self.constants.text_rope)
+        step = Step(*self.rotary(angles, token_ids.shape[0]), cache_index, kv_lengths, None)
+        y = self.model.layers_forward(self.model.embed_tokens(token_ids), list(zip(keys, values, strict=True)), step)
         logits = self.logits(y)
         return logits.argmax(-1), logits, cache_index + 1, positions + 1
 
@@ -155,16 +161,17 @@ def signatures(
     def caches(batch: int) -> list[Tensor]:
         return [_example(device, batch, max_length, kv_dim, dtype=dtype) for _ in range(layers)]
 
-    yield Signature(
-        "visual",
-        model.encode,
-        {
-            "patches": _example(device, patches, config.vision.patch_dim, dtype=torch.uint8, dynamic=(0,)),
-            "positions": _example(device, 2, patches, dtype=torch.int64, dynamic=(1,)),
-            "segment_ends": [171 * merge, patches - 2],
-        },
-        ("embeds",),
-    )
+    masked, recipe = model.form.visual_attention == "masked", model.form.operators == "recipe"
+    visual: dict[str, Any] = {
+        "patches": _example(device, patches, config.vision.patch_dim, dtype=torch.uint8, dynamic=(0,)),
+        "positions": _example(device, 2, patches, dtype=torch.int64, dynamic=(1,)),
+    }
+    if masked:
+        visual["segment_mask"] = _example(device, 1, 1, patches, patches, dtype=torch.bool, dynamic=(2, 3))
+    else:
+        visual["segment_ends"] = [171 * merge, patches - 2]
+    yield Signature("visual", model.encode_masked if masked else model.encode, visual, ("embeds",))
+    dense = {"mask": _example(device, 1, 1, tokens, max_length, dtype=torch.bool, dynamic=(2,))} if recipe else {}
     yield Signature(
         "prefill",
         model.prefill,
@@ -178,6 +185,7 @@ def signatures(
             "kv_lengths": [tokens + 3],
             "keys": caches(1),
             "values": caches(1),
+            **dense,
         },
         ("next_token", "logits"),
     )

@@ -9,11 +9,14 @@ import torch
 from torch import Tensor, nn
 
 from ...artifacts.config import VisionConfig
-from .layers import LayerNorm, Linear
+from .layers import ALL_TOKENS, LayerNorm, Linear
+
+# segment ends, cumulative; or a mask [1, 1, N, N], true where a pair belongs to different segments
+Segments = list[int] | Tensor
 
 
 class Attention(nn.Module):
-    """Full attention inside each segment (one frame group of one image), without a mask."""
+    """Full attention inside each segment (one frame group of one image)."""
 
     def __init__(self, config: VisionConfig) -> None:
         super().__init__()
@@ -24,10 +27,15 @@ class Attention(nn.Module):
         self.qkv = Linear(self.width, 3 * self.width)
         self.proj = Linear(self.width, self.width)
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, segment_ends: list[int]) -> Tensor:
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, segments: Segments) -> Tensor:
         qk, v = self.qkv(x).split([2 * self.width, self.width], -1)
         # q and k turn by the same angles: one RotaryMul over 2 x heads
         qk = torch.ops.npu.npu_rotary_mul(qk.view(1, -1, 2 * self.heads, self.head_dim), cos, sin)
+        attend = self.attend_masked if isinstance(segments, Tensor) else self.attend_packed
+        return self.proj(attend(qk, v, segments))
+
+    def attend_packed(self, qk: Tensor, v: Tensor, segment_ends: list[int]) -> Tensor:
+        """Sequences end to end with their cumulative lengths: no mask."""
         q, k = qk.view(-1, 2 * self.heads, self.head_dim).split([self.heads, self.heads], 1)
         out = torch.ops.npu.npu_fused_infer_attention_score(
             q,
@@ -39,7 +47,22 @@ class Attention(nn.Module):
             scale=self.scale,
             input_layout="TND",
         )[0]
-        return self.proj(out.view(-1, self.width))
+        return out.view(-1, self.width)
+
+    def attend_masked(self, qk: Tensor, v: Tensor, mask: Tensor) -> Tensor:
+        """One sequence of all patches, with a mask [1, 1, N, N] that is true between segments."""
+        q, k = qk.view(1, -1, 2 * self.width).split([self.width, self.width], -1)
+        out = torch.ops.npu.npu_prompt_flash_attention(
+            q,
+            k,
+            v.view(1, -1, self.width),
+            atten_mask=mask,
+            num_heads=self.heads,
+            scale_value=self.scale,
+            next_tokens=ALL_TOKENS,
+            input_layout="BSH",
+        )
+        return out.view(-1, self.width)
 
 
 class Mlp(nn.Module):
@@ -96,13 +119,13 @@ class Visual(nn.Module):
         self.head_dim = config.head_dim
 
     def forward(
-        self, patches: Tensor, positions: Tensor, segment_ends: list[int], rope: Tensor, rope_axes: Tensor
+        self, patches: Tensor, positions: Tensor, segments: Segments, rope: Tensor, rope_axes: Tensor
     ) -> Tensor:
         """Embed pictures and frames.
 
         patches uint8 [N, patch_dim], in merge-window order; rescaling and normalisation are in the weights.
         positions int64 [2, N]: row and column of every patch.
-        segment_ends: cumulative patch counts, one per frame group (HF's cu_seqlens without the leading 0).
+        segments: cumulative patch counts, one per frame group (HF's cu_seqlens without the leading 0), or the mask.
         rope [sides, 2 D] holds cos | sin of every coordinate, rope_axes [2, 1, 2 D] selects each axis' columns.
         Returns [M, H].
         """
@@ -113,6 +136,6 @@ class Visual(nn.Module):
         for i, block in enumerate(self.blocks):
             if i > 0:
                 y, residual = block.norm1.add(residual, x)
-            y, residual = block.norm2.add(residual, block.attn(y, cos, sin, segment_ends))
+            y, residual = block.norm2.add(residual, block.attn(y, cos, sin, segments))
             x = block.mlp(y)
         return self.merger(residual, x)

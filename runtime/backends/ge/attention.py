@@ -1,8 +1,8 @@
-"""FusedInferAttentionScore on CPU.
+"""FusedInferAttentionScore, PromptFlashAttention and IncreFlashAttention on CPU.
 
-Semantics after the operator's documentation (aclnnFusedInferAttentionScore, CANN): scaled dot-product attention with
-grouped heads; layouts BSH and TND; actual_seq_lengths_kv limits what is read of the cache; sparse_mode 3
-(rightDownCausal) aligns the causal triangle with the last key.
+Semantics after the operators' documentation (aclnnFusedInferAttentionScore and the other two, CANN): scaled
+dot-product attention with grouped heads; layouts BSH and TND; actual_seq_lengths_kv limits what is read of the cache;
+sparse_mode 3 (rightDownCausal) aligns the causal triangle with the last key.
 """
 
 import torch
@@ -70,7 +70,7 @@ def _tnd(node: Node, q: Tensor, k: Tensor, v: Tensor, lengths: Tensor | None, le
     return out
 
 
-def _bsh(node: Node, q: Tensor, k: Tensor, v: Tensor, lengths_kv: Tensor | None, causal: bool) -> Tensor:
+def _bsh(node: Node, scale: float, q: Tensor, k: Tensor, v: Tensor, lengths_kv: Tensor | None, causal: bool) -> Tensor:
     """q [batch, tokens, heads * dim], k and v [batch, length, kv_heads * dim]."""
     heads = node.attributes["num_heads"]
     kv_heads = node.attributes["num_key_value_heads"] or heads
@@ -87,7 +87,7 @@ def _bsh(node: Node, q: Tensor, k: Tensor, v: Tensor, lengths_kv: Tensor | None,
             q[row].view(tokens, heads, dim),
             k[row, :length].view(length, kv_heads, dim),
             v[row, :length].view(length, kv_heads, dim),
-            node.attributes["scale"],
+            scale,
             causal,
         ).reshape(tokens, width)
     return out
@@ -107,7 +107,41 @@ def fused_infer_attention_score(node: Node, *inputs: Tensor | None) -> tuple[Ten
     if layout == "TND" and mode == _FULL:
         out = _tnd(node, q, k, v, inputs[_LENGTHS], inputs[_LENGTHS_KV])
     elif layout == "BSH":
-        out = _bsh(node, q, k, v, inputs[_LENGTHS_KV], causal=mode == _RIGHT_DOWN_CAUSAL)
+        out = _bsh(node, node.attributes["scale"], q, k, v, inputs[_LENGTHS_KV], causal=mode == _RIGHT_DOWN_CAUSAL)
     else:
         raise ArtifactError(f"{node.where}: layout {layout} with sparse_mode {mode} is not supported")
     return out, torch.zeros(1)
+
+
+def incre_flash_attention(node: Node, *inputs: Tensor | None) -> tuple[Tensor, ...]:
+    """One query token a row over the cache, by lengths: inputs query, key, value, and actual_seq_lengths as the 6th."""
+    q, k, v = inputs[:3]
+    fed = {i for i, x in enumerate(inputs) if x is not None}
+    if q is None or k is None or v is None or fed - {0, 1, 2, 5} or node.attributes["input_layout"] != "BSH":
+        raise ArtifactError(f"{node.where}: inputs {sorted(fed)} are fed; supported are 0 to 2 and 5, in layout BSH")
+    return (_bsh(node, node.attributes["scale_value"], q, k, v, inputs[5], causal=False),)
+
+
+def prompt_flash_attention(node: Node, *inputs: Tensor | None) -> tuple[Tensor, ...]:
+    """All query tokens over all keys under a dense mask [1, 1, tokens, length], true where hidden; BSH, sparse_mode 0.
+
+    Without a mask nothing is hidden. next_tokens limits the mask's reach and must not, here.
+    """
+    q, k, v, _, mask = inputs[:5]
+    fed = {i for i, x in enumerate(inputs) if x is not None}
+    given = node.attributes
+    if q is None or k is None or v is None or fed - {0, 1, 2, 4} or given["input_layout"] != "BSH":
+        raise ArtifactError(f"{node.where}: inputs {sorted(fed)} are fed; supported are 0 to 2 and 4, in layout BSH")
+    if given.get("sparse_mode") or given["next_tokens"] < k.shape[1] or given["pre_tokens"] < k.shape[1]:
+        raise ArtifactError(f"{node.where}: only sparse_mode 0 with unlimited tokens is supported, got {given}")
+    heads = given["num_heads"]
+    kv_heads = given["num_key_value_heads"] or heads
+    batch, tokens, width = q.shape
+    dim = width // heads
+    q4, k4, v4 = (
+        x.float().view(batch, -1, n, dim).transpose(1, 2) for x, n in ((q, heads), (k, kv_heads), (v, kv_heads))
+    )
+    out = F.scaled_dot_product_attention(
+        q4, k4, v4, attn_mask=None if mask is None else ~mask.bool(), scale=given["scale_value"], enable_gqa=True
+    )
+    return (out.transpose(1, 2).reshape(batch, tokens, width).to(q.dtype),)

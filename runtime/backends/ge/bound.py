@@ -180,10 +180,6 @@ class GeBackend(Backend):
     def to_device(self, array: NDArray[Any]) -> Tensor:
         """A contiguous copy of a host array on the device."""
 
-    @abstractmethod
-    def new_tensor(self, *shape: int) -> Tensor:
-        """Uninitialised memory on the device, in the model's dtype."""
-
     def binding(self, name: str) -> Binding:
         return self._bound[name].binding
 
@@ -207,11 +203,20 @@ class GeBackend(Backend):
             )
         size = (fitting[0], self._part.max_length, self._model.text.kv_dim)
         layers = range(self._model.text.num_layers)
-        sides = (tuple(self.new_tensor(*size) for _ in layers) for _ in range(2))
+        # The recipe's operators multiply what the mask hides by zero, and zero times a stray NaN is NaN; the fused form
+        # never reads past a row's length, and needs no work on the device here.
+        if self._part.operators == "recipe":
+            zeros = torch.zeros(size, dtype=self._dtype)
+            sides = (tuple(zeros.clone().to(self.device) for _ in layers) for _ in range(2))
+        else:
+            sides = (tuple(torch.empty(size, dtype=self._dtype, device=self.device) for _ in layers) for _ in range(2))
         return Cache(fitting[0], *sides)
 
     def visual(self, patches: NDArray[np.uint8], positions: Ints, segment_ends: list[int]) -> Embeds:
         arguments = {"patches": self.to_device(patches), "positions": self.to_device(positions)}
+        if self._part.visual_attention == "masked":
+            segment = np.searchsorted(segment_ends, np.arange(len(patches)), side="right")
+            arguments["segment_mask"] = self.to_device((segment[:, None] != segment[None])[None, None])
         outputs = self._run("visual", arguments, {"segment_ends": segment_ends})
         return Embeds(outputs["embeds"], patches.shape[0] // self._model.vision.spatial_merge_size**2)
 
@@ -234,6 +239,9 @@ class GeBackend(Backend):
             "cache_index": self.to_device(np.array([start], np.int64)),
             "last": self.to_device(np.array([count - 1], np.int64)),
         }
+        if self._part.operators == "recipe":
+            hidden = np.arange(self._part.max_length)[None] > start + np.arange(count)[:, None]
+            arguments["mask"] = self.to_device(hidden[None, None])
         outputs = self._run("prefill", arguments, {"kv_lengths": [start + count]}, cache.row(row))
         return Step(outputs["next_token"], outputs["logits"])
 

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ....artifacts.errors import ArtifactError
-from .attention import fused_infer_attention_score
+from .attention import fused_infer_attention_score, incre_flash_attention, prompt_flash_attention
 from .graph import ATTRIBUTE_DTYPES, Node
 
 TORCH_DTYPES = {
@@ -79,6 +79,15 @@ def layer_norm(node: Node, x: Tensor, normalized_shape: Tensor, gamma: Tensor, b
     rstd = torch.rsqrt(variance + node.attributes["epsilon"])
     y = F.layer_norm(wide, shape, gamma.float(), beta.float(), node.attributes["epsilon"])
     return y.to(x.dtype), mean, rstd
+
+
+def add_layer_norm(
+    node: Node, x1: Tensor, x2: Tensor, gamma: Tensor, beta: Tensor, bias: Tensor | None = None
+) -> Outputs:
+    """AddLayerNorm: x = x1 + x2 (+ bias), rounded to the dtype, then layer normalisation. Outputs y, mean, rstd, x."""
+    total = x1 + x2 if bias is None else x1 + x2 + bias
+    shape = torch.tensor(gamma.shape)
+    return (*layer_norm(node, total, shape, gamma, beta), total)
 
 
 def rotary_mul(node: Node, x: Tensor, r1: Tensor, r2: Tensor) -> Outputs:
@@ -189,6 +198,7 @@ def tensor_move(node: Node, x: Tensor) -> Outputs:
 
 OPERATORS: dict[str, Operator] = {
     "Add": add,
+    "AddLayerNorm": add_layer_norm,
     "AddRmsNorm": add_rms_norm,
     "ArgMaxV2": arg_max,
     "Cast": cast,
@@ -196,9 +206,11 @@ OPERATORS: dict[str, Operator] = {
     "FusedInferAttentionScore": fused_infer_attention_score,
     "GatherV2": gather,
     "GeluV2": gelu,
+    "IncreFlashAttention": incre_flash_attention,
     "LayerNormV4": layer_norm,
     "MatMul": mat_mul,
     "Mul": mul,
+    "PromptFlashAttention": prompt_flash_attention,
     "ReduceSum": reduce_sum,
     "Reshape": reshape,
     "RmsNorm": rms_norm,
