@@ -13,7 +13,7 @@ TRANSPOSES = frozenset({"Transpose", "TransposeD"})
 # One of them a layer, in every form of every graph.
 ATTENTIONS = frozenset({"FusedInferAttentionScore", "PromptFlashAttention", "IncreFlashAttention"})
 _GROUPS = {
-    "data": (*INPUTS, CONSTANT, OUTPUT),
+    "data": (*INPUTS, CONSTANT, "FileConstant", OUTPUT),
     "shape": ("Shape", "Gather", "Pack"),
     "layout": ("Reshape", "Unsqueeze", "Squeeze", "Identity"),
 }

@@ -33,13 +33,17 @@ def build(tmp_path_factory: pytest.TempPathFactory) -> Build:
         dtype: str = "fp32",
         batches: tuple[int, ...] = (1,),
         max_length: int = 256,
+        operators: str = "fused",
+        visual_attention: str = "tnd",
         **checkpoint: Any,
     ) -> tuple[Path, Path]:
         if name not in made:
             folder = tmp_path_factory.mktemp(name)
             source = write_checkpoint(folder / "hf", config, tokenizer=True, **{"dtype": dtype, **checkpoint})
             convert(source, folder / "artifact", dtype, sync=False)
-            options = CompileOptions(max_length=max_length, batches=batches)
+            options = CompileOptions(
+                max_length=max_length, batches=batches, operators=operators, visual_attention=visual_attention
+            )
             compile_artifact(folder / "artifact", options, sync=False)
             made[name] = (source, folder / "artifact")
         return made[name]

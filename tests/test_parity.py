@@ -148,6 +148,45 @@ def test_every_graph_agrees_with_transformers_in_fp32(build: Any, shape: str) ->
         assert list(answer.token_ids) == tokens
 
 
+@pytest.mark.parametrize(("operators", "visual_attention"), [("fused", "tnd"), ("recipe", "masked")])
+def test_both_forms_serve_long_prompts_and_many_pictures(build: Any, operators: str, visual_attention: str) -> None:
+    form = {"operators": operators, "visual_attention": visual_attention}
+    source, artifact = build(f"{operators}_{visual_attention}", tiny_config(), max_length=1024, **form)
+    model, oracle = load(artifact), Transformers(source)
+    part = model.manifest.ge
+    assert part is not None
+    assert (part.operators, part.visual_attention) == (operators, visual_attention)
+    six = [picture(56 + 28 * i, 196 - 28 * i, i) for i in range(6)]
+    for pictures, text in ((six, "Compare. "), (CASES["one_image"], "word " * 180)):
+        request = messages(pictures)
+        request[0]["content"][-1]["text"] = text
+        prompt = model.processor.prepare(request)
+        assert pictures is six or len(prompt.token_ids) > 512
+        inputs = oracle.inputs(prompt, pictures)
+        tokens, logits = oracle.greedy(inputs, 64)
+        for ours, theirs in zip(our_logits(model, prompt, tokens[:-1]), logits, strict=True):
+            assert np.abs(ours - theirs.numpy()).max() < FP32_TOLERANCE
+        assert list(model.generate(request, max_new_tokens=64).token_ids) == tokens
+
+
+def test_a_prompt_continues_from_a_kept_cache_like_a_fresh_one(build: Any) -> None:
+    """Prefill takes a start position: the second part attends over what the first one wrote."""
+    _, artifact = build("gqa1_untied", tiny_config(**SHAPES["gqa1_untied"]), **FORMS["gqa1_untied"])
+    model = load(artifact)
+    backend = model.backend
+    prompt = model.processor.prepare(messages([]))
+    whole = backend.logits(prefill_prompt(backend, backend.allocate(1), 0, prompt, 2, Timings()))
+    # splits that leave one token, many, and all but one for the second part
+    for cut in (len(prompt.token_ids) - 1, len(prompt.token_ids) // 2, 1):
+        cache = backend.allocate(1)
+        none = np.zeros(0, np.int64)
+        for start, end in ((0, cut), (cut, len(prompt.token_ids))):
+            step = backend.prefill(
+                cache, 0, start, prompt.token_ids[start:end], prompt.positions[:, start:end], None, none
+            )
+        assert np.abs(backend.logits(step) - whole).max() < FP32_TOLERANCE
+
+
 @pytest.mark.parametrize("dtype", ["bf16", "fp16"])
 def test_half_precision_is_no_worse_than_that_of_transformers(build: Any, tmp_path: Path, dtype: str) -> None:
     """Both against fp32 transformers on the rounded weights; RMS over five random models.

@@ -148,7 +148,8 @@ def stage_graphs(
             constants=constants,
             graphs=tuple(graphs),
         ),
-        # what was verified were the graphs that this replaces
+        # what was verified and exported were the graphs that this replaces
+        air=None,
         verification="none",
         reports=(),
     )
