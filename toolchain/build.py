@@ -70,7 +70,10 @@ def build(
         options.check(plan.checkpoint.config)
         if verify:
             _require_transformers()
-        _open_device(options.soc)
+        with phases.steps("prepare") as step:
+            step("opening the device", 0, 1)
+            _open_device(options.soc)
+            step("done", 1, 1)
         with phases.copy("convert") as copied:
             converted = convert_planned(plan, staging, copied)
         manifest = replace(

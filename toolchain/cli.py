@@ -170,7 +170,14 @@ def compile(
     from .locate import find_artifact
 
     check_mode(mode)
-    options = CompileOptions(soc, max_length, batches(batch), dtype, dump(dump_format), passes(pass_names))
+    options = CompileOptions(
+        soc=soc,
+        max_length=max_length,
+        batches=batches(batch),
+        dtype=dtype,
+        dump_pbtxt=dump(dump_format),
+        passes=passes(pass_names),
+    )
     if (config is None) != (out is None) or (config is not None and artifact is not None):
         raise ConfigError("give either an artifact, or --config and --out together")
     target = out or artifact or find_artifact(Path())
@@ -216,7 +223,14 @@ def build(
 
     check_mode(mode)
     check_source(src)
-    options = CompileOptions(soc, max_length, batches(batch), dtype, dump(dump_format), passes(pass_names))
+    options = CompileOptions(
+        soc=soc,
+        max_length=max_length,
+        batches=batches(batch),
+        dtype=dtype,
+        dump_pbtxt=dump(dump_format),
+        passes=passes(pass_names),
+    )
     phases = Phases(bytes_progress, step_progress)
     built = build_artifact(
         src, out, dtype=dtype, options=options, verify=not no_verify, sync=not no_sync, phases=phases

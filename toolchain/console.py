@@ -113,7 +113,11 @@ def bytes_progress(task: str) -> Iterator[BytesProgress]:
     yield line
     if first is not None:
         seconds = time.monotonic() - begin
-        note(f"{task}: done, {format_bytes(state[1])} in {seconds:.1f} s ({_rate(state[1] - first, seconds)})")
+        copied = state[0] - first
+        note(
+            f"{task}: done"
+            + (f", {format_bytes(copied)} in {seconds:.1f} s ({_rate(copied, seconds)})" if copied else "")
+        )
 
 
 def _rate(count: int, seconds: float) -> str:

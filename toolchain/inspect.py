@@ -24,6 +24,16 @@ RECIPE_7B: dict[str, dict[str, int]] = {
     "prefill": {"total": 3930, "device": 789, "transpose_weight": 196, "per_layer": 27},
     "decode": {"total": 1984, "device": 732, "transpose_weight": 196, "per_layer": 25},
 }
+# what the table of operators says, in this order
+_COUNTED = (
+    ("all live operators", "total"),
+    ("device: kernels", "device"),
+    ("device, per layer", "per_layer"),
+    ("transposes of a weight", "transpose_weight"),
+    ("shape: arithmetic on shapes", "shape"),
+    ("layout: moves no bytes", "layout"),
+    ("data: inputs, constants", "data"),
+)
 
 
 @dataclass(frozen=True)
@@ -218,10 +228,7 @@ def render(inspection: Inspection, console: Console) -> None:
     console.print(_overview(inspection))
     if inspection.graphs:
         console.print(_counts(inspection.graphs))
-        console.print(
-            "recipe at 7B: the published recipe's graphs at the 7B shape, as torchair emits them. "
-            "device: kernels; shape: arithmetic on shapes."
-        )
+        console.print("recipe at 7B: the published recipe's own graphs at the 7B shape, as torchair emits them")
         console.print(_signatures(inspection.graphs))
         console.print(_types(inspection.graphs))
     if inspection.target and inspection.target.operator_notes:
@@ -276,20 +283,18 @@ def _recipe(name: str) -> dict[str, int]:
 
 
 def _counts(graphs: dict[str, GraphView]) -> Table:
-    table = Table("graph", title="Operators", title_justify="left")
-    for title in ("total", "device", "per layer", "shape", "layout", "weight transposes", "bytes"):
-        table.add_column(title, justify="right")
-    for title in ("recipe at 7B: total", "device", "per layer", "weight transposes"):
-        table.add_column(title, justify="right", style="dim")
-    for name, graph in graphs.items():
-        ops, recipe = graph.ops, _recipe(name)
-        table.add_row(
-            name,
-            *map(str, (ops.total, ops.device, "-" if ops.per_layer is None else ops.per_layer, ops.shape, ops.layout)),
-            str(ops.transpose_weight),
-            format_bytes(graph.bytes),
-            *(str(recipe.get(key, "-")) for key in ("total", "device", "per_layer", "transpose_weight")),
-        )
+    """A column a graph, so that it fits a terminal of 80 columns; the recipe's figures in brackets."""
+    table = Table("", title="Operators (in brackets: the recipe at 7B)", title_justify="left")
+    for name in graphs:
+        table.add_column(name, justify="right")
+    for title, key in _COUNTED:
+        cells = []
+        for name, graph in graphs.items():
+            value = getattr(graph.ops, key)
+            recipe = _recipe(name).get(key)
+            cells.append(("-" if value is None else str(value)) + ("" if recipe is None else f" ({recipe})"))
+        table.add_row(title, *cells)
+    table.add_row("bytes of the graph", *(format_bytes(graph.bytes) for graph in graphs.values()))
     return table
 
 
