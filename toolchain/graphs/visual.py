@@ -31,8 +31,9 @@ class Attention(nn.Module):
         qk, v = self.qkv(x).split([2 * self.width, self.width], -1)
         # q and k turn by the same angles: one RotaryMul over 2 x heads
         qk = torch.ops.npu.npu_rotary_mul(qk.view(1, -1, 2 * self.heads, self.head_dim), cos, sin)
-        attend = self.attend_masked if isinstance(segments, Tensor) else self.attend_packed
-        return self.proj(attend(qk, v, segments))
+        if isinstance(segments, Tensor):
+            return self.proj(self.attend_masked(qk, v, segments))
+        return self.proj(self.attend_packed(qk, v, segments))
 
     def attend_packed(self, qk: Tensor, v: Tensor, segment_ends: list[int]) -> Tensor:
         """Sequences end to end with their cumulative lengths: no mask."""
