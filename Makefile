@@ -1,7 +1,6 @@
 # `make demo` runs the main job on a tiny model; `make test` checks everything. Both make .venv first when it is missing.
 PYTHON ?= python3
-# A further place to take torch from; for instance TORCH_INDEX=https://download.pytorch.org/whl/cpu,
-# which spares the CUDA libraries.
+# A further package index to take torch from: PyTorch's own one for CPUs spares the CUDA libraries.
 TORCH_INDEX ?=
 VENV := .venv
 BIN := $(VENV)/bin
