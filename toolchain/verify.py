@@ -1,0 +1,168 @@
+"""`verify`: an artifact's graphs, run on CPU by the reference backend, against transformers on the same weights."""
+
+import dataclasses
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from ..artifacts.errors import ArtifactError, ConfigError, TargetError
+from ..artifacts.manifest import Manifest
+from ..artifacts.parameters import parameters
+from ..artifacts.process import prepare_process
+from ..artifacts.schema import dump_json
+from ..artifacts.staging import Staging, stage
+from ..artifacts.store import Artifact, open_artifact
+from ..runtime.loader import open_processor
+from .verify_cases import Case, make_cases, template_problem
+from .verify_report import Progress, VerifyReport, render
+from .weights.source import open_checkpoint
+
+__all__ = ["VerifyReport", "render", "store_report", "verify", "verify_artifact"]
+
+REPORT_PATH = "reports/verify.json"
+DEFAULT_STEPS = 16
+PASSED, FAILED = "passed", "failed"
+_MEMORY_FILE = Path("/proc/meminfo")
+
+
+def verify_artifact(
+    path: Path,
+    against: Path,
+    *,
+    steps: int = DEFAULT_STEPS,
+    progress: Progress | None = None,
+    store: bool = True,
+    sync: bool = True,
+) -> VerifyReport:
+    """Verify the artifact at `path` and, with `store`, put the report and its verdict into it.
+
+    A failed verification is a report with passed False, not an error. Raises what `verify` raises, and ArtifactError if
+    the artifact was replaced meanwhile.
+    """
+    with open_artifact(path) as artifact:
+        report = verify(artifact, against, steps=steps, progress=progress)
+        verified = artifact.manifest
+    if store:
+        with stage(path, sync=sync) as staging:
+            if staging.base != verified:
+                raise ArtifactError(f"{path}: was replaced while it was being verified; verify it again")
+            manifest = store_report(staging, verified, report)
+            staging.keep(entry for entry in manifest.files() if entry in verified.files() and entry.path != REPORT_PATH)
+            staging.commit(manifest)
+    return report
+
+
+def store_report(staging: Staging, manifest: Manifest, report: VerifyReport) -> Manifest:
+    """Stage reports/verify.json; returns the manifest with it and the verdict, for the caller to commit."""
+    entry = staging.add(REPORT_PATH, dump_json(report))
+    return dataclasses.replace(manifest, reports=(entry,), verification=PASSED if report.passed else FAILED)
+
+
+def verify(
+    artifact: Artifact, against: Path, *, steps: int = DEFAULT_STEPS, progress: Progress | None = None
+) -> VerifyReport:
+    """Compare an open artifact with the HF checkpoint in the folder `against`; writes nothing.
+
+    Three requests (one picture, two, text only): the inputs that both make of them, the visual output, the prefill's
+    logits and those of `steps` decode steps of every compiled batch size, both sides fed transformers' greedy tokens.
+    Where one is outside the tolerance, the first such is run again to find the first intermediate that departs.
+
+    Raises ArtifactError for an artifact without weights or graphs, or of another model; ConfigError or WeightError for
+    a folder that is not a whole checkpoint; TargetError when both models do not fit into memory together, before
+    anything is loaded.
+    """
+    manifest = artifact.manifest
+    if manifest.weights is None or manifest.ge is None:
+        missing, command = ("weights", "convert") if manifest.weights is None else ("GE graphs", "compile")
+        raise ArtifactError(
+            f"{artifact.path}: has no {missing}, so there is nothing to verify; run `qwen2vl-tc {command}` first"
+        )
+    if steps < 1:
+        raise TargetError(f"steps is {steps}, expected at least 1")
+    report_progress = progress or (lambda what, done, total: None)
+    report_progress("checking the checkpoint", 0, 1)
+    _check_same_model(artifact, against)
+    processor = open_processor(artifact)
+    cases = make_cases(processor, manifest.ge.max_length)
+    longest = max(len(case.prompt.token_ids) for case in cases)
+    fitting = min(steps, manifest.ge.max_length - longest)
+    notes = []
+    if fitting < steps:
+        notes.append(f"{fitting} decode steps instead of {steps}: the cache has {manifest.ge.max_length} positions")
+    if problem := template_problem(processor):
+        notes.append(f"prompts were made without a chat template: {problem}")
+    needed = needed_memory(manifest, cases, fitting)
+    if (note := check_memory(needed, available_memory())) is not None:
+        notes.append(note)
+
+    prepare_process()
+    from .verify_run import Run
+
+    return Run(artifact, manifest.ge, against, cases, fitting, report_progress).report(needed, tuple(notes))
+
+
+def _check_same_model(artifact: Artifact, against: Path) -> None:
+    """Raises ConfigError or WeightError for a folder that is no whole checkpoint, ArtifactError for another model's."""
+    if not (against / "config.json").is_file():
+        raise ConfigError(f"{against}: no config.json there; --against wants the folder of the original checkpoint")
+    with open_checkpoint(against) as checkpoint:
+        there = checkpoint.config
+    differences = list(_differences("", artifact.manifest.model, there))
+    if differences:
+        raise ArtifactError(
+            f"{artifact.path}: was not made from {against}, whose config.json differs: {', '.join(differences[:6])}; "
+            "verify against the checkpoint that it was converted from"
+        )
+
+
+def _differences(where: str, ours: Any, theirs: Any) -> Iterator[str]:
+    if dataclasses.is_dataclass(ours):
+        for field in dataclasses.fields(ours):
+            yield from _differences(
+                f"{where}.{field.name}".lstrip("."), getattr(ours, field.name), getattr(theirs, field.name)
+            )
+    elif ours != theirs:
+        yield f"{where} is {theirs} there and {ours} in the artifact"
+
+
+def needed_memory(manifest: Manifest, cases: Sequence[Case], steps: int) -> int:
+    """Bytes that both models take together, before anything is loaded.
+
+    transformers: 4 bytes a parameter. Ours: the mapped weights, the largest of them once more as fp32 (the reference
+    backend computes half-precision products in fp32) and once rounded. Both: activations of the longest request,
+    all kept while intermediates are compared, and the cache's used positions.
+    """
+    sizes = [parameter.size for parameter in parameters(manifest.model)]
+    mapped = sum(entry.bytes for entry in manifest.weights.files) if manifest.weights else 0
+    text, vision = manifest.model.text, manifest.model.vision
+    tokens = max(len(case.prompt.token_ids) for case in cases) + steps
+    patches = max(len(case.prompt.patches) for case in cases)
+    per_token = text.num_layers * (12 * text.hidden_size + 4 * text.intermediate_size + 4 * text.kv_dim)
+    per_patch = vision.depth * (14 * vision.embed_dim + 3 * vision.mlp_dim)
+    scores = 3 * max(text.num_heads * tokens**2, vision.num_heads * patches**2)
+    rows = max(manifest.ge.batches) if manifest.ge else 1
+    logits = (len(cases) * (1 + steps) + 2 * rows) * text.vocab_size
+    return 4 * sum(sizes) + mapped + 8 * max(sizes) + 8 * (tokens * per_token + patches * per_patch + scores + logits)
+
+
+def available_memory() -> int | None:
+    """Bytes that can be taken without swapping; None where the system does not say (only Linux does)."""
+    if sys.platform != "linux" or not _MEMORY_FILE.is_file():
+        return None
+    for line in _MEMORY_FILE.read_text(encoding="ascii").splitlines():
+        if line.startswith("MemAvailable:"):
+            return int(line.split()[1]) << 10
+    return None
+
+
+def check_memory(needed: int, available: int | None) -> str | None:
+    """Raises TargetError, with what is missing, if both models do not fit. Returns a note where that is unknown."""
+    if available is None:
+        return f"memory was not checked (only Linux says what is free); about {needed / 1e9:.1f} GB are needed"
+    if needed > available:
+        raise TargetError(
+            f"verification needs {needed / 1e9:.1f} GB of memory for both models together, {available / 1e9:.1f} GB "
+            "are available; verify on a larger machine (an artifact can be copied), or build with --no-verify"
+        )
+    return None

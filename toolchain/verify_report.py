@@ -1,0 +1,258 @@
+"""What a verification found, how much error is right for each dtype, and how the terminal shows it."""
+
+import math
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, replace
+
+import numpy as np
+from numpy.typing import NDArray
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+# (what is being done, steps done, steps in all)
+Progress = Callable[[str, int, int], None]
+Floats = NDArray[np.float32]
+
+
+@dataclass(frozen=True)
+class Tolerance:
+    """What a comparison may show; None is not limited.
+
+    max_error: absolute, for a reference whose standard deviation is up to 5; in proportion above that, as logits of
+    real models have a deviation of up to 30 and fp32 rounds relative to the size. The others are relative to the
+    standard deviation of the reference: relative_max its largest error, relative_rms the root of its mean square.
+    """
+
+    max_error: float | None
+    relative_max: float | None
+    relative_rms: float | None
+    cosine: float | None
+    reason: str
+
+    def limit(self, std: float) -> float:
+        """The largest absolute error allowed beside a reference of this standard deviation."""
+        limits = []
+        if self.max_error is not None:
+            limits.append(self.max_error * max(1.0, std / _STD_OF_MAX_ERROR))
+        if self.relative_max is not None:
+            limits.append(self.relative_max * std)
+        return min(limits, default=math.inf)
+
+
+_STD_OF_MAX_ERROR = 5.0
+TOLERANCES = {
+    "fp32": Tolerance(
+        max_error=1e-4,
+        relative_max=None,
+        relative_rms=None,
+        cosine=None,
+        reason="the same fp32 arithmetic in another order differs by some 1e-5 of logits; a wrong operator by 1e-2",
+    ),
+    # Random models of 2 to 28 layers and of widths 64 to 1536, 5 seeds: relative RMS 0.006 to 0.019 and relative_max up
+    # to 0.08, the same as transformers itself computing in bf16. One swapped row of a small model gives 0.06 and more.
+    "bf16": Tolerance(
+        max_error=None,
+        relative_max=0.15,
+        relative_rms=0.03,
+        cosine=0.999,
+        reason="bf16 keeps 8 bits: transformers in bf16 is itself 0.6 to 2 % (RMS) from fp32, growing with depth",
+    ),
+    # the same with 3 bits more: an eighth
+    "fp16": Tolerance(
+        max_error=None,
+        relative_max=0.02,
+        relative_rms=0.004,
+        cosine=0.99998,
+        reason="fp16 keeps 11 bits: transformers in fp16 is itself 0.1 to 0.3 % (RMS) from fp32, growing with depth",
+    ),
+}
+# Outside these bounds transformers computing in the artifact's dtype has the last word, for models whose activations
+# round worse than those that were measured: up to this many times its own error passes.
+OF_ORIGINAL = 1.5
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """One output of one graph against transformers'. step: the decode step, from 1; None for visual and prefill.
+
+    std is the reference's standard deviation, limit the largest max_error allowed, relative_rms = rms error / std.
+    original_rms: relative_rms of transformers itself computing in this dtype, where it had to be asked.
+    top1: whether the graph's own next token is transformers'; None for visual. Errors are None when the graph's output
+    is not finite.
+    """
+
+    case: str
+    graph: str
+    step: int | None
+    std: float
+    max_error: float | None
+    limit: float
+    relative_rms: float | None
+    cosine: float | None
+    original_rms: float | None
+    top1: bool | None
+    passed: bool
+
+
+@dataclass(frozen=True)
+class InputCheck:
+    """Whether one kind of input (grids, token ids, M-RoPE positions) equals transformers'; `detail` says how not."""
+
+    case: str
+    what: str
+    equal: bool
+    detail: str
+
+
+@dataclass(frozen=True)
+class CaseSize:
+    """One request that was compared."""
+
+    name: str
+    prompt_tokens: int
+    patches: int
+
+
+@dataclass(frozen=True)
+class Departure:
+    """The first intermediate of the first failing graph that departs from transformers'. Errors as in Comparison.
+
+    landmark is None where every intermediate is as close as it should be and only the output is not.
+    """
+
+    case: str
+    graph: str
+    step: int | None
+    landmark: str | None
+    max_error: float | None
+    limit: float
+    relative_rms: float | None
+
+
+@dataclass(frozen=True)
+class VerifyReport:
+    """The whole result. `against` is the folder's name; `memory_bytes` what was needed for both models.
+
+    intermediates: how many were compared. In fp32 none if the outputs are right; in half precision one request's.
+    """
+
+    passed: bool
+    artifact: str
+    against: str
+    dtype: str
+    backend: str
+    versions: dict[str, str]
+    steps: int
+    tolerance: Tolerance
+    memory_bytes: int
+    notes: tuple[str, ...]
+    cases: tuple[CaseSize, ...]
+    inputs: tuple[InputCheck, ...]
+    comparisons: tuple[Comparison, ...]
+    intermediates: int
+    departure: Departure | None
+
+    @property
+    def conclusion(self) -> str:
+        """One sentence: what was verified, or what failed first and where."""
+        if self.passed:
+            inner = f" and {self.intermediates} intermediates" if self.intermediates else ""
+            return (
+                f"verified: {self.artifact} ({self.dtype}) agrees with transformers on {self.against} in "
+                f"{len(self.comparisons)} outputs{inner}, "
+                f"largest error {_worst_error(self.comparisons)}"
+            )
+        wrong = [check for check in self.inputs if not check.equal]
+        if wrong:
+            return f"FAILED: {wrong[0].case}: {wrong[0].what} differ from transformers': {wrong[0].detail}"
+        at = self.departure
+        if at is None:
+            return "FAILED: no output was compared"
+        where = f"{at.graph} ({at.case}{'' if at.step is None else f', step {at.step}'})"
+        found = f"max error {_number(at.max_error)}, expected at most {_number(at.limit)}"
+        if at.landmark is None:
+            return f"FAILED: {where}: its output departs, its intermediates do not ({found})"
+        return f"FAILED: {where}: first departs at {at.landmark} ({found})"
+
+
+def compare(
+    case: str, graph: str, step: int | None, ours: Floats, original: Floats, tolerance: Tolerance, token: int | None
+) -> Comparison:
+    """Measure one output, both of one shape; `token` is the next token that the graph chose, None for visual."""
+    a, b = ours.astype(np.float64).ravel(), original.astype(np.float64).ravel()
+    std = float(b.std())
+    limit = tolerance.limit(std)
+    if not np.isfinite(a).all():
+        return Comparison(
+            case, graph, step, std, None, limit, None, None, None, None if token is None else False, False
+        )
+    error = a - b
+    max_error, rms = float(np.abs(error).max()), math.sqrt(float(np.square(error).mean()))
+    # a constant reference has no deviation to measure by
+    relative_rms = rms / std if std else rms
+    length = math.sqrt(float(a @ a) * float(b @ b))
+    cosine = float(a @ b) / length if length else 1.0
+    passed = max_error <= limit
+    passed &= tolerance.relative_rms is None or relative_rms <= tolerance.relative_rms
+    passed &= tolerance.cosine is None or cosine >= tolerance.cosine
+    top1 = None
+    if token is not None:
+        top1 = token == int(b.argmax())
+        # within the errors that are allowed, only a token whose logit is as large may be chosen
+        passed &= 0 <= token < len(b) and float(b.max() - b[token]) <= 2 * limit
+    return Comparison(case, graph, step, std, max_error, limit, relative_rms, cosine, None, top1, passed)
+
+
+def second_opinion(ours: Comparison, original: Comparison) -> Comparison:
+    """`ours`, failed in half precision, judged by what transformers in the same dtype gives for the same output."""
+    a, b = (ours.max_error, ours.relative_rms), (original.max_error, original.relative_rms)
+    passed = all(x is not None and y is not None and x <= OF_ORIGINAL * y for x, y in zip(a, b, strict=True))
+    return replace(ours, original_rms=original.relative_rms, passed=passed)
+
+
+def _number(value: float | None) -> str:
+    return "not finite" if value is None else f"{value:.2g}"
+
+
+def _worst_error(found: Iterable[Comparison]) -> str:
+    errors = [each.max_error for each in found]
+    return _number(None if None in errors else max(e for e in errors if e is not None))
+
+
+def render(report: VerifyReport, console: Console) -> None:
+    """Print a row for each case and graph, decode steps together at their worst, and the conclusion."""
+    table = Table(title=f"{escape(report.artifact)} ({report.dtype}) against transformers fp32 on CPU")
+    for column in ("case", "graph", "max error", "allowed", "rel. RMS", "cosine", "top-1", "verdict"):
+        table.add_column(column, justify="left" if column in ("case", "graph", "verdict") else "right", no_wrap=True)
+    for (case, graph), found in _grouped(report.comparisons).items():
+        cosines = [each.cosine for each in found]
+        rms = [each.relative_rms for each in found]
+        tops = [each.top1 for each in found if each.top1 is not None]
+        wrong = sum(not each.passed for each in found)
+        steps = f" x {len(found)}" if found[0].step is not None else ""
+        verdict = "[green]ok[/]" if not wrong else "[red]FAILED[/]" + (f" ({wrong} of {len(found)})" if steps else "")
+        table.add_row(
+            case,
+            escape(graph) + steps,
+            _worst_error(found),
+            _number(min(each.limit for each in found)),
+            _number(None if None in rms else max(r for r in rms if r is not None)),
+            "-" if None in cosines else f"{min(c for c in cosines if c is not None):.7f}",
+            f"{sum(tops)}/{len(tops)}" if tops else "",
+            verdict,
+        )
+    console.print(table)
+    for note in report.notes:
+        console.print(f"note: {escape(note)}", highlight=False)
+    console.print(f"tolerance: {escape(report.tolerance.reason)}", highlight=False)
+    color = "green" if report.passed else "red"
+    # one line whatever the terminal's width: it is what people copy into a report
+    console.print(f"[{color}]{escape(report.conclusion)}[/]", highlight=False, soft_wrap=True)
+
+
+def _grouped(found: Iterable[Comparison]) -> dict[tuple[str, str], list[Comparison]]:
+    groups: dict[tuple[str, str], list[Comparison]] = {}
+    for each in found:
+        groups.setdefault((each.case, each.graph), []).append(each)
+    return groups
