@@ -301,6 +301,11 @@ class Run:
 
 
 def _output_departs(failed: Comparison) -> Departure:
+    """What to say where the intermediates do not explain a failure."""
+    gap = failed.token_gap
+    if gap is not None and gap > 2 * failed.limit and failed.max_error is not None and failed.max_error <= failed.limit:
+        title = "the choice of the next token, whose logit is not the largest"
+        return Departure(failed.case, failed.graph, failed.step, title, gap, 2 * failed.limit, failed.relative_rms)
     return Departure(failed.case, failed.graph, failed.step, None, failed.max_error, failed.limit, failed.relative_rms)
 
 

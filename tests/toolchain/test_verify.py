@@ -7,6 +7,7 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from rich.console import Console
@@ -19,6 +20,7 @@ from qwen2vl_tc.artifacts.schema import from_plain
 from qwen2vl_tc.artifacts.store import open_artifact, read_manifest
 from qwen2vl_tc.runtime import load
 from qwen2vl_tc.runtime.backends.ge.proto import message_class
+from qwen2vl_tc.runtime.backends.reference import ReferenceBackend
 from qwen2vl_tc.runtime.loader import open_processor
 from qwen2vl_tc.toolchain import verify as module
 from qwen2vl_tc.toolchain.compile import CompileOptions, compile_artifact
@@ -27,6 +29,7 @@ from qwen2vl_tc.toolchain.graphs.form import Form
 from qwen2vl_tc.toolchain.synthetic import tiny_config, write_checkpoint
 from qwen2vl_tc.toolchain.verify import REPORT_PATH, VerifyReport, render, verify, verify_artifact
 from qwen2vl_tc.toolchain.verify_cases import make_cases
+from qwen2vl_tc.toolchain.verify_report import TOLERANCES, compare, second_opinion
 from qwen2vl_tc.toolchain.weights.convert import convert
 
 Tensors = dict[str, torch.Tensor]
@@ -219,6 +222,32 @@ def test_a_wrong_decode_graph_fails_where_prefill_is_right(fp32: Path, source: P
     report = verified(artifact, source)
     assert {each.graph for each in report.comparisons if not each.passed} == {"decode_b1"}
     assert "decode_b1 (one image, step 1): first departs at the input of layers.1.self_attn.o_proj" in report.conclusion
+
+
+def test_a_graph_that_chooses_another_token_than_its_largest_logit_fails(
+    fp32: Path, source: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ReferenceBackend, "tokens", lambda self, step: step.logits.argmin(-1).numpy())
+    report = verified(fp32, source, steps=1)
+    assert not report.passed
+    assert "prefill (one image): first departs at the choice of the next token" in report.conclusion
+
+
+@pytest.mark.parametrize(
+    ("scale", "token", "passes"), [(1.4, 0, True), (1.6, 0, False), (1.4, 1, False)], ids=["as bad", "worse", "token"]
+)
+def test_outside_the_bounds_bf16_may_be_as_far_off_as_transformers_in_bf16(
+    scale: float, token: int, passes: bool
+) -> None:
+    exact = np.linspace(30, -30, 100, dtype=np.float32)
+    # the second largest logit must be out of reach of the errors
+    exact[0] = 100
+    error = 3 * np.sin(np.arange(100, dtype=np.float32))
+    bounds = TOLERANCES["bf16"]
+    ours = compare("case", "prefill", None, exact + scale * error, exact, bounds, token)
+    original = compare("case", "prefill", None, exact + error, exact, bounds, None)
+    assert not ours.passed and not original.passed
+    assert second_opinion(ours, original).passed is passes
 
 
 def test_a_failed_verification_is_recorded_and_the_artifact_stays_whole(
