@@ -11,14 +11,18 @@ class WeightCheck:
 
     def __init__(self, artifact: Artifact) -> None:
         self._artifact = artifact
+        part = artifact.manifest.weights
+        self._files = part.files if part else ()
+        for entry in self._files:
+            # mapped here, so that closing the artifact does not take the files from under the thread
+            artifact.map(entry, check=False)
         self._error: ArtifactError | None = None
         self._thread = threading.Thread(target=self._run, name="weight-check", daemon=True)
         self._thread.start()
 
     def _run(self) -> None:
-        part = self._artifact.manifest.weights
         try:
-            for entry in part.files if part else ():
+            for entry in self._files:
                 self._artifact.check(entry)
         except ArtifactError as error:
             self._error = error

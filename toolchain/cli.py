@@ -11,7 +11,7 @@ from typing import Annotated
 
 import typer
 
-from ..artifacts.errors import ConfigError
+from ..artifacts.errors import ConfigError, TargetError
 from ..artifacts.process import prepare_process
 from .cli_errors import FAILED, Commands
 from .cli_values import batches, chat_messages, check_mode, check_source, config_file, dump, passes
@@ -85,7 +85,9 @@ Dtype = Annotated[
 Mode = Annotated[
     str,
     typer.Option(
-        "--mode", metavar="dynamo|onnx|air", help="dynamo: GE graphs for torchair. onnx and air are not built yet."
+        "--mode",
+        metavar="dynamo|air|onnx",
+        help="dynamo: GE graphs for torchair. air: offline models for ATC from those graphs. onnx is not built yet.",
     ),
 ]
 Soc = Annotated[str, typer.Option("--soc", metavar="NAME", help="The SoC to compile for; none needs to be here.")]
@@ -96,6 +98,22 @@ Batch = Annotated[
     str, typer.Option("--batch", metavar="N,...", help="Batch sizes to decode with, one graph each, such as 1,4.")
 ]
 Dump = Annotated[str | None, typer.Option("--dump", metavar="pbtxt", help="Also write a readable copy of each graph.")]
+Operators = Annotated[
+    str,
+    typer.Option(
+        "--operators",
+        metavar="fused|recipe",
+        help="recipe: PromptFlashAttention and IncreFlashAttention, for a CANN that refuses the fused operator.",
+    ),
+]
+VisualAttention = Annotated[
+    str,
+    typer.Option(
+        "--visual-attention",
+        metavar="tnd|masked",
+        help="masked: a dense mask in the vision tower, for a CANN that refuses TND with its head size.",
+    ),
+]
 Passes = Annotated[
     str | None,
     typer.Option(
@@ -141,6 +159,7 @@ def convert(
         "qwen2vl-tc compile",
         "qwen2vl-tc compile qwen2-vl-7b.artifact --mode dynamo --soc Ascend910B2 --max-length 8192 --batch 1,4",
         "qwen2vl-tc compile --config Qwen2-VL-72B-Instruct/config.json --out qwen2-vl-72b.artifact",
+        "qwen2vl-tc compile qwen2-vl-7b.artifact --mode air",
     )
 )
 def compile(
@@ -150,6 +169,8 @@ def compile(
     max_length: MaxLength = DEFAULT_MAX_LENGTH,
     batch: Batch = "1",
     dtype: Dtype = None,
+    operators: Operators = "fused",
+    visual_attention: VisualAttention = "tnd",
     dump_format: Dump = None,
     pass_names: Passes = None,
     config: Annotated[
@@ -164,7 +185,8 @@ def compile(
 
     Needs neither an NPU nor CANN.
     """
-    from .cli_output import print_compiled, print_written
+    from .air import export_air
+    from .cli_output import print_compiled, print_exported, print_written
     from .compile import CompileOptions, compile_artifact, compile_config
     from .console import step_progress
     from .locate import find_artifact
@@ -176,11 +198,20 @@ def compile(
         batches=batches(batch),
         dtype=dtype,
         dump_pbtxt=dump(dump_format),
+        operators=operators,
+        visual_attention=visual_attention,
         passes=passes(pass_names),
     )
     if (config is None) != (out is None) or (config is not None and artifact is not None):
         raise ConfigError("give either an artifact, or --config and --out together")
     target = out or artifact or find_artifact(Path())
+    if mode == "air":
+        if options != CompileOptions() or config is not None:
+            raise TargetError("--mode air exports the graphs that are there: it takes no option but the artifact")
+        with step_progress("compile") as progress:
+            manifest = export_air(target, progress)
+        print_exported(manifest, target)
+        return
     with step_progress("compile") as progress:
         if config is None:
             manifest = compile_artifact(target, options, progress)
@@ -204,6 +235,8 @@ def build(
     max_length: MaxLength = DEFAULT_MAX_LENGTH,
     batch: Batch = "1",
     dtype: Dtype = None,
+    operators: Operators = "fused",
+    visual_attention: VisualAttention = "tnd",
     dump_format: Dump = None,
     pass_names: Passes = None,
     no_verify: Annotated[
@@ -222,6 +255,8 @@ def build(
     from .console import bytes_progress, fail, stdout, step_progress
 
     check_mode(mode)
+    if mode == "air":
+        raise TargetError("--mode air: build the graphs first, then run `qwen2vl-tc compile ARTIFACT --mode air`")
     check_source(src)
     options = CompileOptions(
         soc=soc,
@@ -229,6 +264,8 @@ def build(
         batches=batches(batch),
         dtype=dtype,
         dump_pbtxt=dump(dump_format),
+        operators=operators,
+        visual_attention=visual_attention,
         passes=passes(pass_names),
     )
     phases = Phases(bytes_progress, step_progress)

@@ -66,6 +66,18 @@ def _size(graph: Graph) -> int:
     return graph.graph.bytes + graph.binding.bytes
 
 
+def print_exported(manifest: Manifest, out: Path) -> None:
+    """The offline models, and the ATC commands that take them on, each in its folder."""
+    from .air import atc_commands
+
+    result("No device and no ATC has run these models yet. On a host with CANN:")
+    for folder, line in atc_commands(manifest):
+        result(f"cd {command(out / folder)}\n  {line}")
+    models = manifest.air.graphs if manifest.air else ()
+    size = format_bytes(sum(graph.model.bytes for graph in models))
+    result(f"wrote {out}/graphs/air: {len(models)} offline models, {size} beside the weights that they refer to")
+
+
 def next_after_compile(manifest: Manifest, out: Path) -> str:
     """What to run on an artifact that has graphs."""
     if manifest.weights is None:

@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from ..artifacts.binding import CONSTANT, LENGTHS, PARAMETER, Binding
 from ..artifacts.config import ModelConfig, model_config_from_hf
@@ -13,6 +14,9 @@ from ..artifacts.safetensors import header_bytes
 from ..artifacts.schema import parse_json
 from ..artifacts.staging import Staging, stage
 from .graphs.form import OPERATORS, VISUAL_ATTENTION, Form
+
+if TYPE_CHECKING:
+    from .graphs.signatures import Signature
 
 DEFAULT_SOC = "Ascend910B2"
 DEFAULT_MAX_LENGTH = 8192
@@ -190,9 +194,9 @@ def _trace_all(config: ModelConfig, options: CompileOptions, dtype: str) -> list
 
     def pending(signature: Signature) -> _PendingGraph:
         def run(staging: Staging) -> tuple[Graph, tuple[OperatorNote, ...]]:
-            traced = trace(signature.name, signature.method, signature.arguments, signature.outputs, CACHES)
+            traced = trace(signature.name, signature.method, signature.arguments, tuple(signature.outputs), CACHES)
             _check_binding(traced.binding, config)
-            return _stage_graph(staging, traced.model, traced.binding, options), traced.notes
+            return _stage_graph(staging, traced.model, traced.binding, signature, options), traced.notes
 
         return _PendingGraph(signature.name, run)
 
@@ -202,7 +206,9 @@ def _trace_all(config: ModelConfig, options: CompileOptions, dtype: str) -> list
     ]
 
 
-def _stage_graph(staging: Staging, model: object, binding: Binding, options: CompileOptions) -> Graph:
+def _stage_graph(
+    staging: Staging, model: object, binding: Binding, signature: "Signature", options: CompileOptions
+) -> Graph:
     from google.protobuf import text_format
 
     from ..exporters.torchair.passes import count_ops, run_passes
@@ -225,7 +231,7 @@ def _stage_graph(staging: Staging, model: object, binding: Binding, options: Com
             for bound in binding.inputs
             if bound.kind not in (PARAMETER, CONSTANT)
         ),
-        outputs=tuple(Tensor(output.name, output.dtype, ()) for output in binding.outputs),
+        outputs=tuple(Tensor(o.name, o.dtype, signature.outputs[o.name]) for o in binding.outputs),
         ops=count_ops(graph),
     )
 

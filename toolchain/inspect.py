@@ -8,7 +8,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from ..artifacts.binding import CACHE, PARAMETER, Binding, binding_from_bytes
+from ..artifacts.binding import PARAMETER, Binding, binding_from_bytes
 from ..artifacts.config import ModelConfig
 from ..artifacts.ge_ops import TRANSPOSES, Op, count_kinds, device_ops_per_layer, input_behind, live_ops
 from ..artifacts.manifest import GePart, Graph, Manifest, OperatorNote
@@ -38,11 +38,11 @@ _COUNTED = (
 
 @dataclass(frozen=True)
 class TensorView:
-    """A graph's input or output. shape: -1 where the size is known at run time only; None where it is not recorded."""
+    """A graph's input or output. shape: -1 where the size is known at run time only."""
 
     name: str
     dtype: str
-    shape: tuple[int, ...] | None
+    shape: tuple[int, ...]
 
 
 @dataclass(frozen=True)
@@ -201,26 +201,11 @@ def _graph(artifact: Artifact, graph: Graph) -> GraphView:
     files = [entry for entry in (graph.graph, graph.binding) if entry]
     return GraphView(
         inputs=tuple(TensorView(tensor.name, tensor.dtype, tensor.shape) for tensor in graph.inputs),
-        outputs=_outputs(graph, binding, artifact.manifest.model),
+        outputs=tuple(TensorView(tensor.name, tensor.dtype, tensor.shape) for tensor in graph.outputs),
         parameters=sum(bound.kind == PARAMETER for bound in binding.inputs),
         ops=count_graph_ops(parsed, binding),
         bytes=sum(entry.bytes for entry in files),
     )
-
-
-def _outputs(graph: Graph, binding: Binding, model: ModelConfig) -> tuple[TensorView, ...]:
-    """The outputs with their shapes. torchair records none, so they follow from the graphs' definition."""
-    rows = next((bound.shape[0] for bound in binding.inputs if bound.kind == CACHE), 1)
-    known = {
-        "embeds": (-1, model.text.hidden_size),
-        "logits": (rows, model.text.vocab_size),
-        **dict.fromkeys(("next_token", "cache_index", "positions"), (rows,)),
-    }
-    found = []
-    for tensor, bound in zip(graph.outputs, binding.outputs, strict=True):
-        shape = binding.inputs[bound.input].shape if bound.input is not None else known.get(tensor.name)
-        found.append(TensorView(tensor.name, tensor.dtype, tensor.shape or shape))
-    return tuple(found)
 
 
 def render(inspection: Inspection, console: Console) -> None:
@@ -306,9 +291,7 @@ def _grouped(tensors: tuple[TensorView, ...]) -> list[str]:
     lines = []
     for name, members in lists.items():
         first = members[0]
-        shape = (
-            "unknown" if first.shape is None else "[" + ", ".join("?" if n < 0 else str(n) for n in first.shape) + "]"
-        )
+        shape = "[" + ", ".join("?" if n < 0 else str(n) for n in first.shape) + "]"
         times = f"{len(members)} x " if "[" in first.name else ""
         lines.append(f"{name}: {times}{first.dtype} {shape}")
     return lines

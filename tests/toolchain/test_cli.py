@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+import shutil
 import subprocess
 import sys
 from importlib.metadata import version
@@ -25,7 +26,10 @@ from .conftest import TINY, Run
 SCRIPT = Path(sys.executable).parent / "qwen2vl-tc"
 
 # What users' scripts rely on: a change here is a change for them.
-COMPILE_OPTIONS = {"--mode", "--soc", "--max-length", "--batch", "--dtype", "--dump", "--passes"}
+COMPILE_OPTIONS = {
+    *("--mode", "--soc", "--max-length", "--batch", "--dtype", "--dump", "--passes"),
+    *("--operators", "--visual-attention"),
+}
 FROZEN = {
     "convert": {"--src", "--out", "--dtype", "--no-sync"},
     "compile": {"ARTIFACT", "--config", "--out", *COMPILE_OPTIONS},
@@ -121,7 +125,11 @@ def test_main_prepares_the_process_before_anything_else(monkeypatch: pytest.Monk
         (["compile", "empty"], "empty"),
         (["compile", "tiny"], "not an artifact"),
         (["compile", "x", "--mode", "onnx"], "--mode onnx: not built yet in this version; use --mode dynamo"),
-        (["compile", "x", "--mode", "air"], "--mode air: not built yet"),
+        (["compile", "x", "--mode", "air"], "x: no artifact there"),
+        (["compile", "x", "--mode", "air", "--soc", "Ascend910B4"], "it takes no option but the artifact"),
+        (["build", "--src", "tiny", "--out", "y", "--mode", "air"], "build the graphs first"),
+        (["compile", "--config", "tiny", "--out", "y", "--operators", "magic"], "expected one of fused, recipe"),
+        (["compile", "--config", "tiny", "--out", "y", "--visual-attention", "x"], "expected one of tnd, masked"),
         (["compile", "x", "--mode", "jit"], "--mode jit: expected one of dynamo, onnx, air"),
         (["compile", "x", "--batch", "1,x"], "--batch 1,x: expected batch sizes"),
         (["compile", "x", "--dump", "xml"], "--dump xml: expected pbtxt"),
@@ -337,3 +345,27 @@ def test_no_passes_all_passes_and_named_passes() -> None:
     assert cli_values.passes("all") is None
     assert cli_values.passes("none") == ()
     assert cli_values.passes("remove_dead_ops") == ("remove_dead_ops",)
+
+
+def test_offline_models_are_exported_with_the_commands_that_take_them_on(run: Run, built: Path, tmp_path: Path) -> None:
+    artifact = tmp_path / "tiny.artifact"
+    shutil.copytree(built, artifact)
+    result = run("compile", artifact, "--mode", "air")
+    assert result.exit_code == 0, result.output
+    for name in ("visual", "prefill", "decode_b1", "decode_b2"):
+        assert (artifact / "graphs/air" / name / f"{name}.air").stat().st_size > 0
+        assert f"atc --framework=1 --model={name}.air --soc_version=Ascend910B2" in result.stdout
+    assert "No device and no ATC has run these models yet" in result.stdout
+    assert result.stdout.splitlines()[-1].startswith(f"wrote {artifact}/graphs/air: 4 offline models")
+
+
+def test_the_other_forms_are_compiled_on_request_and_recorded(run: Run, tmp_path: Path) -> None:
+    write_checkpoint(tmp_path / "tiny", TINY)
+    forms = ("--operators", "recipe", "--visual-attention", "masked", "--max-length", "64")
+    result = run("compile", "--config", tmp_path / "tiny", "--out", tmp_path / "other", *forms)
+    assert result.exit_code == 0, result.output
+    report = json.loads(run("inspect", tmp_path / "other", "--json").stdout)
+    kinds = {name: set(graph["ops"]["by_type"]) for name, graph in report["graphs"].items()}
+    assert "PromptFlashAttention" in kinds["visual"] & kinds["prefill"]
+    assert "IncreFlashAttention" in kinds["decode_b1"]
+    assert not any("FusedInferAttentionScore" in found for found in kinds.values())

@@ -127,12 +127,12 @@ class Qwen2VL(nn.Module):
 
 @dataclass(frozen=True)
 class Signature:
-    """One graph to trace: its name, the method, example arguments, names of the outputs."""
+    """One graph to trace: its name, the method, example arguments, and the outputs' shapes by name (-1 is dynamic)."""
 
     name: str
     method: Callable[..., Any]
     arguments: dict[str, Any]
-    outputs: tuple[str, ...]
+    outputs: dict[str, tuple[int, ...]]
 
 
 CACHES = frozenset({"keys", "values"})
@@ -170,7 +170,7 @@ def signatures(
         visual["segment_mask"] = _example(device, 1, 1, patches, patches, dtype=torch.bool, dynamic=(2, 3))
     else:
         visual["segment_ends"] = [171 * merge, patches - 2]
-    yield Signature("visual", model.encode_masked if masked else model.encode, visual, ("embeds",))
+    yield Signature("visual", model.encode_masked if masked else model.encode, visual, {"embeds": (-1, hidden)})
     dense = {"mask": _example(device, 1, 1, tokens, max_length, dtype=torch.bool, dynamic=(2,))} if recipe else {}
     yield Signature(
         "prefill",
@@ -187,7 +187,7 @@ def signatures(
             "values": caches(1),
             **dense,
         },
-        ("next_token", "logits"),
+        {"next_token": (1,), "logits": (1, config.text.vocab_size)},
     )
     for batch in batches:
         yield Signature(
@@ -201,5 +201,10 @@ def signatures(
                 "keys": caches(batch),
                 "values": caches(batch),
             },
-            ("next_token", "logits", "cache_index", "positions"),
+            {
+                "next_token": (batch,),
+                "logits": (batch, config.text.vocab_size),
+                "cache_index": (batch,),
+                "positions": (batch,),
+            },
         )

@@ -173,6 +173,7 @@ def write_shard(path: Path, header: bytes, pieces: Iterable[Piece], progress: Pr
         with _Checker() as checker:
             checker.put(header)
             _write_all(fd, memoryview(header))
+            progress(len(header))
             for piece in pieces:
                 source = piece.source
                 if piece.computed is None and source.dtype == piece.dtype:

@@ -1,0 +1,136 @@
+"""load(): what it needs, what it refuses, and that nothing unchecked gets out."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from shutil import copytree
+from typing import Any
+
+import pytest
+
+from qwen2vl_tc.artifacts.errors import ArtifactError, RequestError, TargetError
+from qwen2vl_tc.runtime import Model, load
+from qwen2vl_tc.toolchain.compile import CompileOptions, compile_config
+from qwen2vl_tc.toolchain.synthetic import tiny_config
+
+QUESTION = [{"role": "user", "content": "Say something."}]
+
+
+@pytest.fixture(scope="module")
+def artifact(build: Any) -> Path:
+    _, path = build("gqa2_tied", tiny_config(tie_word_embeddings=True), stored_head=True)
+    assert isinstance(path, Path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def model(artifact: Path) -> Model:
+    return load(artifact)
+
+
+def copied(artifact: Path, folder: Path) -> Path:
+    return Path(copytree(artifact, folder / "moved.artifact"))
+
+
+def test_a_moved_artifact_gives_the_same_answer(model: Model, artifact: Path, tmp_path: Path) -> None:
+    moved = load(copied(artifact, tmp_path))
+    assert moved.generate(QUESTION, max_new_tokens=8).token_ids == model.generate(QUESTION, max_new_tokens=8).token_ids
+
+
+def test_the_runtime_needs_neither_vendor_packages_nor_transformers_nor_a_tracer(artifact: Path) -> None:
+    code = """
+import json, sys
+from qwen2vl_tc.runtime import load
+model = load(sys.argv[1])
+answer = model.generate([{"role": "user", "content": "Hello"}], max_new_tokens=4)
+unwanted = ("torch_npu", "torchair", "transformers", "torchvision", "torch._dynamo", "torch._inductor", "onnx")
+print(json.dumps([answer.finish_reason, [name for name in unwanted if name in sys.modules]]))
+"""
+    done = subprocess.run([sys.executable, "-c", code, str(artifact)], capture_output=True, text=True, check=True)
+    reason, loaded = json.loads(done.stdout)
+    assert reason in ("stop", "length")
+    assert loaded == []
+
+
+def test_the_model_says_which_backend_it_took_and_why(model: Model) -> None:
+    assert model.backend.name == "reference"
+    assert model.reason == "no NPU is here; the GE graphs run on CPU"
+
+
+@pytest.mark.parametrize(
+    ("backend", "message"),
+    [
+        ("npu", "no NPU is here; use --backend reference, or run on an NPU host"),
+        ("onnxruntime", "backend onnxruntime is not built yet in this version"),
+        ("cuda", "backend 'cuda': expected one of reference, onnxruntime, npu"),
+    ],
+)
+def test_backends_that_cannot_run_say_so(artifact: Path, backend: str, message: str) -> None:
+    with pytest.raises(TargetError, match=message):
+        load(artifact, backend=backend)
+
+
+def flip_last_byte(path: Path) -> None:
+    data = bytearray(path.read_bytes())
+    data[-1] ^= 1
+    path.write_bytes(data)
+
+
+@pytest.mark.parametrize(
+    "pattern", ["graphs/ge/prefill/graph.pb", "graphs/ge/visual/binding.json", "processor/tokenizer.json"]
+)
+def test_an_altered_file_is_refused_at_load_by_name(artifact: Path, tmp_path: Path, pattern: str) -> None:
+    moved = copied(artifact, tmp_path)
+    flip_last_byte(moved / pattern)
+    with pytest.raises(ArtifactError, match=f"{pattern}: blake3 .* altered or damaged"):
+        load(moved)
+
+
+def test_altered_weights_give_no_token(artifact: Path, tmp_path: Path) -> None:
+    moved = copied(artifact, tmp_path)
+    (weights,) = (moved / "weights").glob("*.safetensors")
+    flip_last_byte(weights)
+    tampered = load(moved)
+    pieces = tampered.stream(QUESTION, max_new_tokens=4)
+    with pytest.raises(ArtifactError, match="altered or damaged"):
+        next(pieces)
+    with pytest.raises(ArtifactError, match="altered or damaged"):
+        tampered.generate(QUESTION, max_new_tokens=4)
+
+
+def test_graphs_without_weights_say_what_to_run(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(tiny_config()))
+    compile_config(tmp_path / "config.json", tmp_path / "bare", CompileOptions(max_length=64), sync=False)
+    with pytest.raises(ArtifactError, match=r"has no weights .* run `qwen2vl-tc convert"):
+        load(tmp_path / "bare")
+
+
+def test_what_does_not_fit_the_cache_is_refused_before_any_compute(
+    model: Model, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ran: list[Any] = []
+    monkeypatch.setattr(type(model.backend), "run_graph", lambda *args: ran.append(args))
+    prompt = len(model.processor.prepare(QUESTION).token_ids)
+    needed = prompt + 256 - 1
+    with pytest.raises(RequestError, match=f"need a cache of {needed}, the artifact has 256; ask for at most"):
+        model.generate(QUESTION, max_new_tokens=256)
+    long = [{"role": "user", "content": "word " * 400}]
+    with pytest.raises(RequestError, match=r"the prompt has \d+ tokens, the artifact's cache 256"):
+        model.generate(long, max_new_tokens=1)
+    with pytest.raises(RequestError, match="max_new_tokens is 0"):
+        model.generate(QUESTION, max_new_tokens=0)
+    assert not ran
+
+
+def test_the_cache_can_be_filled_to_its_last_position(model: Model) -> None:
+    prompt = len(model.processor.prepare(QUESTION).token_ids)
+    room = model.max_length - prompt + 1
+    answer = model.generate(QUESTION, max_new_tokens=room)
+    assert len(answer.token_ids) == room or answer.finish_reason == "stop"
+
+
+def test_streamed_pieces_join_to_the_generated_text(model: Model) -> None:
+    answer = model.generate(QUESTION, max_new_tokens=24)
+    assert "".join(model.stream(QUESTION, max_new_tokens=24)) == answer.text
+    assert answer.timings_ms["first_token"] > 0
