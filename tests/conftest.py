@@ -20,18 +20,23 @@ Build = Callable[..., tuple[Path, Path]]
 
 @pytest.fixture(scope="session")
 def build(tmp_path_factory: pytest.TempPathFactory) -> Build:
-    """build(name, config, dtype=, seed=, batches=, **write_checkpoint's) to (HF folder, artifact); cached by name."""
-    from qwen2vl_tc.toolchain.compile import CompileOptions, compile_artifact
+    """build(name, config, dtype=, ..., **write_checkpoint's) to (HF folder, artifact), made by the commands; cached."""
+    from typer.testing import CliRunner
+
+    from qwen2vl_tc.toolchain.cli import app
     from qwen2vl_tc.toolchain.synthetic import write_checkpoint
-    from qwen2vl_tc.toolchain.weights.convert import convert
 
     made: dict[str, tuple[Path, Path]] = {}
+
+    def run(*words: str | int | Path) -> None:
+        result = CliRunner().invoke(app, [str(word) for word in words])
+        assert result.exit_code == 0, result.output
 
     def make(
         name: str,
         config: dict[str, Any],
         dtype: str = "fp32",
-        batches: tuple[int, ...] = (1,),
+        batches: str = "1",
         max_length: int = 256,
         operators: str = "fused",
         visual_attention: str = "tnd",
@@ -40,12 +45,11 @@ def build(tmp_path_factory: pytest.TempPathFactory) -> Build:
         if name not in made:
             folder = tmp_path_factory.mktemp(name)
             source = write_checkpoint(folder / "hf", config, tokenizer=True, **{"dtype": dtype, **checkpoint})
-            convert(source, folder / "artifact", dtype, sync=False)
-            options = CompileOptions(
-                max_length=max_length, batches=batches, operators=operators, visual_attention=visual_attention
-            )
-            compile_artifact(folder / "artifact", options, sync=False)
-            made[name] = (source, folder / "artifact")
+            artifact = folder / "artifact"
+            run("convert", "--src", source, "--out", artifact, "--dtype", dtype, "--no-sync")
+            forms = ("--operators", operators, "--visual-attention", visual_attention)
+            run("compile", artifact, "--max-length", max_length, "--batch", batches, *forms)
+            made[name] = (source, artifact)
         return made[name]
 
     return make

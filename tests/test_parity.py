@@ -8,11 +8,13 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from typer.testing import CliRunner
 
 from qwen2vl_tc.runtime import Model, load
 from qwen2vl_tc.runtime.generate import Timings, prefill_prompt
 from qwen2vl_tc.runtime.prompt import Prompt
 from qwen2vl_tc.runtime.vision import segment_ends, vision_positions
+from qwen2vl_tc.toolchain.cli import app
 from qwen2vl_tc.toolchain.synthetic import tiny_config, write_checkpoint
 from qwen2vl_tc.toolchain.weights.convert import convert
 
@@ -20,6 +22,7 @@ from qwen2vl_tc.toolchain.weights.convert import convert
 # off by more than 1e-2
 FP32_TOLERANCE = 1e-4
 NEW_TOKENS = 32
+QUESTION = "What is in the pictures? Answer."
 
 SHAPES: dict[str, dict[str, Any]] = {
     "gqa1_untied": {"num_attention_heads": 4, "num_key_value_heads": 4},
@@ -56,7 +59,7 @@ def picture(height: int, width: int, seed: int) -> Image.Image:
 
 def messages(pictures: list[Image.Image]) -> list[dict[str, Any]]:
     content = [{"type": "image", "image": each} for each in pictures]
-    return [{"role": "user", "content": [*content, {"type": "text", "text": "What is in the pictures? Answer."}]}]
+    return [{"role": "user", "content": [*content, {"type": "text", "text": QUESTION}]}]
 
 
 CASES = {
@@ -131,8 +134,22 @@ def visual_output(model: Model, prompt: Prompt) -> np.ndarray:
     return result
 
 
+def generated(artifact: Path, pictures: list[Image.Image], folder: Path) -> list[int]:
+    """Tokens that `qwen2vl-tc generate` makes, from picture files."""
+    words = ["generate", str(artifact), "--prompt", QUESTION, "--max-new-tokens", str(NEW_TOKENS), "--json"]
+    for i, each in enumerate(pictures):
+        each.save(folder / f"{i}.png")
+        words += ["--image", str(folder / f"{i}.png")]
+    result = CliRunner().invoke(app, words)
+    assert result.exit_code == 0, result.output
+    answer = json.loads(result.stdout)
+    assert answer["finish_reason"] == ("length" if len(answer["token_ids"]) == NEW_TOKENS else "stop")
+    tokens: list[int] = answer["token_ids"]
+    return tokens
+
+
 @pytest.mark.parametrize("shape", SHAPES)
-def test_every_graph_agrees_with_transformers_in_fp32(build: Any, shape: str) -> None:
+def test_every_graph_agrees_with_transformers_in_fp32(build: Any, tmp_path: Path, shape: str) -> None:
     source, artifact = build(shape, tiny_config(**SHAPES[shape]), **FORMS[shape])
     model, oracle = load(artifact), Transformers(source)
     for pictures in CASES.values():
@@ -144,8 +161,7 @@ def test_every_graph_agrees_with_transformers_in_fp32(build: Any, shape: str) ->
         assert 1 < np.std(logits[0].numpy()) < 25, "logits of the order that real models have"
         for ours, theirs in zip(our_logits(model, prompt, tokens[:-1]), logits, strict=True):
             assert np.abs(ours - theirs.numpy()).max() < FP32_TOLERANCE
-        answer = model.generate(messages(pictures), max_new_tokens=NEW_TOKENS)
-        assert list(answer.token_ids) == tokens
+        assert generated(artifact, pictures, tmp_path) == tokens
 
 
 @pytest.mark.parametrize(("operators", "visual_attention"), [("fused", "tnd"), ("recipe", "masked")])

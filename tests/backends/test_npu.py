@@ -20,7 +20,7 @@ from qwen2vl_tc.toolchain.synthetic import tiny_config
 
 @pytest.fixture(scope="module")
 def artifact(build: Any) -> Path:
-    _, path = build("npu", tiny_config(tie_word_embeddings=True), batches=(1, 3))
+    _, path = build("npu", tiny_config(tie_word_embeddings=True), batches="1,3")
     assert isinstance(path, Path)
     return path
 

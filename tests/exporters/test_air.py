@@ -34,7 +34,7 @@ MAX_LENGTH = 256
 
 
 def built(build: Any, dtype: str) -> Path:
-    _, artifact = build(f"air_{dtype}", tiny_config(), dtype=dtype, batches=(1, 2), max_length=MAX_LENGTH)
+    _, artifact = build(f"air_{dtype}", tiny_config(), dtype=dtype, batches="1,2", max_length=MAX_LENGTH)
     if read_manifest(artifact).air is None:
         export_air(artifact, sync=False)
     assert isinstance(artifact, Path)

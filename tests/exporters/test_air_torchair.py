@@ -19,7 +19,7 @@ MAX_LENGTH = 256
 
 @pytest.fixture(scope="module")
 def exported(build: Any) -> Path:
-    _, artifact = build("air_bf16", tiny_config(), dtype="bf16", batches=(1, 2), max_length=MAX_LENGTH)
+    _, artifact = build("air_bf16", tiny_config(), dtype="bf16", batches="1,2", max_length=MAX_LENGTH)
     if read_manifest(artifact).air is None:
         export_air(artifact, sync=False)
     assert isinstance(artifact, Path)

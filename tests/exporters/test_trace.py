@@ -20,7 +20,7 @@ from qwen2vl_tc.toolchain.synthetic import published, tiny_config
 
 @pytest.fixture(scope="module")
 def bindings(build: Any) -> dict[str, Binding]:
-    _, path = build("two_batches", tiny_config(tie_word_embeddings=True), batches=(1, 3))
+    _, path = build("two_batches", tiny_config(tie_word_embeddings=True), batches="1,3")
     with open_artifact(path) as artifact:
         part = artifact.manifest.ge
         assert part is not None
@@ -28,7 +28,7 @@ def bindings(build: Any) -> dict[str, Binding]:
 
 
 def test_the_graphs_bind_every_parameter_and_nothing_else(build: Any, bindings: dict[str, Binding]) -> None:
-    _, path = build("two_batches", tiny_config(tie_word_embeddings=True), batches=(1, 3))
+    _, path = build("two_batches", tiny_config(tie_word_embeddings=True), batches="1,3")
     with open_artifact(path) as artifact:
         names = [p.name for p in parameters(artifact.manifest.model)]
     text = [name for name in names if not name.startswith("visual.")]
@@ -81,7 +81,7 @@ def test_decode_gives_the_next_inputs_beside_token_and_logits(bindings: dict[str
 def test_one_set_of_graphs_serves_every_size_without_tracing(build: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     import torch
 
-    _, path = build("two_batches", tiny_config(tie_word_embeddings=True), batches=(1, 3))
+    _, path = build("two_batches", tiny_config(tie_word_embeddings=True), batches="1,3")
     traced: list[Any] = []
     monkeypatch.setattr(torch, "compile", lambda *args, **kwargs: traced.append(args))
     monkeypatch.setattr(torch._dynamo, "optimize", lambda *args, **kwargs: traced.append(args))
