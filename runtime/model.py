@@ -35,6 +35,20 @@ class Model:
         part = self.manifest.ge
         return part.max_length if part else 0
 
+    @property
+    def unused_settings(self) -> tuple[str, ...]:
+        """Settings of generation_config.json that greedy decoding leaves unused and that would change the text.
+
+        Sampling among the one most likely token (top_k 1, as Qwen2-VL is published) is greedy decoding.
+        """
+        defaults = self.processor.generation
+        unused = []
+        if defaults.do_sample and defaults.top_k != 1:
+            unused += [f"temperature {defaults.temperature}", f"top_k {defaults.top_k}", f"top_p {defaults.top_p}"]
+        if defaults.repetition_penalty != 1:
+            unused.append(f"repetition_penalty {defaults.repetition_penalty}")
+        return tuple(unused)
+
     def generate(
         self,
         request: str | Sequence[Message],
