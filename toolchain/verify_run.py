@@ -21,6 +21,7 @@ from .transformers_import import import_transformers
 from .verify_cases import Case
 from .verify_landmarks import KEYS, OUTPUT, Landmark, aligned, find_landmarks, original_modules
 from .verify_report import (
+    INTERMEDIATE_OF_ORIGINAL,
     TOLERANCES,
     CaseSize,
     Comparison,
@@ -35,9 +36,8 @@ from .verify_report import (
 
 # fp32 against fp32, relative to the intermediate's root mean square: rounding gives about 1e-6, also in deep models
 _FP32_RMS, _FP32_MAX = 2e-5, 2e-4
-# In half precision transformers itself, computing in that dtype, says what is right: this many times its error departs.
-# The floor is for intermediates that it happens to have exactly.
-_OF_ORIGINAL = 4.0
+# In half precision transformers itself, computing in that dtype, says what is right. The floors, in roundings, are for
+# intermediates that it happens to have exactly.
 _HALF_RMS_FLOOR, _HALF_MAX_FLOOR = 1.0, 8.0
 _ROUNDING = {"bf16": 2.0**-8, "fp16": 2.0**-11}
 
@@ -290,8 +290,8 @@ class Run:
         if self.part.dtype != "fp32":
             bits = _ROUNDING[self.part.dtype]
             half_rms, half_max, _ = _errors(rounded[1], pair[1]) if rounded else (0.0, 0.0, 0.0)
-            allowed_rms = max(_HALF_RMS_FLOOR * bits, _OF_ORIGINAL * half_rms)
-            allowed_max = max(_HALF_MAX_FLOOR * bits, _OF_ORIGINAL * half_max)
+            allowed_rms = max(_HALF_RMS_FLOOR * bits, INTERMEDIATE_OF_ORIGINAL * half_rms)
+            allowed_max = max(_HALF_MAX_FLOOR * bits, INTERMEDIATE_OF_ORIGINAL * half_max)
         if rms <= allowed_rms and largest <= allowed_max:
             return None
         limit = size * min(allowed_max, largest * allowed_rms / rms if np.isfinite(rms) else allowed_max)
