@@ -311,14 +311,47 @@ def verify(
         raise typer.Exit(FAILED)
 
 
-@app.command(epilog=_examples("qwen2vl-tc inspect", "qwen2vl-tc inspect qwen2-vl-7b.artifact --json"))
-def inspect(artifact: OptionalArtifact = None, as_json: Json = False) -> None:
-    """Show what is in an artifact: graphs, operators by kind and type, bytes, versions, target."""
-    from .console import result_json, stdout
-    from .inspect import inspect_artifact, render
+@app.command(
+    epilog=_examples(
+        "qwen2vl-tc inspect",
+        "qwen2vl-tc inspect qwen2-vl-7b.artifact --json --patches 65536 --tokens 8192",
+        "qwen2vl-tc inspect qwen2-vl-7b.artifact --graph decode_b1 --dot layer.dot",
+    )
+)
+def inspect(
+    artifact: OptionalArtifact = None,
+    as_json: Json = False,
+    tokens: Annotated[
+        int | None,
+        typer.Option("--tokens", metavar="N", help="Costs: tokens of the prompt, and of the cache. Default: 507."),
+    ] = None,
+    patches: Annotated[
+        int | None, typer.Option("--patches", metavar="N", help="Costs: patches of the picture. Default: 1872.")
+    ] = None,
+    graph: Annotated[
+        str | None, typer.Option("--graph", metavar="NAME", help="With --dot: the graph to draw a layer of.")
+    ] = None,
+    dot: Annotated[
+        Path | None, typer.Option("--dot", metavar="FILE", help="Draw one layer for Graphviz, and print no report.")
+    ] = None,
+    layer: Annotated[
+        int | None, typer.Option("--layer", metavar="N", help="With --dot: the layer, from 0. Default: the second.")
+    ] = None,
+) -> None:
+    """Show what is in an artifact: graphs, operators, costs at given lengths, bytes, versions, target."""
+    from .console import result, result_json, stdout
+    from .inspect import draw_artifact, inspect_artifact, render
     from .locate import find_artifact
 
-    inspection = inspect_artifact(artifact or find_artifact(Path()))
+    if (graph is None) != (dot is None) or (layer is not None and dot is None) or (dot is not None and as_json):
+        raise TargetError("a drawing takes --graph and --dot together, perhaps --layer, and no --json")
+    target = artifact or find_artifact(Path())
+    if graph is not None and dot is not None:
+        drawing = draw_artifact(target, graph, layer, tokens, patches)
+        dot.write_text(drawing.text)
+        result(f"wrote {dot}: layer {drawing.layer} of {graph}, {drawing.device_ops} device operators")
+        return
+    inspection = inspect_artifact(target, tokens, patches)
     if as_json:
         result_json(dataclasses.asdict(inspection))
     else:

@@ -35,7 +35,7 @@ FROZEN = {
     "compile": {"ARTIFACT", "--config", "--out", *COMPILE_OPTIONS},
     "build": {"--src", "--out", "--no-verify", "--no-sync", *COMPILE_OPTIONS},
     "verify": {"ARTIFACT", "--against", "--json"},
-    "inspect": {"ARTIFACT", "--json"},
+    "inspect": {"ARTIFACT", "--json", "--tokens", "--patches", "--graph", "--dot", "--layer"},
     "generate": {
         *("ARTIFACT", "--image", "--prompt", "--system", "--max-new-tokens", "--backend", "--json"),
     },
