@@ -11,6 +11,42 @@ ARGUMENT = "argument"
 CACHE = "cache"
 LENGTHS = "lengths"
 KINDS = (PARAMETER, CONSTANT, ARGUMENT, CACHE, LENGTHS)
+# What torchair 2.13 sets for the graphs compiled here; nothing else is passed on to GE.
+LOCAL_OPTIONS = frozenset(
+    {
+        "clone_input",
+        "deadlock_check",
+        "disable_mempool_reuse_in_same_fx",
+        "enable_output_clone",
+        "frozenInput",
+        "frozen_parameter",
+        "ge.deterministic",
+        "ge.deterministicLevel",
+        "ge.exec.allTensorNotEmpty",
+        "ge.exec.atomicCleanPolicy",
+        "ge.exec.outputReuseMemIndexes",
+        "ge.featureBaseRefreshable",
+        "ge.inputHintShape",
+        "ge.jit_compile",
+        "ge.tiling_schedule_optimize",
+        "ge.topoSortingMode",
+        "mode",
+        "pattern_fusion_pass",
+        "remove_noop_ops",
+        "run_eagerly",
+        "static_capture_size_limit",
+    }
+)
+GLOBAL_OPTIONS = frozenset(
+    {
+        "ge.enableSingleStream",
+        "ge.exec.enableEngineParallel",
+        "ge.exec.staticMemoryPolicy",
+        "ge.exportCompileStat",
+        "ge.oo.level",
+        "ge.opSelectImplmode",
+    }
+)
 
 
 @dataclass(frozen=True)
@@ -34,11 +70,10 @@ class BoundInput:
 
 @dataclass(frozen=True)
 class BoundOutput:
-    """One output; `input` is the index of the input whose memory it is, where it is one."""
+    """One output, in memory of its own."""
 
     name: str
     dtype: str
-    input: int | None
 
 
 @dataclass(frozen=True)
@@ -65,7 +100,8 @@ def binding_from_bytes(data: bytes, where: str) -> Binding:
             raise ArtifactError(f"{where}: inputs[{i}] ({bound.name}) must have an index if and only if it is a cache")
         if any(size < -1 for size in bound.shape):
             raise ArtifactError(f"{where}: inputs[{i}] ({bound.name}) has the impossible shape {list(bound.shape)}")
-    for i, output in enumerate(binding.outputs):
-        if output.input is not None and not 0 <= output.input < len(binding.inputs):
-            raise ArtifactError(f"{where}: outputs[{i}] refers to input {output.input} of {len(binding.inputs)}")
+    # the options reach GE's C++ side: what is not known here could name a file to write or a library to load
+    for options, known in ((binding.local_options, LOCAL_OPTIONS), (binding.global_options, GLOBAL_OPTIONS)):
+        if unknown := sorted(options.keys() - known):
+            raise ArtifactError(f"{where}: unknown option {', '.join(unknown)}; compile the artifact again")
     return binding

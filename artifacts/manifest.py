@@ -70,6 +70,9 @@ class OperatorNote:
     """An operator that needs more than the oldest supported CANN, or bypasses torchair's compatibility check."""
 
     operator: str
+    # optional inputs and attributes that the registry must know, too
+    inputs: tuple[str, ...]
+    attributes: tuple[str, ...]
     reason: str
 
 

@@ -70,3 +70,9 @@ def cache_home() -> Path:
         except RuntimeError as error:
             raise TargetError("no home folder to keep compiled files in; set XDG_CACHE_HOME to a folder") from error
     return Path(base) / "qwen2vl-tc"
+
+
+def release(version: str) -> tuple[int, ...]:
+    """The release numbers that torch and torch-npu have in common: 2.13.0 of "2.13.0+cpu" and of "2.13.0.post1"."""
+    numbers = version.split("+")[0].split(".")[:3]
+    return tuple(int("".join(c for c in number if c.isdigit()) or 0) for number in numbers)

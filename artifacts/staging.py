@@ -81,6 +81,7 @@ class Staging:
         self.base = base
         self.sync = sync
         self.committed = False
+        self._found = _state(target)
         self.journal: dict[str, Any] = {}
         self._added: set[str] = set()
         if self.path.is_dir():
@@ -154,6 +155,7 @@ class Staging:
         self.write_manifest(manifest)
         with self.open():
             pass  # every file is there with its size
+        self._check_unchanged()
         self._prune({entry.path for entry in manifest.files()} | {MANIFEST_NAME, JOURNAL_NAME})
         if self.sync:
             for folder, _, names in os.walk(self.path, topdown=False):
@@ -171,6 +173,13 @@ class Staging:
         for old in (self.path, leftover(self.target)):
             if old.is_dir():
                 remove_tree(old)
+
+    def _check_unchanged(self) -> None:
+        """What stands at the target is deleted by the commit: it must be what stood there at the start."""
+        if _state(self.target) != self._found:
+            raise ArtifactError(
+                f"{self.target}: changed while this was being built; it is left alone: run the command again"
+            )
 
     def _prune(self, listed: set[str]) -> None:
         for folder, _, names in os.walk(self.path, topdown=False):
@@ -194,6 +203,27 @@ class Staging:
     def discard(self) -> None:
         """Delete the staged tree; the target stays as it was."""
         remove_tree(self.path)
+
+
+def _state(target: Path) -> tuple[int, int, bytes] | None:
+    """What stands at `target`: its inode and its manifest; None for nothing or an empty folder."""
+    if not target.exists() or (target.is_dir() and not os.listdir(target)):
+        return None
+    manifest = target / MANIFEST_NAME
+    stat = target.stat()
+    return stat.st_dev, stat.st_ino, manifest.read_bytes() if manifest.is_file() else b""
+
+
+def _refuse_strangers(target: Path, manifest: Manifest) -> None:
+    """A build replaces the folder as a whole: what is not the artifact's would be lost."""
+    listed = {MANIFEST_NAME, *(entry.path for entry in manifest.files())}
+    for folder, _, names in os.walk(target):
+        for name in names:
+            relative = Path(folder, name).relative_to(target).as_posix()
+            if relative not in listed:
+                raise ArtifactError(
+                    f"{target}: {relative} is not part of the artifact, and would be lost; move it away first"
+                )
 
 
 def staging_path(target: Path) -> Path:
@@ -266,9 +296,11 @@ def _present(target: Path, whole: bool) -> Manifest | None:
             f"{target}: exists and is not an artifact (no {MANIFEST_NAME}); it is left alone: use another --out"
         )
     try:
-        return read_manifest(target)
+        manifest = read_manifest(target)
+        _refuse_strangers(target, manifest)
+        return manifest
     except ArtifactError:
-        # a whole build replaces any artifact of ours, also one of another schema
+        # a whole build replaces any artifact of ours, also one of another schema; the rest is said as it is
         data = parse_json((target / MANIFEST_NAME).read_bytes(), str(target / MANIFEST_NAME))
         if whole and isinstance(data, dict) and type(data.get("schema")) is int:
             return None

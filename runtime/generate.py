@@ -22,7 +22,8 @@ DEFAULT_NEW_TOKENS = 128
 class Generation:
     """One answer. finish_reason is "stop" (an end token, not part of token_ids' text) or "length".
 
-    timings_ms: preprocess, visual, prefill, first_token (their sum), decode (all later tokens), per_token (its mean).
+    timings_ms: preprocess, visual, prefill, weight_check (waiting for the weights' hashes, in the first answer only),
+    first_token (their sum), decode (all later tokens), per_token (its mean).
     """
 
     text: str
@@ -58,8 +59,8 @@ def tokens_to_make(prompt_tokens: int, max_new_tokens: int | None, default: int 
         )
     if max_new_tokens is None:
         return min(default or DEFAULT_NEW_TOKENS, room)
-    if max_new_tokens < 1:
-        raise RequestError(f"max_new_tokens is {max_new_tokens}, expected at least 1")
+    if type(max_new_tokens) is not int or max_new_tokens < 1:
+        raise RequestError(f"max_new_tokens is {max_new_tokens!r}, expected an integer of at least 1")
     if max_new_tokens > room:
         raise RequestError(
             f"{prompt_tokens} prompt tokens and max_new_tokens {max_new_tokens} need a cache of "

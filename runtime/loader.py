@@ -32,6 +32,10 @@ def load(path: str | Path, backend: str | None = None) -> Model:
                 f"{path}: has no weights (compiled from a config alone); run `qwen2vl-tc convert --src <hf_dir> --out "
                 f"{path}`"
             )
+        if artifact.manifest.verification == "failed":
+            raise ArtifactError(
+                f"{path}: its verification failed, see reports/verify.json; build it again, or verify it again"
+            )
         check = WeightCheck(artifact)
         engine = _engine(name, artifact)
         processor = open_processor(artifact)
@@ -43,7 +47,10 @@ def load(path: str | Path, backend: str | None = None) -> Model:
 
 def open_processor(artifact: Artifact) -> Processor:
     """Tokenizer, chat template and picture settings of an artifact."""
-    files = {Path(entry.path).name: artifact.read(entry) for entry in artifact.manifest.processor}
+    prefix = "processor/"
+    if strange := [e.path for e in artifact.manifest.processor if e.path.rpartition("/")[0] + "/" != prefix]:
+        raise ArtifactError(f"{artifact.path}: processor file {strange[0]} is not in {prefix}; convert again")
+    files = {entry.path.removeprefix(prefix): artifact.read(entry) for entry in artifact.manifest.processor}
     return Processor(files, artifact.manifest.model)
 
 
@@ -55,14 +62,16 @@ def _choose(artifact: Artifact, wanted: str | None) -> tuple[str, str]:
     if wanted == "npu":
         part = ge_part(artifact.manifest, artifact.path)
         memory = soc_memory(part.soc)
-        # said even where there is no NPU: it is a property of the artifact
-        if memory is not None:
-            check_fits(artifact.manifest, part, memory)
         if not npu_usable():
+            # said even here, where nothing can run: it is a property of the artifact and its target
+            if memory is not None:
+                check_fits(artifact.manifest, part, memory)
             raise TargetError(f"backend npu: {_no_npu()}; use --backend reference, or run on an NPU host")
     if wanted is not None:
         return wanted, "asked for"
     if npu_usable():
+        if importlib.util.find_spec("torch_npu") is None:
+            return "reference", "an NPU is here, but torch-npu is not installed; the GE graphs run on CPU"
         return "npu", "an NPU is here"
     return "reference", f"{_no_npu()}; the GE graphs run on CPU"
 

@@ -31,10 +31,15 @@ class DeviceMemory:
 
 def device_memory(manifest: Manifest, part: GePart) -> DeviceMemory:
     """What the graphs of `part` need on one device."""
-    item = ITEM_BYTES[part.dtype]
+    return memory_for(manifest, part.dtype, part.max_length, part.batches)
+
+
+def memory_for(manifest: Manifest, dtype: str, max_length: int, batches: tuple[int, ...]) -> DeviceMemory:
+    """What graphs compiled for these need on one device."""
+    item = ITEM_BYTES[dtype]
     weights = sum(p.size * (4 if p.dtype == FP32 else item) for p in parameters(manifest.model))
     text = manifest.model.text
-    cache = text.num_layers * 2 * part.max_length * text.kv_dim * item * max(part.batches)
+    cache = text.num_layers * 2 * max_length * text.kv_dim * item * max(batches)
     return DeviceMemory(weights, cache)
 
 

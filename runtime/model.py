@@ -74,7 +74,9 @@ class Model:
         pieces.append(stream.flush())
         timings.mark("decode")
         phases = timings.phases
-        phases["first_token"] = sum(phases.get(name, 0.0) for name in ("preprocess", "visual", "prefill"))
+        phases["first_token"] = sum(
+            phases.get(name, 0.0) for name in ("preprocess", "visual", "prefill", "weight_check")
+        )
         if len(tokens) > 1:
             phases["per_token"] = phases["decode"] / (len(tokens) - 1)
         return Generation(
@@ -110,12 +112,13 @@ class Model:
         first = prefill_prompt(self.backend, cache, 0, prompt, merge_size, timings)
         for token in greedy(self.backend, cache, first, prompt, count, frozenset(self.processor.eos_token_ids)):
             if "prefill" not in timings.phases:
+                timings.mark("prefill")
                 # no token leaves before the weights it was made with are known to be the manifest's
                 self._check.wait()
-                timings.mark("prefill")
+                timings.mark("weight_check")
             yield token
 
     def close(self) -> None:
-        """Release the artifact's files; running generations end with an error."""
+        """Close the artifact's files. What is mapped stays usable until the model itself is gone."""
         self._check.wait()
         self.artifact.close()

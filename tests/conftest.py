@@ -3,6 +3,7 @@
 Also: artifacts of tiny models, each built once a run.
 """
 
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,8 @@ from qwen2vl_tc.artifacts.process import prepare_process
 from qwen2vl_tc.toolchain.transformers_import import import_transformers
 
 prepare_process()
+# tiny tensors: several threads only wait for each other, ten times as long on a busy machine
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 import_transformers()
 
 Build = Callable[..., tuple[Path, Path]]

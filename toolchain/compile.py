@@ -1,6 +1,6 @@
 """`compile --mode dynamo`: trace the graphs for a target and put them into an artifact, with or without weights."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -13,6 +13,7 @@ from ..artifacts.parameters import FP32, parameters
 from ..artifacts.safetensors import header_bytes
 from ..artifacts.schema import parse_json
 from ..artifacts.staging import Staging, stage
+from ..runtime.memory import memory_for
 from .graphs.form import OPERATORS, VISUAL_ATTENTION, Form
 
 if TYPE_CHECKING:
@@ -127,15 +128,17 @@ def stage_graphs(
     from ..exporters.torchair.device import open_device
 
     device = open_device(options.soc)
+    if not device.emulated:
+        _check_room(manifest, options, dtype)
     report("constants", 1, total)
     constants = _stage_constants(staging, config, options, dtype)
     graphs: list[Graph] = []
-    notes: dict[str, OperatorNote] = {}
+    notes = set(_form_notes(options, dtype))
     for traced in _trace_all(config, options, dtype):
         report(traced.name, 2 + len(graphs), total)
         graph, found = traced.run(staging)
         graphs.append(graph)
-        notes.update({note.operator: note for note in found})
+        notes.update(found)
     report("done", total, total)
     return replace(
         manifest,
@@ -148,7 +151,7 @@ def stage_graphs(
             batches=options.batches,
             passes=_passes(options),
             versions={"torch": device.torch, "torch-npu": device.torch_npu, "cann": device.cann_version or "none"},
-            operator_notes=tuple(notes[name] for name in sorted(notes)),
+            operator_notes=tuple(sorted(notes, key=lambda note: (note.operator, note.inputs, note.attributes))),
             constants=constants,
             graphs=tuple(graphs),
         ),
@@ -157,6 +160,33 @@ def stage_graphs(
         verification="none",
         reports=(),
     )
+
+
+def _check_room(manifest: Manifest, options: CompileOptions, dtype: str) -> None:
+    """On a real NPU the empty modules take real memory: refuse before the allocator does."""
+    import torch_npu
+
+    free, _ = torch_npu.npu.mem_get_info()
+    needed = memory_for(manifest, dtype, options.max_length, options.batches).total
+    if needed > free:
+        raise TargetError(
+            f"{manifest.name}: tracing on this NPU needs {needed / 1e9:.1f} GB, {free / 1e9:.1f} GB are free; compile "
+            "on a machine without an NPU, where the modules cost no memory"
+        )
+
+
+def _form_notes(options: CompileOptions, dtype: str) -> Iterator[OperatorNote]:
+    """Where the documentation of torch-npu 2.13.0 does not cover what the graphs ask for."""
+    if options.visual_attention == "tnd":
+        yield OperatorNote(
+            "FusedInferAttentionScore",
+            (),
+            (),
+            "TND is documented for head_dim 192, bf16 and 65,536 tokens, the vision tower has head_dim 80: if the "
+            "device refuses it, compile with --visual-attention masked",
+        )
+    if dtype == "fp32":
+        yield OperatorNote("FusedInferAttentionScore", (), (), "takes no fp32 on a device: this artifact is for CPU")
 
 
 def _passes(options: CompileOptions) -> tuple[str, ...]:
@@ -194,7 +224,15 @@ def _trace_all(config: ModelConfig, options: CompileOptions, dtype: str) -> list
 
     def pending(signature: Signature) -> _PendingGraph:
         def run(staging: Staging) -> tuple[Graph, tuple[OperatorNote, ...]]:
-            traced = trace(signature.name, signature.method, signature.arguments, tuple(signature.outputs), CACHES)
+            traced = trace(
+                signature.name,
+                signature.method,
+                signature.arguments,
+                tuple(signature.outputs),
+                CACHES,
+                # documented as not supported together with FusedInferAttentionScore in the TND layout
+                tiling_schedule=signature.name != "visual" or options.visual_attention != "tnd",
+            )
             _check_binding(traced.binding, config)
             return _stage_graph(staging, traced.model, traced.binding, signature, options), traced.notes
 

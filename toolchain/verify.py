@@ -40,6 +40,9 @@ def verify_artifact(
     A failed verification is a report with passed False, not an error. Raises what `verify` raises, and ArtifactError if
     the artifact was replaced meanwhile.
     """
+    if store:
+        with stage(path, sync=sync):
+            pass  # minutes of work are not begun when the report could not be kept
     with open_artifact(path) as artifact:
         report = verify(artifact, against, steps=steps, progress=progress)
         verified = artifact.manifest

@@ -1,27 +1,19 @@
 """The device that graphs are traced on: a real NPU where there is one, else an emulated one that runs no kernels."""
 
-import contextlib
 import ctypes
 import difflib
 import importlib.metadata
-import io
 import os
-import signal
 import sys
-import tempfile
-import threading
-import warnings
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 from ...artifacts.errors import MissingDependencyError, TargetError
-from ...artifacts.process import emulated, npu_usable, prepare_process
+from ...artifacts.process import emulated, npu_usable, prepare_process, release
+from ...artifacts.vendor import vendor_import
 from .cann_stubs.build import MAIN_LIBRARY, build_stubs, known_socs
 
 INSTALL = "pip install 'qwen2vl-tc[compile]'"
-# Printed by torch-npu where CANN is absent: of no use to whoever works without it on purpose.
-_NOISE = ("ASCEND_HOME_PATH environment variable is not set", "require processing for 32 padding size")
 
 
 @dataclass(frozen=True)
@@ -78,12 +70,6 @@ def _matching_versions() -> tuple[str, str]:
     return torch, torch_npu
 
 
-def release(version: str) -> tuple[int, ...]:
-    """The release numbers that torch and torch-npu have in common: 2.13.0 of "2.13.0+cpu" and of "2.13.0.post1"."""
-    numbers = version.split("+")[0].split(".")[:3]
-    return tuple(int("".join(c for c in number if c.isdigit()) or 0) for number in numbers)
-
-
 def _preload_stubs(soc: str) -> None:
     """Load the stand-ins before anything asks for CANN: the loader then takes them, by SONAME, for the real ones."""
     folder = build_stubs()
@@ -115,7 +101,7 @@ def _load(path: Path) -> ctypes.CDLL:
 def _import_and_open() -> tuple[str, str]:
     """Import the vendor packages and make the first allocation; returns the names of the SoC and of CANN's version."""
     try:
-        with _without_noise(), _own_signal_handlers():
+        with vendor_import():
             import torch
             import torch_npu
             import torchair  # noqa: F401  # registers the "npu" backend of torch.compile
@@ -128,41 +114,3 @@ def _import_and_open() -> tuple[str, str]:
     except Exception as error:  # torch-npu raises Exception itself when it finds CANN's folders wanting
         where = "emulated NPU" if emulated() else "NPU"
         raise TargetError(f"the {where} does not open: {error}") from error
-
-
-@contextlib.contextmanager
-def _own_signal_handlers() -> Iterator[None]:
-    """Undo what importing torchair does to Ctrl-C and SIGTERM: its handlers kill the process where it stands."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-
-
-@contextlib.contextmanager
-def _without_noise() -> Iterator[None]:
-    """Hold back what Python and C++ print meanwhile, then let through to stderr all but known useless lines."""
-    printed = io.StringIO()
-    sys.stderr.flush()
-    with tempfile.TemporaryFile() as held, warnings.catch_warnings():
-        warnings.filterwarnings("ignore", category=DeprecationWarning)
-        original = os.dup(2)
-        os.dup2(held.fileno(), 2)
-        try:
-            # stdout may be a command's JSON: torch-npu prints its warnings there
-            with contextlib.redirect_stdout(printed):
-                yield
-        finally:
-            sys.stderr.flush()
-            os.dup2(original, 2)
-            os.close(original)
-            held.seek(0)
-            text = held.read().decode(errors="replace") + printed.getvalue()
-            for line in text.splitlines():
-                if not any(noise in line for noise in _NOISE):
-                    print(line, file=sys.stderr)

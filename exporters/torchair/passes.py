@@ -55,7 +55,9 @@ def drop_same_dtype_casts(graph: Any) -> None:
     for op in graph.op:
         for i, edge in enumerate(op.input):
             if edge and _producer(edge) in source:
-                op.input[i] = source[_producer(edge)]
+                value = source[_producer(edge)]
+                # an edge to output -1 orders operators and carries no value
+                op.input[i] = f"{_producer(value)}:-1" if edge.endswith(":-1") else value
     _keep(graph, [op.name for op in graph.op if op.name not in source])
 
 

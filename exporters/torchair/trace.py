@@ -20,6 +20,8 @@ CONSTANTS_PREFIX = "constants."
 _MODULE_STEP = re.compile(r"\._modules\['([^']+)'\]|\._parameters\['([^']+)'\]|\.([A-Za-z_]\w*)")
 _ARGUMENT = re.compile(r"L\['([^']+)'\](?:\[(\d+)\])?")
 
+_ASK_CANN = "torchair asks CANN whether its registry has this operator; ask on the device"
+
 
 @dataclass(frozen=True)
 class TracedGraph:
@@ -49,7 +51,7 @@ def _parameter_name(source: str) -> str | None:
 
 
 @contextlib.contextmanager
-def _tracing_patches(bypassed: set[str]) -> Iterator[None]:
+def _tracing_patches(bypassed: set[OperatorNote]) -> Iterator[None]:
     """Let torchair trace without a device behind it; restores everything on exit.
 
     Two things go through CANN at trace time: starting the graph engine, which tracing does not need, and asking
@@ -62,7 +64,7 @@ def _tracing_patches(bypassed: set[str]) -> Iterator[None]:
     import torchair._ge_concrete_graph.fx2ge_converter as fx2ge
 
     def record(optype: str, runtime_optional_inputs: Any = (), runtime_optional_attrs: Any = ()) -> str:
-        bypassed.add(optype)
+        bypassed.add(OperatorNote(optype, tuple(runtime_optional_inputs), tuple(runtime_optional_attrs), _ASK_CANN))
         return ""
 
     engine, check = fx2ge.initialize_graph_engine, compat_ir.is_cann_compat
@@ -83,12 +85,12 @@ def _tracing_patches(bypassed: set[str]) -> Iterator[None]:
         compat_ir.is_cann_compat = check
 
 
-def _compiler_config() -> Any:
+def _compiler_config(tiling_schedule: bool) -> Any:
     import torchair
 
     config = torchair.CompilerConfig()
     config.experimental_config.frozen_parameter = True
-    config.experimental_config.tiling_schedule_optimize = True
+    config.experimental_config.tiling_schedule_optimize = tiling_schedule
     return config
 
 
@@ -176,11 +178,13 @@ def trace(
     arguments: Mapping[str, Any],
     outputs: tuple[str, ...],
     caches: frozenset[str],
+    tiling_schedule: bool = True,
 ) -> TracedGraph:
     """Trace `method(**arguments)` into a GE graph called `name`.
 
     arguments: tensors on the (emulated) NPU, lists of them, or lists of ints; sizes are dynamic unless marked static.
     caches names the list arguments that are written in place. outputs names what the method returns, in order.
+    tiling_schedule: compute tiling on the device, off the host's path; not every operator allows it.
     Raises TargetError when torchair cannot express the method as one graph over its parameters and arguments.
     """
     import torch
@@ -188,8 +192,8 @@ def trace(
     from torchair.npu_fx_compiler import _compile_graph_with_aot, _get_merged_decompositions, get_compiler
 
     register_converters()
-    config = _compiler_config()
-    bypassed: set[str] = set()
+    config = _compiler_config(tiling_schedule)
+    bypassed: set[OperatorNote] = set()
     taken: list[tuple[Any, list[str]]] = []
 
     def backend(gm: Any, example_inputs: list[Any]) -> Any:
@@ -227,17 +231,12 @@ def trace(
     order = [concrete._fx_outputs_mapping[i] for i in range(len(outputs))]
     if order != list(range(len(outputs))):
         raise TargetError(f"{name}: torchair reordered the outputs: {order}")
-    references = dict(concrete._graph_output_ref_input)
-    # further outputs are in-place writes that torchair hands back through the input's own memory
-    names = [*outputs, *(f"written_{i}" for i in range(len(outputs), len(dtypes)))]
+    if concrete._graph_output_ref_input or len(dtypes) != len(outputs):
+        raise TargetError(f"{name}: torchair returns writes as outputs; only caches written in place are supported")
     bound_outputs = tuple(
-        BoundOutput(label, _output_dtype_name(dtype), references.get(i))
-        for i, (label, dtype) in enumerate(zip(names, dtypes, strict=True))
+        BoundOutput(label, _output_dtype_name(dtype)) for label, dtype in zip(outputs, dtypes, strict=True)
     )
-    notes = tuple(
-        OperatorNote(operator, "torchair asks CANN whether its registry has this operator; ask on the device")
-        for operator in sorted(bypassed)
-    )
+    notes = tuple(sorted(bypassed, key=lambda note: (note.operator, note.inputs, note.attributes)))
     binding = Binding(name, inputs, bound_outputs, dict(local), dict(global_options))
     return TracedGraph(name, model, open_length_lists(model, binding), notes)
 
@@ -265,11 +264,10 @@ def open_length_lists(model: Any, binding: Binding) -> Binding:
     dimension of -1 the number of pictures and frames is free.
     """
     inputs = list(binding.inputs)
-    local = dict(binding.local_options)
     for i, bound in enumerate(inputs):
         if bound.kind == LENGTHS and bound.name == "segment_ends":
             op = _data_op(model.graph[0], i)
             for desc in (*op.input_desc, *op.output_desc):
                 desc.shape.dim[:] = [-1]
             inputs[i] = replace(bound, shape=(-1,))
-    return replace(binding, inputs=tuple(inputs), local_options=local)
+    return replace(binding, inputs=tuple(inputs))

@@ -6,6 +6,7 @@ internal formats from the inputs, load, compile, run.
 
 import importlib.metadata
 import os
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,29 +16,44 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from ...artifacts.errors import MissingDependencyError, TargetError
-from ...artifacts.process import cache_home, emulated
+from ...artifacts.process import cache_home, emulated, release
 from ...artifacts.store import Artifact, ge_part
+from ...artifacts.vendor import vendor_import
 from ..memory import check_fits
-from .ge.bound import GeBackend
+from .base import Embeds, Ints, Step
+from .ge.bound import Cache, GeBackend
+from .ge.graph import INPUT_TYPES, read_graph
+from .ge.operators import operator
 
 # Greedy steps that may be in flight before the host reads the oldest token: enough to hide the read, few enough
 # that a finished answer wastes little.
 RUN_AHEAD = 2
+DEVICE = 0
+
+
+@dataclass(frozen=True)
+class NpuStep(Step):
+    """A step whose token is already on its way to the host: `host_token` holds it once `copied` has happened."""
+
+    host_token: Any = None
+    copied: Any = None
 
 
 class NpuBackend(GeBackend):
     """GE graphs on NPU 0. Refuses, before any device memory is taken, what the manifest says cannot run here."""
 
     name = "npu"
-    device = "npu:0"
+    device = f"npu:{DEVICE}"
     run_ahead = RUN_AHEAD
 
     def __init__(self, artifact: Artifact, check_weights: bool = True) -> None:
         self._torch_npu = _vendor_modules()
+        # torchair compiles for the current device: tensors and graphs must agree on it
+        self._torch_npu.npu.set_device(DEVICE)
         part = ge_part(artifact.manifest, artifact.path)
         self._cann = _check_device(self._torch_npu, artifact)
-        _, memory = self._torch_npu.npu.mem_get_info()
-        check_fits(artifact.manifest, part, memory)
+        free, _ = self._torch_npu.npu.mem_get_info()
+        check_fits(artifact.manifest, part, free)
         self._cache_folder = compile_cache(artifact, self._torch_npu, self._cann)
         self._graphs: dict[str, Any] = {}
         super().__init__(artifact, check_weights)
@@ -51,6 +67,10 @@ class NpuBackend(GeBackend):
     def load_graph(self, name: str, data: bytes, where: str) -> None:
         from torchair.ge._ge_graph import GeGraph
 
+        # what the reference executor knows is what this toolchain emits; another operator may read any file
+        for node in read_graph(data, where).nodes:
+            if node.op not in (*INPUT_TYPES, "Const", "NetOutput"):
+                operator(node, where)
         self._graphs[name] = GeGraph(serialized_model_def=data)
 
     def _compile(self, name: str) -> None:
@@ -70,12 +90,33 @@ class NpuBackend(GeBackend):
         graph.compile()
 
     def run_graph(self, name: str, inputs: list[Tensor]) -> list[Tensor]:
-        outputs = self._bound[name].binding.outputs
-        assigned = [None if output.input is None else inputs[output.input] for output in outputs]
-        graph = self._graphs[name]
-        if any(tensor is not None for tensor in assigned):
-            return list(graph.run(inputs, assigned))
-        return list(graph.run(inputs))
+        return list(self._graphs[name].run(inputs))
+
+    def prefill(
+        self, cache: Cache, row: int, start: int, token_ids: Ints, positions: Ints, embeds: Embeds | None, index: Ints
+    ) -> Step:
+        return self._sent(super().prefill(cache, row, start, token_ids, positions, embeds, index))
+
+    def decode(self, cache: Cache, step: Step, kv_lengths: list[int]) -> Step:
+        return self._sent(super().decode(cache, step, kv_lengths))
+
+    def _sent(self, step: Step) -> NpuStep:
+        """Queue the token's copy to the host right behind the step that makes it.
+
+        A copy asked for later would stand behind the steps launched since, and wait for them all.
+        """
+        host = torch.empty(step.next_token.shape, dtype=step.next_token.dtype, pin_memory=True)
+        host.copy_(step.next_token, non_blocking=True)
+        copied = self._torch_npu.npu.Event()
+        copied.record()
+        return NpuStep(step.next_token, step.logits, step.cache_index, step.positions, host, copied)
+
+    def tokens(self, step: Step) -> Ints:
+        if not isinstance(step, NpuStep):
+            return super().tokens(step)
+        step.copied.synchronize()
+        tokens: Ints = step.host_token.numpy()
+        return tokens
 
     def to_device(self, array: NDArray[Any]) -> Tensor:
         return torch.from_numpy(np.ascontiguousarray(array)).to(self.device)
@@ -84,16 +125,23 @@ class NpuBackend(GeBackend):
 def _vendor_modules() -> Any:
     """Import torch_npu and torchair. Raises MissingDependencyError when they are absent or do not match torch."""
     try:
-        wanted, got = importlib.metadata.version("torch-npu"), torch.__version__
+        installed = importlib.metadata.version("torch-npu")
     except importlib.metadata.PackageNotFoundError as error:
         raise MissingDependencyError(
             "backend npu needs torch-npu, which is not installed; pip install 'qwen2vl-tc[npu]'"
         ) from error
-    if wanted.split("+")[0].split(".post")[0] != got.split("+")[0]:
-        raise MissingDependencyError(f"torch {got} and torch-npu {wanted} do not match; install equal versions")
-    import torch_npu
-    import torchair  # noqa: F401  # its submodules are used by name
-
+    if release(installed) != release(torch.__version__):
+        raise MissingDependencyError(
+            f"torch {torch.__version__} and torch-npu {installed} do not match; install equal versions"
+        )
+    try:
+        with vendor_import():
+            import torch_npu
+            import torchair  # noqa: F401  # its submodules are used by name
+    except ModuleNotFoundError as error:
+        raise MissingDependencyError(
+            f"torch-npu needs {error.name}, which is not installed; pip install 'qwen2vl-tc[npu]'"
+        ) from error
     return torch_npu
 
 
@@ -105,11 +153,16 @@ def _check_device(torch_npu: Any, artifact: Artifact) -> str:
         raise TargetError(
             f"{artifact.path}: compiled for {part.soc}, this device is {soc}; compile it again with --soc {soc}"
         )
-    installed = importlib.metadata.version("torch-npu")
-    if installed != part.versions["torch-npu"]:
+    installed, compiled = importlib.metadata.version("torch-npu"), part.versions.get("torch-npu", "unknown")
+    if installed != compiled:
         raise TargetError(
-            f"{artifact.path}: compiled with torch-npu {part.versions['torch-npu']}, installed is {installed}; "
+            f"{artifact.path}: compiled with torch-npu {compiled}, installed is {installed}; "
             "install that version or compile the artifact again"
+        )
+    if part.dtype == "fp32":
+        raise TargetError(
+            f"{artifact.path}: its graphs are fp32, and the NPU's attention takes bf16 and fp16; build it with "
+            "--dtype bf16, or use --backend reference"
         )
     if emulated():
         return "none"
@@ -124,7 +177,7 @@ def _check_operators(artifact: Artifact) -> None:
     missing = {
         note.operator: answer
         for note in ge_part(artifact.manifest, artifact.path).operator_notes
-        if (answer := _torchair.check_cann_compat(note.operator, (), ()))
+        if (answer := _torchair.check_cann_compat(note.operator, note.inputs, note.attributes))
     }
     if missing:
         raise TargetError(

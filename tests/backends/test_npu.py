@@ -20,7 +20,7 @@ from qwen2vl_tc.toolchain.synthetic import tiny_config
 
 @pytest.fixture(scope="module")
 def artifact(build: Any) -> Path:
-    _, path = build("npu", tiny_config(tie_word_embeddings=True), batches="1,3")
+    _, path = build("npu", tiny_config(tie_word_embeddings=True), dtype="bf16", batches="1,3")
     assert isinstance(path, Path)
     return path
 
@@ -188,6 +188,12 @@ def test_what_cannot_run_here_is_refused_before_device_memory_is_taken(
     with pytest.raises(TargetError, match=message):
         npu.NpuBackend(changed(model.artifact, **fields))
     assert not taken
+
+
+def test_fp32_graphs_are_refused_on_the_device(model: Model, build: Any) -> None:
+    _, path = build("gqa2_tied", tiny_config(tie_word_embeddings=True), stored_head=True)
+    with pytest.raises(TargetError, match="its graphs are fp32, and the NPU's attention takes bf16 and fp16"):
+        load_on_npu(path)
 
 
 def test_another_chip_of_the_same_family_is_accepted(model: Model) -> None:

@@ -67,9 +67,10 @@ def test_the_cache_has_key_value_heads_and_one_tensor_of_each_kind_a_layer(bindi
 
 
 def test_the_options_of_the_recipe_are_on(bindings: dict[str, Binding]) -> None:
-    for binding in bindings.values():
+    for name, binding in bindings.items():
         assert binding.local_options["frozen_parameter"] == "1"
-        assert binding.local_options["ge.tiling_schedule_optimize"] == "1"
+        # the documentation excludes it for attention in the TND layout
+        assert binding.local_options["ge.tiling_schedule_optimize"] == ("0" if name == "visual" else "1")
 
 
 def test_decode_gives_the_next_inputs_beside_token_and_logits(bindings: dict[str, Binding]) -> None:

@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from qwen2vl_tc.artifacts.store import open_artifact
 from qwen2vl_tc.exporters.torchair.device import open_device
@@ -88,7 +89,7 @@ class DeviceWork(TorchDispatchMode):
     """Counts what touches the device outside of graphs: kernels, and copies to and from the host."""
 
     # no kernel: memory, views and metadata
-    FREE = ("empty", "view", "slice", "detach", "select", "as_strided", "alias", "unsqueeze", "expand")
+    FREE = ("empty", "empty_strided", "view", "slice", "detach", "select", "as_strided", "alias", "unsqueeze", "expand")
 
     def __init__(self) -> None:
         super().__init__()
@@ -97,8 +98,10 @@ class DeviceWork(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         name = func.overloadpacket.__name__
         copies = ("_to_copy", "copy_", "clone", "_local_scalar_dense", "item")
-        given = [t for t in args if isinstance(t, torch.Tensor)]
-        if name not in copies and not name.startswith(self.FREE) and any(t.device.type == "npu" for t in given):
+        given = [t for t in tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor)]
+        made_there = "npu" in str((kwargs or {}).get("device", ""))
+        on_npu = made_there or any(t.device.type == "npu" for t in given)
+        if on_npu and name not in (*copies, *self.FREE):
             # counted before it runs: on the emulated device it can only fail
             self.counts[f"kernel {name}"] += 1
         result = func(*args, **(kwargs or {}))

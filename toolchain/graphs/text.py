@@ -83,7 +83,14 @@ class Attention(nn.Module):
         shared = {"num_heads": self.heads, "num_key_value_heads": self.kv_heads, "scale_value": self.scale}
         if step.mask is None:
             out: Tensor = torch.ops.npu.npu_incre_flash_attention(
-                q, keys, values, actual_seq_lengths=step.kv_lengths, input_layout="BSH", **shared
+                # inner_precise 0 is the exact mode; the operator's default trades precision for speed in fp16
+                q,
+                keys,
+                values,
+                actual_seq_lengths=step.kv_lengths,
+                input_layout="BSH",
+                inner_precise=0,
+                **shared,
             )
         else:
             out = torch.ops.npu.npu_prompt_flash_attention(

@@ -28,20 +28,17 @@ class Attention(nn.Module):
         self.proj = Linear(self.width, self.width)
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, segments: Segments) -> Tensor:
-        qk, v = self.qkv(x).split([2 * self.width, self.width], -1)
-        # q and k turn by the same angles: one RotaryMul over 2 x heads
-        qk = torch.ops.npu.npu_rotary_mul(qk.view(1, -1, 2 * self.heads, self.head_dim), cos, sin)
-        if isinstance(segments, Tensor):
-            return self.proj(self.attend_masked(qk, v, segments))
-        return self.proj(self.attend_packed(qk, v, segments))
+        # One split and two rotations: rotating q and k together takes a second split, which copies both once more.
+        q, k, v = self.qkv(x).split([self.width, self.width, self.width], -1)
+        q, k = (torch.ops.npu.npu_rotary_mul(t.view(1, -1, self.heads, self.head_dim), cos, sin) for t in (q, k))
+        attend = self.attend_masked if isinstance(segments, Tensor) else self.attend_packed
+        return self.proj(attend(q, k, v, segments))  # type: ignore[arg-type]  # each gets its own kind
 
-    def attend_packed(self, qk: Tensor, v: Tensor, segment_ends: list[int]) -> Tensor:
+    def attend_packed(self, q: Tensor, k: Tensor, v: Tensor, segment_ends: list[int]) -> Tensor:
         """Sequences end to end with their cumulative lengths: no mask."""
-        q, k = qk.view(-1, 2 * self.heads, self.head_dim).split([self.heads, self.heads], 1)
+        packed = (t.view(-1, self.heads, self.head_dim) for t in (q, k, v))
         out = torch.ops.npu.npu_fused_infer_attention_score(
-            q,
-            k,
-            v.view(-1, self.heads, self.head_dim),
+            *packed,
             actual_seq_lengths=segment_ends,
             actual_seq_lengths_kv=segment_ends,
             num_heads=self.heads,
@@ -50,13 +47,10 @@ class Attention(nn.Module):
         )[0]
         return out.view(-1, self.width)
 
-    def attend_masked(self, qk: Tensor, v: Tensor, mask: Tensor) -> Tensor:
+    def attend_masked(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
         """One sequence of all patches, with a mask [1, 1, N, N] that is true between segments."""
-        q, k = qk.view(1, -1, 2 * self.width).split([self.width, self.width], -1)
         out = torch.ops.npu.npu_prompt_flash_attention(
-            q,
-            k,
-            v.view(1, -1, self.width),
+            *(t.view(1, -1, self.width) for t in (q, k, v)),
             atten_mask=mask,
             num_heads=self.heads,
             scale_value=self.scale,

@@ -288,7 +288,8 @@ def convert(
                 model=result.model,
                 weights=result.weights,
                 processor=result.processor,
-                # what was verified is no longer there
+                # what was exported and verified referred to the old weights
+                air=None,
                 reports=(),
                 verification="none",
             )

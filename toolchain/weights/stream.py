@@ -103,28 +103,38 @@ class _Checker:
         self._queue: queue.Queue[tuple[Any, SourceTensor | None, bool] | None] = queue.Queue(_QUEUED_CHUNKS)
         self._hash = blake3()
         self._bad: SourceTensor | None = None
+        self._error: Exception | None = None
         self._thread = threading.Thread(target=self._work, name="hash", daemon=True)
 
     def _work(self) -> None:
         while (item := self._queue.get()) is not None:
+            if self._error is not None:
+                continue  # the queue must go on draining, or `put` would wait for ever
             data, source, is_last = item
-            self._hash.update(data)
-            if source and not self._bad and not is_finite(data, source.dtype):
-                self._bad = source
-            if source and is_last:
-                source.forget()
+            try:
+                self._hash.update(data)
+                if source and not self._bad and not is_finite(data, source.dtype):
+                    self._bad = source
+                if source and is_last:
+                    source.forget()
+            except Exception as error:  # raised again by the thread that writes
+                self._error = error
 
     def put(self, data: Any, source: SourceTensor | None = None, is_last: bool = False) -> None:
-        if self._bad:
-            _refuse_nonfinite(self._bad)
+        self._refuse()
         self._queue.put((data, source, is_last))
 
     def digest(self) -> str:
-        """Wait for what was put. Raises WeightError if it was not finite."""
+        """Wait for what was put. Raises WeightError if it was not finite, and whatever stopped the hashing."""
         self._stop()
+        self._refuse()
+        return self._hash.hexdigest()
+
+    def _refuse(self) -> None:
+        if self._error is not None:
+            raise self._error
         if self._bad:
             _refuse_nonfinite(self._bad)
-        return self._hash.hexdigest()
 
     def _stop(self) -> None:
         if self._thread.is_alive():

@@ -158,6 +158,7 @@ class GeBackend(Backend):
             tensors = {**load_weights(artifact, check_weights), **mapped_tensors(artifact, part.constants, check=True)}
             tensors = self.place(tensors)
             self._embedding = tensors["model.embed_tokens.weight"]
+            self._max_side = tensors["vision_rope"].shape[0]
         self._bound: dict[str, BoundGraph] = {}
         for graph in part.graphs:
             where = f"{artifact.path}: {graph.binding.path}"
@@ -192,6 +193,8 @@ class GeBackend(Backend):
     ) -> dict[str, Tensor]:
         bound = self._bound[name]
         outputs = self.run_graph(name, bound.inputs(arguments, lengths, cache))
+        if len(outputs) != len(bound.outputs):
+            raise ArtifactError(f"graph {name}: gave {len(outputs)} outputs, its binding names {len(bound.outputs)}")
         return dict(zip(bound.outputs, outputs, strict=True))
 
     def allocate(self, rows: int) -> Cache:
@@ -213,6 +216,11 @@ class GeBackend(Backend):
         return Cache(fitting[0], *sides)
 
     def visual(self, patches: NDArray[np.uint8], positions: Ints, segment_ends: list[int]) -> Embeds:
+        if positions.max() >= self._max_side:
+            raise RequestError(
+                f"a picture is {int(positions.max()) + 1} patches long, the visual graph takes {self._max_side}; "
+                "make it smaller, with max_pixels for instance"
+            )
         arguments = {"patches": self.to_device(patches), "positions": self.to_device(positions)}
         if self._part.visual_attention == "masked":
             segment = np.searchsorted(segment_ends, np.arange(len(patches)), side="right")
@@ -224,6 +232,16 @@ class GeBackend(Backend):
         self, cache: Cache, row: int, start: int, token_ids: Ints, positions: Ints, embeds: Embeds | None, index: Ints
     ) -> Step:
         count = len(token_ids)
+        if count == 1:
+            # With one query token the attention operator takes no causal mask. A second token, read by nobody and
+            # overwritten by the next step, makes it two.
+            if start + 2 > self._part.max_length:
+                raise RequestError(
+                    f"one token at cache position {start}, the last of {self._part.max_length}, cannot be prefilled; "
+                    f"compile with --max-length {start + 2}"
+                )
+            token_ids, positions = np.repeat(token_ids, 2), np.repeat(positions, 2, 1)
+        written = len(token_ids)
         if embeds is None:
             # The graph always writes rows of embeddings. With no picture it writes the first token's own embedding
             # over itself: no second graph, no operator more.
@@ -240,9 +258,9 @@ class GeBackend(Backend):
             "last": self.to_device(np.array([count - 1], np.int64)),
         }
         if self._part.operators == "recipe":
-            hidden = np.arange(self._part.max_length)[None] > start + np.arange(count)[:, None]
+            hidden = np.arange(self._part.max_length)[None] > start + np.arange(written)[:, None]
             arguments["mask"] = self.to_device(hidden[None, None])
-        outputs = self._run("prefill", arguments, {"kv_lengths": [start + count]}, cache.row(row))
+        outputs = self._run("prefill", arguments, {"kv_lengths": [start + written]}, cache.row(row))
         return Step(outputs["next_token"], outputs["logits"])
 
     def begin(self, cache: Cache, tokens: Ints | Step, cache_index: Ints, positions: Ints) -> Step:
