@@ -13,7 +13,6 @@ from ..artifacts.parameters import FP32, parameters
 from ..artifacts.safetensors import header_bytes
 from ..artifacts.schema import parse_json
 from ..artifacts.staging import Staging, stage
-from ..runtime.memory import memory_for
 from .graphs.form import OPERATORS, VISUAL_ATTENTION, Form
 
 if TYPE_CHECKING:
@@ -165,6 +164,8 @@ def stage_graphs(
 def _check_room(manifest: Manifest, options: CompileOptions, dtype: str) -> None:
     """On a real NPU the empty modules take real memory: refuse before the allocator does."""
     import torch_npu
+
+    from ..runtime.memory import memory_for
 
     free, _ = torch_npu.npu.mem_get_info()
     needed = memory_for(manifest, dtype, options.max_length, options.batches).total

@@ -297,3 +297,22 @@ def test_a_path_that_escapes_cannot_be_staged(tmp_path: Path) -> None:
                 staging.add(path, b"")
         with pytest.raises(ArtifactError, match="missing or not 3 bytes"):
             staging.keep([FileEntry("gone", 3, "")])
+
+
+def test_a_file_of_the_users_inside_an_artifact_is_not_lost(tmp_path: Path) -> None:
+    target = tmp_path / "artifact"
+    build(target, "old")
+    (target / "NOTES.txt").write_text("mine")
+    with pytest.raises(ArtifactError, match=r"NOTES\.txt is not part of the artifact"), stage(target):
+        pytest.fail("the build must not begin")
+    assert (target / "NOTES.txt").read_text() == "mine"
+
+
+def test_what_appears_at_the_target_during_a_build_is_left_alone(tmp_path: Path) -> None:
+    target = tmp_path / "artifact"
+    with pytest.raises(ArtifactError, match="changed while this was being built"), stage(target, sync=False) as staging:
+        manifest = fill(staging, "new")
+        target.mkdir()
+        (target / "thesis.txt").write_text("mine")
+        staging.commit(manifest)
+    assert (target / "thesis.txt").read_text() == "mine"

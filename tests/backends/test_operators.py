@@ -217,3 +217,9 @@ def test_unsupported_attention_is_refused_by_name() -> None:
         fia(x, x, x, input_layout="BSH", num_heads=2, num_key_value_heads=0, sparse_mode=4)
     with pytest.raises(ArtifactError, match="layout BNSD"):
         fia(x, x, x, input_layout="BNSD", num_heads=2, num_key_value_heads=0)
+
+
+def test_one_query_token_with_a_causal_mask_is_refused_as_the_operator_documents() -> None:
+    x, mask = normal(1, 1, 16), torch.ones(2048, 2048, dtype=torch.bool).triu(1)
+    with pytest.raises(ArtifactError, match="takes no causal mask"):
+        fia(x, x, x, mask, input_layout="BSH", num_heads=2, num_key_value_heads=0, sparse_mode=3)

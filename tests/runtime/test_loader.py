@@ -7,10 +7,12 @@ from pathlib import Path
 from shutil import copytree
 from typing import Any
 
+import numpy as np
 import pytest
 
 from qwen2vl_tc.artifacts.errors import ArtifactError, RequestError, TargetError
 from qwen2vl_tc.runtime import Model, load
+from qwen2vl_tc.runtime.vision import segment_ends, vision_positions
 from qwen2vl_tc.toolchain.compile import CompileOptions, compile_config
 from qwen2vl_tc.toolchain.synthetic import tiny_config
 from qwen2vl_tc.toolchain.weights.convert import convert
@@ -154,3 +156,18 @@ def test_settings_that_greedy_decoding_ignores_are_named(build: Any, tmp_path: P
         moved = copied(artifact, tmp_path / str(len(named)))
         convert(tmp_path / "hf", moved, sync=False)
         assert load(moved).unused_settings == named
+
+
+def test_an_artifact_that_failed_its_verification_is_not_served(artifact: Path, tmp_path: Path) -> None:
+    moved = copied(artifact, tmp_path)
+    manifest = json.loads((moved / "manifest.json").read_text())
+    (moved / "manifest.json").write_text(json.dumps({**manifest, "verification": "failed"}))
+    with pytest.raises(ArtifactError, match=r"its verification failed, see reports/verify\.json"):
+        load(moved)
+
+
+def test_a_picture_longer_than_the_rotary_table_is_refused_before_any_compute(model: Model) -> None:
+    grid = [[1, 22, 4098]]
+    patches = np.zeros((22 * 4098, 1176), np.uint8)
+    with pytest.raises(RequestError, match="a picture is 4098 patches long, the visual graph takes 4096; make it"):
+        model.backend.visual(patches, vision_positions(grid, 2), segment_ends(grid))

@@ -96,8 +96,8 @@ def altered(artifact: Path, out: Path, change: Change) -> Path:
         if all(tensor is before[name] for name, tensor in tensors.items()):
             return entry
         changed.append(entry.path)
-        save_file(tensors, out / "new.safetensors")
-        return rewritten(out, entry, (out / "new.safetensors").read_bytes())
+        save_file(tensors, out.parent / "new.safetensors")
+        return rewritten(out, entry, (out.parent / "new.safetensors").read_bytes())
 
     weights = dataclasses.replace(manifest.weights, files=tuple(map(alter, manifest.weights.files)))
     ge = dataclasses.replace(manifest.ge, constants=alter(manifest.ge.constants))
@@ -266,7 +266,10 @@ def test_a_failed_verification_is_recorded_and_the_artifact_stays_whole(
     assert not verify_artifact(artifact, source, steps=1, sync=False).passed
     assert read_manifest(artifact).verification == "failed"
     assert json.loads((artifact / REPORT_PATH).read_bytes())["passed"] is False
-    load(artifact).close()
+    with open_artifact(artifact) as whole:
+        whole.check_all()
+    with pytest.raises(ArtifactError, match="its verification failed"):
+        load(artifact)
     # a new verdict replaces the old one
     assert not verify_artifact(artifact, source, steps=1, sync=False).passed
     assert len(read_manifest(artifact).reports) == 1

@@ -81,6 +81,8 @@ def _bsh(node: Node, scale: float, q: Tensor, k: Tensor, v: Tensor, lengths_kv: 
         raise ArtifactError(f"{node.where}: {len(lengths)} lengths, key {list(k.shape)} for query {list(q.shape)}")
     out = torch.empty_like(q)
     for row, length in enumerate(lengths):
+        if causal and tokens == 1:
+            raise ArtifactError(f"{node.where}: with one query token the operator takes no causal mask")
         if causal and length < tokens:
             raise ArtifactError(f"{node.where}: {tokens} tokens attend to a cache of only {length}")
         out[row] = _attend(
