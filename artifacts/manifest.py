@@ -123,7 +123,10 @@ class AirPart:
 
 @dataclass(frozen=True)
 class Manifest:
-    """The whole artifact. `verification` is "passed", "failed", "skipped" or "none"; its figures stand in reports/verify.json."""
+    """The whole artifact.
+
+    `verification` is "passed", "failed", "skipped" or "none"; its figures stand in reports/verify.json.
+    """
 
     schema: int
     hash: str
