@@ -45,9 +45,9 @@ from ablation_visual import (
     PerLayerRopeVisual,
     PerLayerRopeVisualAttention,
     PixelModel,
+    VisualJointRotation,
     VisualOneRotation,
     VisualPlainRotation,
-    VisualSeparateRotations,
     VisualThreeProducts,
     WideRopeVisual,
     host_normalised,
@@ -195,8 +195,8 @@ UNDONE: tuple[Variant, ...] = (
     Variant(
         "one rotation over q, k, v",
         "split, two rotations",
-        ALL,
-        ((text, "Attention", SeparateRotations), (visual, "Attention", VisualSeparateRotations), _ROTARY),
+        TEXT,
+        ((text, "Attention", SeparateRotations), _ROTARY),
     ),
     Variant(
         "fused gate/up and npu_swiglu", "two products, silu, multiplication", TEXT, ((text, "Mlp", TwoProductsMlp),)
@@ -235,6 +235,12 @@ TRIED: tuple[Variant, ...] = (
     ),
     Variant(
         "npu_fused_infer_attention_score_v2", "in place of the first version", TEXT, ((text, "Attention", AttentionV2),)
+    ),
+    Variant(
+        "one rotation over q, k in the ViT",
+        "a split before it and one after",
+        (VISUAL,),
+        ((visual, "Attention", VisualJointRotation),),
     ),
     Variant(
         "one rotation over q, k, v in the ViT",

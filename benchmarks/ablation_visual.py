@@ -40,12 +40,14 @@ class _VisualAttention(visual.Attention):
         return self.proj(out.view(-1, self.width))
 
 
-class VisualSeparateRotations(_VisualAttention):
-    """One product for q, k and v, one split into three, then q and k each rotated alone."""
+class VisualJointRotation(_VisualAttention):
+    """q and k rotated together, between a split before and a split after."""
 
     def rotated(self, x: Tensor, cos: Any, sin: Any) -> tuple[Tensor, Tensor, Tensor]:
-        q, k, v = self.qkv(x).split([self.width] * 3, -1)
-        return self.turn(q, cos, sin), self.turn(k, cos, sin), v.view(-1, self.heads, self.head_dim)
+        qk, v = self.qkv(x).split([2 * self.width, self.width], -1)
+        qk = torch.ops.npu.npu_rotary_mul(qk.view(1, -1, 2 * self.heads, self.head_dim), cos, sin)
+        q, k = qk.view(-1, 2 * self.heads, self.head_dim).split([self.heads, self.heads], 1)
+        return q, k, v.view(-1, self.heads, self.head_dim)
 
 
 class VisualThreeProducts(_VisualAttention):
@@ -71,9 +73,9 @@ def quick_gelu(self: visual.Mlp, x: Tensor) -> Tensor:
 
 class VisualPlainRotation(visual.Attention):
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, segments: Any) -> Tensor:
-        qk, v = self.qkv(x).split([2 * self.width, self.width], -1)
-        qk = rotate_half(qk.view(1, -1, 2 * self.heads, self.head_dim), cos, sin)
-        return self.proj(self.attend_packed(qk, v, segments))
+        q, k, v = self.qkv(x).split([self.width] * 3, -1)
+        q, k = (rotate_half(t.view(1, -1, self.heads, self.head_dim), cos, sin) for t in (q, k))
+        return self.proj(self.attend_packed(q, k, v, segments))
 
 
 class PerLayerRopeVisualAttention(visual.Attention):
@@ -98,10 +100,9 @@ class PerLayerRopeVisual(visual.Visual):
         return self.merger(residual, x)
 
 
-def plain_masked(self: visual.Attention, qk: Tensor, v: Tensor, mask: Tensor) -> Tensor:
+def plain_masked(self: visual.Attention, q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
     """transformers' eager attention in the vision tower: two products and a softmax in fp32 over a dense mask."""
-    q, k = qk.view(-1, 2 * self.heads, self.head_dim).split([self.heads, self.heads], 1)
-    q, k, v = (x.transpose(0, 1) for x in (q, k, v.view(-1, self.heads, self.head_dim)))
+    q, k, v = (x.view(-1, self.heads, self.head_dim).transpose(0, 1) for x in (q, k, v))
     scores = torch.matmul(q, k.transpose(1, 2)) * self.scale
     scores = scores.masked_fill(mask.squeeze(0), torch.finfo(q.dtype).min)
     weights = scores.softmax(-1, dtype=torch.float32).to(q.dtype)

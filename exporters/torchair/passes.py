@@ -73,8 +73,9 @@ def _dtypes(graph: Any) -> dict[str, int]:
     for op in graph.op:
         if op.type in (*INPUTS, CONSTANT):
             found[op.name] = op.output_desc[0].dtype
-        elif op.type == "Cast":
-            if (dtype := _FROM_ATTRIBUTE.get(op.attr["dst_type"].i)) is not None:
+        elif op.type in ("Cast", "FileConstant"):
+            number = op.attr["dst_type"].i if op.type == "Cast" else op.attr["dtype"].dt
+            if (dtype := _FROM_ATTRIBUTE.get(number)) is not None:
                 found[op.name] = dtype
         elif op.type in _LIKE_FIRST_INPUT and (dtype := found.get(_producer(op.input[0]))) is not None:
             found[op.name] = dtype

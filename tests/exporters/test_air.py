@@ -225,8 +225,11 @@ def without(manifest: Manifest, **parts: Any) -> bytes:
     ],
 )
 def test_what_is_missing_for_an_export_is_named_with_the_command(copied: Path, parts: Any, message: str) -> None:
-    before = without(read_manifest(copied), **parts)
+    manifest = read_manifest(copied)
+    before = without(manifest, **parts)
     (copied / "manifest.json").write_bytes(before)
+    for entry in set(manifest.files()) - set(replace(manifest, **parts).files()):
+        (copied / entry.path).unlink()
     with pytest.raises(ArtifactError, match=message):
         export_air(copied, sync=False)
     assert (copied / "manifest.json").read_bytes() == before
@@ -251,8 +254,9 @@ def alter(path: Path) -> None:
 
 
 def link(path: Path) -> None:
-    path.rename(path.with_suffix(".real"))
-    path.symlink_to(path.with_suffix(".real"))
+    real = path.parents[2] / path.name
+    path.rename(real)
+    path.symlink_to(real)
 
 
 @pytest.mark.parametrize(

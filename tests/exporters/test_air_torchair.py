@@ -41,11 +41,14 @@ class Method(torch.nn.Module):
 @pytest.fixture(scope="module")
 def torchairs(exported: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """What torchair's dynamo_export hands to C++ to be saved, by graph, with its dynamic-shape error corrected."""
+    from qwen2vl_tc.exporters.torchair.converters import register_converters
     from qwen2vl_tc.exporters.torchair.device import open_device
     from qwen2vl_tc.exporters.torchair.trace import _tracing_patches
+    from qwen2vl_tc.toolchain.graphs.form import Form
     from qwen2vl_tc.toolchain.graphs.signatures import Qwen2VL, signatures
 
     open_device("Ascend910B2")
+    register_converters()
     import torchair
     import torchair._ge_concrete_graph.fx2ge_converter as fx2ge
     import torchair._utils.export_utils as export_utils
@@ -73,7 +76,7 @@ def torchairs(exported: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[
     torch.set_default_dtype(torch.bfloat16)
     try:
         with torch.device("meta"):
-            model = Qwen2VL(config, MAX_LENGTH)
+            model = Qwen2VL(config, MAX_LENGTH, Form())
     finally:
         torch.set_default_dtype(default)
     model = model.to_empty(device="npu").eval().requires_grad_(False)
