@@ -100,8 +100,11 @@ def binding_from_bytes(data: bytes, where: str) -> Binding:
             raise ArtifactError(f"{where}: inputs[{i}] ({bound.name}) must have an index if and only if it is a cache")
         if any(size < -1 for size in bound.shape):
             raise ArtifactError(f"{where}: inputs[{i}] ({bound.name}) has the impossible shape {list(bound.shape)}")
-    # the options reach GE's C++ side: what is not known here could name a file to write or a library to load
-    for options, known in ((binding.local_options, LOCAL_OPTIONS), (binding.global_options, GLOBAL_OPTIONS)):
-        if unknown := sorted(options.keys() - known):
-            raise ArtifactError(f"{where}: unknown option {', '.join(unknown)}; compile the artifact again")
+    if unknown := unknown_options(binding):
+        raise ArtifactError(f"{where}: unknown option {', '.join(unknown)}; compile the artifact again")
     return binding
+
+
+def unknown_options(binding: Binding) -> list[str]:
+    """Options outside the lists: they would reach GE's C++ side, where one may name a file to write or to load."""
+    return sorted({*(binding.local_options.keys() - LOCAL_OPTIONS), *(binding.global_options.keys() - GLOBAL_OPTIONS)})

@@ -88,6 +88,8 @@ class GePart:
     batches: tuple[int, ...]
     passes: tuple[str, ...]
     versions: dict[str, str]
+    # what the vendor's documentation does not promise of these graphs, in words
+    limits: tuple[str, ...]
     operator_notes: tuple[OperatorNote, ...]
     constants: FileEntry
     graphs: tuple[Graph, ...]

@@ -25,6 +25,7 @@ from .store import Artifact, leftover, open_artifact, read_manifest, real_path
 # marks a staged tree as unfinished, and holds what a killed build may resume from; removed by the commit
 JOURNAL_NAME = "staging.json"
 _SPARE_BYTES = 64 << 20
+_OWN_FOLDERS = ("weights", "graphs", "processor", "reports")
 _AT_FDCWD = -100
 _RENAME_EXCHANGE = 2
 
@@ -155,7 +156,6 @@ class Staging:
         self.write_manifest(manifest)
         with self.open():
             pass  # every file is there with its size
-        self._check_unchanged()
         self._prune({entry.path for entry in manifest.files()} | {MANIFEST_NAME, JOURNAL_NAME})
         if self.sync:
             for folder, _, names in os.walk(self.path, topdown=False):
@@ -166,6 +166,7 @@ class Staging:
         (self.path / JOURNAL_NAME).unlink()
         if self.sync:
             sync_path(self.path)
+        self._check_unchanged()
         self._replace()
         self.committed = True
         if self.sync:
@@ -176,6 +177,8 @@ class Staging:
 
     def _check_unchanged(self) -> None:
         """What stands at the target is deleted by the commit: it must be what stood there at the start."""
+        if self.base is not None:
+            _refuse_strangers(self.target, self.base)
         if _state(self.target) != self._found:
             raise ArtifactError(
                 f"{self.target}: changed while this was being built; it is left alone: run the command again"
@@ -214,13 +217,16 @@ def _state(target: Path) -> tuple[int, int, bytes] | None:
     return stat.st_dev, stat.st_ino, manifest.read_bytes() if manifest.is_file() else b""
 
 
-def _refuse_strangers(target: Path, manifest: Manifest) -> None:
-    """A build replaces the folder as a whole: what is not the artifact's would be lost."""
-    listed = {MANIFEST_NAME, *(entry.path for entry in manifest.files())}
+def _refuse_strangers(target: Path, manifest: Manifest | None) -> None:
+    """A build replaces the folder as a whole: what is not the artifact's would be lost.
+
+    Without a manifest that can be read, everything in an artifact's own folders counts as its own.
+    """
+    listed = {MANIFEST_NAME, *(entry.path for entry in manifest.files())} if manifest else {MANIFEST_NAME}
     for folder, _, names in os.walk(target):
         for name in names:
             relative = Path(folder, name).relative_to(target).as_posix()
-            if relative not in listed:
+            if relative not in listed and (manifest or relative.partition("/")[0] not in _OWN_FOLDERS):
                 raise ArtifactError(
                     f"{target}: {relative} is not part of the artifact, and would be lost; move it away first"
                 )
@@ -297,14 +303,15 @@ def _present(target: Path, whole: bool) -> Manifest | None:
         )
     try:
         manifest = read_manifest(target)
-        _refuse_strangers(target, manifest)
-        return manifest
     except ArtifactError:
         # a whole build replaces any artifact of ours, also one of another schema; the rest is said as it is
         data = parse_json((target / MANIFEST_NAME).read_bytes(), str(target / MANIFEST_NAME))
         if whole and isinstance(data, dict) and type(data.get("schema")) is int:
+            _refuse_strangers(target, None)
             return None
         raise
+    _refuse_strangers(target, manifest)
+    return manifest
 
 
 @contextmanager

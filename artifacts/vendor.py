@@ -18,8 +18,18 @@ _NOISE = ("ASCEND_HOME_PATH environment variable is not set", "require processin
 @contextmanager
 def vendor_import() -> Iterator[None]:
     """Inside, import the vendor packages: signal handlers stay the caller's, stdout stays clean."""
-    with _without_noise(), _own_signal_handlers():
+    # without a stderr of its own (a daemon's, a notebook's) there is nothing to keep clean
+    quiet = _without_noise() if sys.stderr is not None and _is_open(2) else contextlib.nullcontext()
+    with quiet, _own_signal_handlers():
         yield
+
+
+def _is_open(descriptor: int) -> bool:
+    try:
+        os.fstat(descriptor)
+    except OSError:
+        return False
+    return True
 
 
 @contextmanager

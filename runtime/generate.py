@@ -22,7 +22,7 @@ DEFAULT_NEW_TOKENS = 128
 class Generation:
     """One answer. finish_reason is "stop" (an end token, not part of token_ids' text) or "length".
 
-    timings_ms: preprocess, visual, prefill, weight_check (waiting for the weights' hashes, in the first answer only),
+    timings_ms: preprocess, visual, prefill, weight_check (waiting for the weights' hashes; about 0 later),
     first_token (their sum), decode (all later tokens), per_token (its mean).
     """
 
@@ -51,6 +51,10 @@ def tokens_to_make(prompt_tokens: int, max_new_tokens: int | None, default: int 
 
     The last token is never written to the cache: n tokens need prompt + n - 1 positions.
     """
+    if max_new_tokens is not None:
+        if isinstance(max_new_tokens, bool) or not isinstance(max_new_tokens, int | np.integer) or max_new_tokens < 1:
+            raise RequestError(f"max_new_tokens is {max_new_tokens!r}, expected an integer of at least 1")
+        max_new_tokens = int(max_new_tokens)
     room = max_length - prompt_tokens + 1
     if room < 1:
         raise RequestError(
@@ -59,8 +63,6 @@ def tokens_to_make(prompt_tokens: int, max_new_tokens: int | None, default: int 
         )
     if max_new_tokens is None:
         return min(default or DEFAULT_NEW_TOKENS, room)
-    if type(max_new_tokens) is not int or max_new_tokens < 1:
-        raise RequestError(f"max_new_tokens is {max_new_tokens!r}, expected an integer of at least 1")
     if max_new_tokens > room:
         raise RequestError(
             f"{prompt_tokens} prompt tokens and max_new_tokens {max_new_tokens} need a cache of "

@@ -49,6 +49,16 @@ def soc_memory(soc: str) -> int | None:
     return _DEVICE_BYTES[max(fitting, key=len)] if fitting else None
 
 
+def check_free(manifest: Manifest, part: GePart, free: int) -> None:
+    """Raises TargetError if a device that could hold the model has too much of its memory taken."""
+    needed = device_memory(manifest, part).total
+    if needed > free:
+        raise TargetError(
+            f"{manifest.name} needs {needed / 1e9:.1f} GB of device memory, {free / 1e9:.1f} GB are free; "
+            "stop what else uses the NPU"
+        )
+
+
 def check_fits(manifest: Manifest, part: GePart, available: int) -> None:
     """Raises TargetError, with what is needed and what would fit, if one device cannot hold the model."""
     needed = device_memory(manifest, part)

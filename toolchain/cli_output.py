@@ -42,6 +42,8 @@ def print_compiled(manifest: Manifest) -> None:
     console.print(_graphs(part))
     if part.operator_notes:
         console.print(operator_table(part.operator_notes))
+    for limit in part.limits:
+        warn(limit)
     memory = soc_memory(part.soc)
     if memory is not None:
         try:

@@ -132,7 +132,7 @@ def stage_graphs(
     report("constants", 1, total)
     constants = _stage_constants(staging, config, options, dtype)
     graphs: list[Graph] = []
-    notes = set(_form_notes(options, dtype))
+    notes: set[OperatorNote] = set()
     for traced in _trace_all(config, options, dtype):
         report(traced.name, 2 + len(graphs), total)
         graph, found = traced.run(staging)
@@ -150,6 +150,7 @@ def stage_graphs(
             batches=options.batches,
             passes=_passes(options),
             versions={"torch": device.torch, "torch-npu": device.torch_npu, "cann": device.cann_version or "none"},
+            limits=tuple(_limits(options, dtype)),
             operator_notes=tuple(sorted(notes, key=lambda note: (note.operator, note.inputs, note.attributes))),
             constants=constants,
             graphs=tuple(graphs),
@@ -168,7 +169,9 @@ def _check_room(manifest: Manifest, options: CompileOptions, dtype: str) -> None
     from ..runtime.memory import memory_for
 
     free, _ = torch_npu.npu.mem_get_info()
-    needed = memory_for(manifest, dtype, options.max_length, options.batches).total
+    # all signatures' example caches live at once: one row of prefill's and every batch of decode's
+    rows = 1 + sum(options.batches)
+    needed = memory_for(manifest, dtype, options.max_length, (rows,)).total
     if needed > free:
         raise TargetError(
             f"{manifest.name}: tracing on this NPU needs {needed / 1e9:.1f} GB, {free / 1e9:.1f} GB are free; compile "
@@ -176,18 +179,15 @@ def _check_room(manifest: Manifest, options: CompileOptions, dtype: str) -> None
         )
 
 
-def _form_notes(options: CompileOptions, dtype: str) -> Iterator[OperatorNote]:
+def _limits(options: CompileOptions, dtype: str) -> Iterator[str]:
     """Where the documentation of torch-npu 2.13.0 does not cover what the graphs ask for."""
     if options.visual_attention == "tnd":
-        yield OperatorNote(
-            "FusedInferAttentionScore",
-            (),
-            (),
-            "TND is documented for head_dim 192, bf16 and 65,536 tokens, the vision tower has head_dim 80: if the "
-            "device refuses it, compile with --visual-attention masked",
+        yield (
+            "vision attention: the TND layout is documented for head_dim 192, bf16 and 65,536 tokens, and this tower "
+            "differs; if the device refuses it, compile with --visual-attention masked"
         )
     if dtype == "fp32":
-        yield OperatorNote("FusedInferAttentionScore", (), (), "takes no fp32 on a device: this artifact is for CPU")
+        yield "fp32: the NPU's attention takes bf16 and fp16; these graphs are for CPU"
 
 
 def _passes(options: CompileOptions) -> tuple[str, ...]:

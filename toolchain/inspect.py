@@ -121,6 +121,7 @@ def _target(manifest: Manifest, part: GePart) -> TargetView:
         batches=part.batches,
         passes=part.passes,
         versions=part.versions,
+        limits=part.limits,
         operator_notes=part.operator_notes,
         kv_bytes={str(batch): batch * per_row for batch in part.batches},
         kv_bytes_per_token=per_row // part.max_length,

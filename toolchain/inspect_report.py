@@ -41,6 +41,8 @@ def _parts(inspection: Inspection) -> Iterator[Table | Text]:
         yield from _cost_parts(inspection)
         yield _signatures(inspection.graphs)
         yield _types(inspection.graphs)
+    for limit in inspection.target.limits if inspection.target else ():
+        yield Text(f"limit: {limit}")
     if inspection.target and inspection.target.operator_notes:
         yield operator_table(inspection.target.operator_notes)
 

@@ -79,6 +79,7 @@ class TargetView:
     batches: tuple[int, ...]
     passes: tuple[str, ...]
     versions: dict[str, str]
+    limits: tuple[str, ...]
     operator_notes: tuple[OperatorNote, ...]
     kv_bytes: dict[str, int]
     kv_bytes_per_token: int

@@ -11,7 +11,17 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-from ...artifacts.binding import ARGUMENT, CACHE, CONSTANT, LENGTHS, PARAMETER, Binding, BoundInput, BoundOutput
+from ...artifacts.binding import (
+    ARGUMENT,
+    CACHE,
+    CONSTANT,
+    LENGTHS,
+    PARAMETER,
+    Binding,
+    BoundInput,
+    BoundOutput,
+    unknown_options,
+)
 from ...artifacts.errors import TargetError
 from ...artifacts.manifest import OperatorNote
 from .converters import register_converters
@@ -238,6 +248,10 @@ def trace(
     )
     notes = tuple(sorted(bypassed, key=lambda note: (note.operator, note.inputs, note.attributes)))
     binding = Binding(name, inputs, bound_outputs, dict(local), dict(global_options))
+    if unknown := unknown_options(binding):
+        raise TargetError(
+            f"{name}: this torchair sets the options {', '.join(unknown)}, which the runtime does not know"
+        )
     return TracedGraph(name, model, open_length_lists(model, binding), notes)
 
 

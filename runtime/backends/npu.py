@@ -19,7 +19,7 @@ from ...artifacts.errors import MissingDependencyError, TargetError
 from ...artifacts.process import cache_home, emulated, release
 from ...artifacts.store import Artifact, ge_part
 from ...artifacts.vendor import vendor_import
-from ..memory import check_fits
+from ..memory import check_fits, check_free
 from .base import Embeds, Ints, Step
 from .ge.bound import Cache, GeBackend
 from .ge.graph import INPUT_TYPES, read_graph
@@ -52,8 +52,11 @@ class NpuBackend(GeBackend):
         self._torch_npu.npu.set_device(DEVICE)
         part = ge_part(artifact.manifest, artifact.path)
         self._cann = _check_device(self._torch_npu, artifact)
-        free, _ = self._torch_npu.npu.mem_get_info()
-        check_fits(artifact.manifest, part, free)
+        free, total = self._torch_npu.npu.mem_get_info()
+        check_fits(artifact.manifest, part, total)
+        # what this process' allocator holds without using it is free for us, too
+        npu = self._torch_npu.npu
+        check_free(artifact.manifest, part, free + npu.memory_reserved() - npu.memory_allocated())
         self._cache_folder = compile_cache(artifact, self._torch_npu, self._cann)
         self._graphs: dict[str, Any] = {}
         super().__init__(artifact, check_weights)
@@ -142,6 +145,8 @@ def _vendor_modules() -> Any:
         raise MissingDependencyError(
             f"torch-npu needs {error.name}, which is not installed; pip install 'qwen2vl-tc[npu]'"
         ) from error
+    except Exception as error:  # torch-npu raises Exception itself when it finds CANN's folders wanting
+        raise TargetError(f"backend npu: torch-npu cannot be imported: {error}") from error
     return torch_npu
 
 

@@ -299,12 +299,27 @@ def test_a_path_that_escapes_cannot_be_staged(tmp_path: Path) -> None:
             staging.keep([FileEntry("gone", 3, "")])
 
 
-def test_a_file_of_the_users_inside_an_artifact_is_not_lost(tmp_path: Path) -> None:
+@pytest.mark.parametrize("whole", [False, True])
+@pytest.mark.parametrize("readable", [True, False])
+def test_a_file_of_the_users_inside_an_artifact_is_not_lost(tmp_path: Path, whole: bool, readable: bool) -> None:
     target = tmp_path / "artifact"
     build(target, "old")
     (target / "NOTES.txt").write_text("mine")
-    with pytest.raises(ArtifactError, match=r"NOTES\.txt is not part of the artifact"), stage(target):
+    if not readable:
+        (target / "manifest.json").write_text('{"schema": 999}')
+    message = r"NOTES\.txt is not part of the artifact" if readable or whole else "schema 999"
+    with pytest.raises(ArtifactError, match=message), stage(target, whole=whole):
         pytest.fail("the build must not begin")
+    assert (target / "NOTES.txt").read_text() == "mine"
+
+
+def test_a_file_put_into_the_artifact_during_a_build_is_not_lost(tmp_path: Path) -> None:
+    target = tmp_path / "artifact"
+    build(target, "old")
+    with pytest.raises(ArtifactError, match=r"NOTES\.txt is not part of"), stage(target, sync=False) as staging:
+        manifest = fill(staging, "new")
+        (target / "NOTES.txt").write_text("mine")
+        staging.commit(manifest)
     assert (target / "NOTES.txt").read_text() == "mine"
 
 

@@ -9,6 +9,7 @@ import pytest
 import torch
 from helpers.emulated_npu import DeviceWork, emulated_npu, load_on_npu
 from PIL import Image
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from qwen2vl_tc.artifacts.errors import TargetError
 from qwen2vl_tc.artifacts.store import Artifact
@@ -99,6 +100,32 @@ def test_steps_run_ahead_of_the_host_by_the_stated_number(model: Model, monkeypa
     assert npu.RUN_AHEAD == 2
     assert events[:4] == ["decode", "decode", "tokens", "decode"]
     assert (events.count("decode"), events.count("tokens")) == (5, 6)
+
+
+def test_a_token_is_sent_to_the_host_before_the_next_step_is_launched(
+    model: Model, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Asked for later, the copy would stand behind the steps launched since, and wait for all of them."""
+    backend: Any = model.backend
+    events: list[str] = []
+    run_graph = backend.run_graph
+    monkeypatch.setattr(backend, "run_graph", lambda *args: (events.append("launch"), run_graph(*args))[1])
+
+    class Copies(TorchDispatchMode):
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            result = func(*args, **(kwargs or {}))
+            if func.overloadpacket.__name__ in ("copy_", "_to_copy") and result.device.type == "cpu":
+                events.append("send")
+            return result
+
+    prompt = model.processor.prepare(question(0))
+    cache = backend.allocate(1)
+    first = prefill_prompt(backend, cache, 0, prompt, 2, Timings())
+    events.clear()
+    with Copies():
+        for _ in greedy(backend, cache, first, prompt, 6, frozenset()):
+            events.append("read")
+    assert events == ["launch", "send"] * 2 + ["read"] + ["launch", "send", "read"] * 3 + ["read"] * 2
 
 
 def test_an_answer_that_ends_early_is_not_continued(model: Model) -> None:

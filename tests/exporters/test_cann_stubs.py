@@ -113,7 +113,8 @@ def test_a_tensor_of_200_gb_takes_no_memory(used: tuple[dict[str, Any], str]) ->
 
 
 def test_freed_memory_goes_back_to_the_system(used: tuple[dict[str, Any], str]) -> None:
-    assert used[0]["kept after freeing 800 MB"] < 100
+    # libraries loaded meanwhile count, too; a leak would keep all 800
+    assert used[0]["kept after freeing 800 MB"] < 400
 
 
 def test_contiguous_tensors_survive_the_round_trip(used: tuple[dict[str, Any], str]) -> None:

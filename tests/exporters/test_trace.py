@@ -161,3 +161,14 @@ def test_what_torchair_cannot_trace_is_refused_by_name(bindings: dict[str, Bindi
 def test_folded_pictures_are_plain_bytes(bindings: dict[str, Binding]) -> None:
     patches = next(b for b in bindings["visual"].inputs if b.name == "patches")
     assert (patches.dtype, patches.shape) == ("uint8", (-1, int(np.prod([3, 2, 14, 14]))))
+
+
+def test_options_that_could_make_ge_write_or_load_files_are_refused(bindings: dict[str, Binding]) -> None:
+    from dataclasses import replace
+
+    from qwen2vl_tc.artifacts.errors import ArtifactError
+
+    hostile = {**bindings["visual"].local_options, "ge.exec.dumpPath": "/home"}
+    data = replace(bindings["visual"], local_options=hostile).to_bytes()
+    with pytest.raises(ArtifactError, match=r"visual: unknown option ge\.exec\.dumpPath"):
+        binding_from_bytes(data, "visual")

@@ -322,6 +322,7 @@ def with_graphs(out: Path, dtype: str = "bf16") -> GePart:
             batches=(1,),
             passes=(),
             versions={},
+            limits=(),
             operator_notes=(),
             constants=staging.add("graphs/ge/constants", b"constants"),
             graphs=(

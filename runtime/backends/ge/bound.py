@@ -232,8 +232,8 @@ class GeBackend(Backend):
         self, cache: Cache, row: int, start: int, token_ids: Ints, positions: Ints, embeds: Embeds | None, index: Ints
     ) -> Step:
         count = len(token_ids)
-        if count == 1:
-            # With one query token the attention operator takes no causal mask. A second token, read by nobody and
+        if count == 1 and self._part.operators == "fused":
+            # With one query token the fused operator takes no causal mask. A second token, read by nobody and
             # overwritten by the next step, makes it two.
             if start + 2 > self._part.max_length:
                 raise RequestError(
