@@ -1,6 +1,7 @@
 """The layout's rules, read off the source: which way imports go, what is packaged, what untrusted files can reach."""
 
 import ast
+import re
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -137,3 +138,12 @@ def test_every_folder_with_code_is_listed_as_a_package() -> None:
 def test_the_type_checker_sees_every_folder() -> None:
     links = {link.name: link.resolve() for link in (ROOT / ".typing" / "qwen2vl_tc").iterdir()}
     assert links == {folder: ROOT / folder for folder in MAY_IMPORT}
+
+
+def test_the_readme_holds_no_placeholder_and_names_only_files_that_exist() -> None:
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    variables = {"TORCH_DEVICE_BACKEND_AUTOLOAD", "TORCH_INDEX"}
+    assert set(re.findall(r"\b[A-Z]+_[A-Z_]+\b", text)) == variables
+    named = re.findall(r"(?:benchmarks|tests|docs|artifacts)/[\w/]+\.(?:py|md)", text)
+    assert named
+    assert [path for path in named if not (ROOT / path).is_file()] == []
