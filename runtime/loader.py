@@ -2,6 +2,7 @@
 
 import importlib.util
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from ..artifacts.errors import ArtifactError, MissingDependencyError, TargetError
 from ..artifacts.process import cann_problem, npu_count, npu_usable, prepare_process
@@ -12,14 +13,19 @@ from .memory import check_fits, soc_memory
 from .model import Model
 from .prompt import Processor
 
+if TYPE_CHECKING:
+    from .backends.reference import Observer
+
 BACKENDS = ("reference", "onnxruntime", "npu")
 
 
-def load(path: str | Path, backend: str | None = None) -> Model:
+def load(path: str | Path, backend: str | None = None, *, observer: "Observer | None" = None) -> Model:
     """Open an artifact and make it ready to generate; nothing is traced and nothing in it is changed.
 
     backend: "npu" runs the GE graphs on NPU 0, "reference" on CPU; "onnxruntime" is not built yet and says so. None
     takes the best that can run here; `model.reason` says which and why.
+    observer(graph, operator's name, its outputs), with the reference backend only, is handed every intermediate of
+    every graph that runs: keep them by name to see where numbers depart.
     Raises ArtifactError for a damaged or unfit artifact, TargetError when it cannot run on this machine and
     MissingDependencyError when an engine is not installed.
     """
@@ -37,7 +43,7 @@ def load(path: str | Path, backend: str | None = None) -> Model:
                 f"{path}: its verification failed, see reports/verify.json; build it again, or verify it again"
             )
         check = WeightCheck(artifact)
-        engine = _engine(name, artifact)
+        engine = _engine(name, artifact, observer)
         processor = open_processor(artifact)
     except BaseException:
         artifact.close()
@@ -82,13 +88,15 @@ def _no_npu() -> str:
     return f"an NPU is here, but CANN does not load ({cann_problem()})"
 
 
-def _engine(name: str, artifact: Artifact) -> Backend:
+def _engine(name: str, artifact: Artifact, observer: "Observer | None") -> Backend:
     if importlib.util.find_spec("torch") is None:
         raise MissingDependencyError(f"backend {name} needs torch; pip install 'qwen2vl-tc[{name}]'")
     if name == "npu":
+        if observer is not None:
+            raise TargetError("an observer needs --backend reference: the NPU hands out no intermediates")
         from .backends.npu import NpuBackend
 
         return NpuBackend(artifact, check_weights=False)
     from .backends.reference import ReferenceBackend
 
-    return ReferenceBackend(artifact, check_weights=False)
+    return ReferenceBackend(artifact, check_weights=False, observer=observer)

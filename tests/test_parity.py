@@ -42,6 +42,7 @@ SHAPES: dict[str, dict[str, Any]] = {
         "vision": {"depth": 1, "embed_dim": 160, "num_heads": 2, "mlp_ratio": 4},
     },
 }
+OPERATOR_SETS = [("fused", "tnd"), ("recipe", "masked")]
 # both layouts of config.json, both namings, one file and several, all meet a shape
 FORMS: dict[str, dict[str, Any]] = {
     "gqa1_untied": {"layout": "nested", "names": "new"},
@@ -148,9 +149,14 @@ def generated(artifact: Path, pictures: list[Image.Image], folder: Path) -> list
     return tokens
 
 
+@pytest.mark.parametrize(("operators", "visual_attention"), OPERATOR_SETS)
 @pytest.mark.parametrize("shape", SHAPES)
-def test_every_graph_agrees_with_transformers_in_fp32(build: Any, tmp_path: Path, shape: str) -> None:
-    source, artifact = build(shape, tiny_config(**SHAPES[shape]), **FORMS[shape])
+def test_every_graph_agrees_with_transformers_in_fp32(
+    build: Any, tmp_path: Path, shape: str, operators: str, visual_attention: str
+) -> None:
+    form = {"operators": operators, "visual_attention": visual_attention}
+    name = shape if operators == "fused" else f"{shape}_{operators}"
+    source, artifact = build(name, tiny_config(**SHAPES[shape]), **FORMS[shape], **form)
     model, oracle = load(artifact), Transformers(source)
     for pictures in CASES.values():
         prompt = model.processor.prepare(messages(pictures))
@@ -164,7 +170,7 @@ def test_every_graph_agrees_with_transformers_in_fp32(build: Any, tmp_path: Path
         assert generated(artifact, pictures, tmp_path) == tokens
 
 
-@pytest.mark.parametrize(("operators", "visual_attention"), [("fused", "tnd"), ("recipe", "masked")])
+@pytest.mark.parametrize(("operators", "visual_attention"), OPERATOR_SETS)
 def test_both_forms_serve_long_prompts_and_many_pictures(build: Any, operators: str, visual_attention: str) -> None:
     form = {"operators": operators, "visual_attention": visual_attention}
     source, artifact = build(f"{operators}_{visual_attention}", tiny_config(), max_length=1024, **form)
@@ -203,8 +209,11 @@ def test_a_prompt_continues_from_a_kept_cache_like_a_fresh_one(build: Any) -> No
         assert np.abs(backend.logits(step) - whole).max() < FP32_TOLERANCE
 
 
+@pytest.mark.parametrize(("operators", "visual_attention"), OPERATOR_SETS)
 @pytest.mark.parametrize("dtype", ["bf16", "fp16"])
-def test_half_precision_is_no_worse_than_that_of_transformers(build: Any, tmp_path: Path, dtype: str) -> None:
+def test_half_precision_is_no_worse_than_that_of_transformers(
+    build: Any, tmp_path: Path, dtype: str, operators: str, visual_attention: str
+) -> None:
     """Both against fp32 transformers on the rounded weights; RMS over five random models.
 
     1.5 allows for noise between five samples: both round at about the same places.
@@ -213,7 +222,8 @@ def test_half_precision_is_no_worse_than_that_of_transformers(build: Any, tmp_pa
     ours: list[np.ndarray] = []
     theirs: list[np.ndarray] = []
     config = tiny_config(hidden_size=128, intermediate_size=256, num_hidden_layers=4)
-    _, artifact = build(dtype, config, dtype=dtype)
+    form = {"operators": operators, "visual_attention": visual_attention}
+    _, artifact = build(f"{dtype}_{operators}", config, dtype=dtype, **form)
     for seed in range(5):
         # one set of graphs serves every set of weights: convert replaces only its own part
         source = write_checkpoint(tmp_path / str(seed), config, seed=seed, dtype=dtype, tokenizer=True)

@@ -401,13 +401,20 @@ def generate(
     result("")
 
 
-@app.command(epilog=_examples("qwen2vl-tc doctor", "qwen2vl-tc doctor --json"))
-def doctor(as_json: Json = False) -> None:
+@app.command(
+    epilog=_examples("qwen2vl-tc doctor", "qwen2vl-tc doctor qwen2-vl-7b.artifact", "qwen2vl-tc doctor --json")
+)
+def doctor(
+    artifact: Annotated[
+        Path | None, typer.Argument(metavar="[ARTIFACT]", help="Also ask CANN for the operators that it uses.")
+    ] = None,
+    as_json: Json = False,
+) -> None:
     """Show what this machine can build and run, and what to install for the rest."""
     from .console import result_json, stdout
     from .doctor import diagnose, render
 
-    diagnosis = diagnose()
+    diagnosis = diagnose(artifact)
     if as_json:
         result_json(dataclasses.asdict(diagnosis))
     else:

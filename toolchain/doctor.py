@@ -18,7 +18,8 @@ from rich.table import Table
 from rich.text import Text
 
 from ..artifacts.errors import ToolchainError
-from ..artifacts.process import cann_problem, npu_count, release
+from ..artifacts.process import cann_problem, npu_count, npu_usable, release
+from ..artifacts.store import ge_part, read_manifest
 from ..exporters.torchair.cann_stubs.build import find_compiler, stubs_folder
 
 Status = Literal["ok", "missing", "warning"]
@@ -66,9 +67,12 @@ class Diagnosis:
     abilities: tuple[Ability, ...]
 
 
-def diagnose() -> Diagnosis:
-    """Look at this machine. Whatever is missing or broken becomes a finding, never an exception."""
+def diagnose(artifact: Path | None = None) -> Diagnosis:
+    """Look at this machine, and at what an artifact asks of it. Whatever is missing or broken on the machine becomes a
+    finding, never an exception; raises ArtifactError if `artifact` is not one.
+    """
     findings = (
+        *(_artifact(artifact) if artifact else ()),
         _python(),
         _platform(),
         _base(),
@@ -86,6 +90,27 @@ def diagnose() -> Diagnosis:
         _disk(),
     )
     return Diagnosis(findings, _abilities({finding.piece: finding.status for finding in findings}))
+
+
+def _artifact(path: Path) -> tuple[Finding, ...]:
+    """Whether the CANN here has the operators that the artifact's graphs use and tracing could not ask for."""
+    part = ge_part(read_manifest(path), path)
+    limits = tuple(Finding("artifact: limit", "warning", limit) for limit in part.limits)
+    names = ", ".join(sorted({note.operator for note in part.operator_notes}))
+    piece = "artifact: operators"
+    if not names:
+        return (Finding(piece, "ok", "none that CANN must be asked for"), *limits)
+    if not npu_usable():
+        return (Finding(piece, "warning", f"not asked, for want of CANN: {names}", "ask on the NPU host"), *limits)
+    from ..runtime.backends.npu import missing_operators, vendor_modules
+
+    try:
+        vendor_modules()
+    except ToolchainError as error:
+        return (Finding(piece, "warning", f"not asked: {names}", str(error)), *limits)
+    if missing := missing_operators(part):
+        return (Finding(piece, "missing", ", ".join(sorted(missing)), "install a newer CANN"), *limits)
+    return (Finding(piece, "ok", f"this CANN has {names}"), *limits)
 
 
 def render(diagnosis: Diagnosis, console: Console) -> None:

@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from ...artifacts.errors import MissingDependencyError, TargetError
+from ...artifacts.manifest import GePart
 from ...artifacts.process import cache_home, emulated, release
 from ...artifacts.store import Artifact, ge_part
 from ...artifacts.vendor import vendor_import
@@ -47,7 +48,7 @@ class NpuBackend(GeBackend):
     run_ahead = RUN_AHEAD
 
     def __init__(self, artifact: Artifact, check_weights: bool = True) -> None:
-        self._torch_npu = _vendor_modules()
+        self._torch_npu = vendor_modules()
         # torchair compiles for the current device: tensors and graphs must agree on it
         self._torch_npu.npu.set_device(DEVICE)
         part = ge_part(artifact.manifest, artifact.path)
@@ -125,7 +126,7 @@ class NpuBackend(GeBackend):
         return torch.from_numpy(np.ascontiguousarray(array)).to(self.device)
 
 
-def _vendor_modules() -> Any:
+def vendor_modules() -> Any:
     """Import torch_npu and torchair. Raises MissingDependencyError when they are absent or do not match torch."""
     try:
         installed = importlib.metadata.version("torch-npu")
@@ -175,15 +176,23 @@ def _check_device(torch_npu: Any, artifact: Artifact) -> str:
     return str(torch_npu.npu.utils.get_cann_version())
 
 
-def _check_operators(artifact: Artifact) -> None:
-    """Ask this CANN's registry for the operators that tracing could not ask for. Raises TargetError."""
+def missing_operators(part: GePart) -> dict[str, str]:
+    """Operators that tracing could not ask CANN for and that the CANN here lacks, with its answer.
+
+    The vendor modules must be imported, on a host with CANN.
+    """
     from torchair.core import _torchair
 
-    missing = {
+    return {
         note.operator: answer
-        for note in ge_part(artifact.manifest, artifact.path).operator_notes
+        for note in part.operator_notes
         if (answer := _torchair.check_cann_compat(note.operator, note.inputs, note.attributes))
     }
+
+
+def _check_operators(artifact: Artifact) -> None:
+    """Raises TargetError if this CANN's registry lacks an operator of the graphs."""
+    missing = missing_operators(ge_part(artifact.manifest, artifact.path))
     if missing:
         raise TargetError(
             f"{artifact.path}: this CANN lacks {', '.join(sorted(missing))}: {next(iter(missing.values()))}; "

@@ -126,7 +126,7 @@ def test_two_compilations_in_two_processes_are_byte_identical(tmp_path: Path) ->
 
 
 # (visual, prefill, decode): device operators, of which the recipe has 1639, 789 and 732 at 7B
-DEVICE_OPS = {"7b": (362, 351, 347), "72b": (362, 12 * 80 + 15, 12 * 80 + 11)}
+DEVICE_OPS = {"2b": (362, 351, 347), "7b": (362, 351, 347), "72b": (362, 12 * 80 + 15, 12 * 80 + 11)}
 
 
 @pytest.mark.slow

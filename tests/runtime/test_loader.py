@@ -171,3 +171,13 @@ def test_a_picture_longer_than_the_rotary_table_is_refused_before_any_compute(mo
     patches = np.zeros((22 * 4098, 1176), np.uint8)
     with pytest.raises(RequestError, match="a picture is 4098 patches long, the visual graph takes 4096; make it"):
         model.backend.visual(patches, vision_positions(grid, 2), segment_ends(grid))
+
+
+def test_an_observer_sees_every_intermediate_by_graph_and_name(artifact: Path, model: Model) -> None:
+    kept: dict[tuple[str, str], Any] = {}
+    watched = load(artifact, observer=lambda graph, name, outputs: kept.update({(graph, name): outputs}))
+    answer = watched.generate(QUESTION, max_new_tokens=2)
+    assert answer.token_ids == model.generate(QUESTION, max_new_tokens=2).token_ids
+    assert {graph for graph, _ in kept} == {"prefill", "decode_b1"}
+    last = max((key for key in kept if key[0] == "decode_b1" and key[1].startswith("ArgMax")), key=str)
+    assert int(kept[last][0][0]) == answer.token_ids[1]

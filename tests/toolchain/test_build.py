@@ -70,7 +70,7 @@ def test_build_says_what_it_measured_wrote_and_what_is_next(built: Path, build_r
     assert lines[-1].startswith(f"wrote {built}: ")
     assert "verification: passed; next: qwen2vl-tc generate" in lines[-1]
     phases = [line.partition(":")[0] for line in build_result.stderr.splitlines()]
-    assert list(dict.fromkeys(phases)) == ["prepare", "convert", "compile", "verify"]
+    assert list(dict.fromkeys(phases)) == ["prepare", "convert", "compile", "verify", "warning"]
 
 
 def test_no_verify_is_recorded(checkpoint: Path, graphs_of_built: Stage, run: Run, tmp_path: Path) -> None:

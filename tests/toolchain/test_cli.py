@@ -39,7 +39,7 @@ FROZEN = {
     "generate": {
         *("ARTIFACT", "--image", "--prompt", "--system", "--max-new-tokens", "--backend", "--json"),
     },
-    "doctor": {"--json"},
+    "doctor": {"ARTIFACT", "--json"},
     "demo": {"--out", "--keep", "--no-keep"},
 }
 
@@ -195,7 +195,7 @@ def test_usage_errors_exit_with_2_too(words: list[str], run: Run) -> None:
 def test_whatever_is_raised_becomes_one_line_and_a_code(
     raised: BaseException, code: int, said: str, run: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def fail() -> None:
+    def fail(artifact: Path | None) -> None:
         raise raised
 
     monkeypatch.setattr(doctor, "diagnose", fail)
@@ -334,10 +334,12 @@ def test_a_model_that_one_device_cannot_hold_is_compiled_with_a_warning(
     large = dataclasses.replace(empty_manifest("72b", model_config_from_hf(published("72b"))), ge=part)
     cli_output.print_compiled(large)
     printed = capsys.readouterr()
-    assert printed.err.startswith("warning: 72b needs 29")
+    assert "warning: 72b needs 29" in printed.err
     assert "decode_b2" in printed.out
-    cli_output.print_compiled(dataclasses.replace(read_manifest(built)))
-    assert capsys.readouterr().err == ""
+    cli_output.print_compiled(read_manifest(built))
+    warnings = capsys.readouterr().err.splitlines()
+    # what the documentation does not promise of these graphs, and nothing about memory
+    assert [line.split(":")[1].strip() for line in warnings] == ["vision attention", "fp32"]
 
 
 def test_no_passes_all_passes_and_named_passes() -> None:

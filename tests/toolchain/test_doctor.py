@@ -117,3 +117,19 @@ print(sorted({"torch", "torch_npu", "transformers", "onnxruntime"} & set(sys.mod
 """
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
+
+
+def test_the_operators_of_an_artifact_are_named_and_not_taken_for_granted_without_cann(built: Path) -> None:
+    found = piece(diagnose(built), "artifact: operators")
+    assert found.status == "warning"
+    assert found.detail == "not asked, for want of CANN: AddLayerNorm, GeluV2"
+
+
+def test_an_artifact_is_ok_on_a_host_whose_cann_has_its_operators(built: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from qwen2vl_tc.runtime.backends import npu
+
+    monkeypatch.setattr(doctor, "npu_usable", lambda: True)
+    monkeypatch.setattr(npu, "vendor_modules", lambda: None)
+    for answers, status in (({}, "ok"), ({"GeluV2": "too old"}, "missing")):
+        monkeypatch.setattr(npu, "missing_operators", lambda part, answers=answers: answers)
+        assert piece(diagnose(built), "artifact: operators").status == status

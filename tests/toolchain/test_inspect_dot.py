@@ -82,7 +82,7 @@ def test_every_layer_of_every_graph_can_be_drawn(graph: str, layer: int, built: 
         (("--dot", "x.dot"), "--graph and --dot together"),
         (("--layer", "1"), "--graph and --dot together"),
         (("--graph", "visual", "--dot", "x.dot", "--json"), "no --json"),
-        (("--graph", "decode", "--dot", "x.dot"), "--graph decode: expected one of visual, prefill, decode_b1"),
+        (("--graph", "decoder", "--dot", "x.dot"), "--graph decoder: expected one of visual, prefill, decode_b1"),
         (("--graph", "visual", "--dot", "x.dot", "--layer", "2"), "--layer 2: graph visual has layers 0 to 1"),
         (("--graph", "visual", "--dot", "absent/x.dot"), "absent/x.dot: No such file"),
     ],
@@ -95,3 +95,9 @@ def test_what_cannot_be_drawn_is_one_line_and_leaves_no_file(
     assert result.exit_code == 2
     assert said in result.stderr
     assert not list(tmp_path.iterdir())
+
+
+def test_decode_stands_for_the_graph_of_the_smallest_batch(built: Path, run: Run, tmp_path: Path) -> None:
+    for name in ("decode", "decode_b1"):
+        assert run("inspect", built, "--graph", name, "--dot", tmp_path / f"{name}.dot").exit_code == 0
+    assert (tmp_path / "decode.dot").read_text() == (tmp_path / "decode_b1.dot").read_text()
