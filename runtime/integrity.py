@@ -2,7 +2,6 @@
 
 import threading
 
-from ..artifacts.errors import ArtifactError
 from ..artifacts.store import Artifact
 
 
@@ -16,7 +15,7 @@ class WeightCheck:
         for entry in self._files:
             # mapped here, so that closing the artifact does not take the files from under the thread
             artifact.map(entry, check=False)
-        self._error: ArtifactError | None = None
+        self._error: Exception | None = None
         self._thread = threading.Thread(target=self._run, name="weight-check", daemon=True)
         self._thread.start()
 
@@ -24,11 +23,12 @@ class WeightCheck:
         try:
             for entry in self._files:
                 self._artifact.check(entry)
-        except ArtifactError as error:
+        except Exception as error:  # whatever stopped the check, what it did not see is not to be trusted
             self._error = error
 
     def wait(self) -> None:
-        """Block until all weights are hashed. Raises ArtifactError if a file is not what the manifest says."""
+        """Block until all weights are hashed. Raises ArtifactError if a file is not what the manifest says, and what
+        stopped the check if it did not come to its end."""
         self._thread.join()
         if self._error is not None:
             raise self._error

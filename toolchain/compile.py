@@ -10,7 +10,7 @@ from ..artifacts.config import ModelConfig, model_config_from_hf
 from ..artifacts.errors import ArtifactError, ConfigError, TargetError
 from ..artifacts.manifest import DTYPES, FileEntry, GePart, Graph, Manifest, OperatorNote, Tensor, empty_manifest
 from ..artifacts.parameters import FP32, parameters
-from ..artifacts.safetensors import header_bytes
+from ..artifacts.safetensors import GRAPH_DTYPE_NAMES, header_bytes
 from ..artifacts.schema import parse_json
 from ..artifacts.staging import Staging, stage
 from .graphs.form import OPERATORS, VISUAL_ATTENTION, Form
@@ -22,7 +22,6 @@ DEFAULT_SOC = "Ascend910B2"
 DEFAULT_MAX_LENGTH = 8192
 FOLDER = "graphs/ge"
 Progress = Callable[[str, int, int], None]
-_SAFETENSORS_NAMES = {"bf16": "BF16", "fp16": "F16", "fp32": "F32", "bool": "BOOL"}
 
 
 @dataclass(frozen=True)
@@ -295,6 +294,6 @@ def _stage_constants(staging: Staging, config: ModelConfig, options: CompileOpti
     torch_dtype = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[dtype]
     tables = constant_tables(config, options.max_length, torch_dtype, options.form)
     names = {name: "bool" if table.dtype == torch.bool else dtype for name, table in tables.items()}
-    header = header_bytes((name, _SAFETENSORS_NAMES[names[name]], tuple(t.shape)) for name, t in tables.items())
+    header = header_bytes((name, GRAPH_DTYPE_NAMES[names[name]], tuple(t.shape)) for name, t in tables.items())
     body = b"".join(table.view(torch.uint8).numpy().tobytes() for table in tables.values())
     return staging.add(f"{FOLDER}/constants.safetensors", header + body)

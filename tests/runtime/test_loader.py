@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from qwen2vl_tc.artifacts.errors import ArtifactError, RequestError, TargetError
+from qwen2vl_tc.artifacts.store import Artifact
 from qwen2vl_tc.runtime import Model, load
 from qwen2vl_tc.runtime.vision import segment_ends, vision_positions
 from qwen2vl_tc.toolchain.compile import CompileOptions, compile_config
@@ -181,3 +182,14 @@ def test_an_observer_sees_every_intermediate_by_graph_and_name(artifact: Path, m
     assert {graph for graph, _ in kept} == {"prefill", "decode_b1"}
     last = max((key for key in kept if key[0] == "decode_b1" and key[1].startswith("ArgMax")), key=str)
     assert int(kept[last][0][0]) == answer.token_ids[1]
+
+
+def test_a_weight_check_that_could_not_finish_gives_no_token_either(
+    artifact: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def unreadable(self: Artifact, entry: Any) -> None:
+        raise OSError(5, "Input/output error")
+
+    monkeypatch.setattr(Artifact, "check", unreadable)
+    with pytest.raises(OSError, match="Input/output error"):
+        load(artifact).generate(QUESTION, max_new_tokens=2)

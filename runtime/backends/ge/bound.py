@@ -16,12 +16,12 @@ from ....artifacts.binding import CACHE, CONSTANT, LENGTHS, PARAMETER, Binding, 
 from ....artifacts.errors import ArtifactError, RequestError
 from ....artifacts.manifest import FileEntry
 from ....artifacts.parameters import FP32, parameters
-from ....artifacts.safetensors import read_header
+from ....artifacts.safetensors import GRAPH_DTYPE_NAMES, read_header
 from ....artifacts.store import Artifact, ge_part
 from ..base import Backend, Embeds, Ints, Step
 from .operators import TORCH_DTYPES
 
-_SAFETENSORS_DTYPES = {"BF16": "bf16", "F16": "fp16", "F32": "fp32", "BOOL": "bool"}
+_SAFETENSORS_DTYPES = {stored: name for name, stored in GRAPH_DTYPE_NAMES.items()}
 
 
 @dataclass(frozen=True)
