@@ -26,7 +26,12 @@ _NEUTRAL: dict[str, tuple[Any, ...]] = {
     "forced_bos_token_id": (None,),
     "forced_eos_token_id": (None,),
     "min_length": (None, 0),
-    "min_new_tokens": (None, 0),
+    "exponential_decay_length_penalty": (None,),
+    "watermarking_config": (None,),
+    "token_healing": (None, False),
+    "top_h": (None,),
+    "dola_layers": (None,),
+    "max_time": (None,),
     "guidance_scale": (None, 1, 1.0),
 }
 
@@ -43,6 +48,8 @@ class GenerationDefaults:
     top_p: float = 1.0
     repetition_penalty: float = 1.0
     max_new_tokens: int | None = None
+    min_new_tokens: int = 0
+    stop: tuple[str, ...] = ()
 
 
 def generation_defaults_from_hf(
@@ -92,6 +99,10 @@ def generation_defaults_from_hf(
     if type(do_sample) is not bool:
         raise ArtifactError(f"{where}: do_sample is {do_sample!r}, expected true or false")
     top_k = whole("top_k", 0) if "top_k" in plain else 50
+    stop = plain.get("stop_strings") or []
+    stop = [stop] if isinstance(stop, str) else stop
+    if not isinstance(stop, list) or not all(isinstance(text, str) and text for text in stop):
+        raise ArtifactError(f"{where}: stop_strings is {plain['stop_strings']!r}, expected strings")
     defaults = GenerationDefaults(
         eos_token_ids=eos,
         pad_token_id=eos[0] if pad is None else token("pad_token_id", pad),
@@ -101,6 +112,8 @@ def generation_defaults_from_hf(
         top_p=number("top_p", 1.0, 0.0, 1.0),
         repetition_penalty=number("repetition_penalty", 1.0, 1e-6),
         max_new_tokens=whole("max_new_tokens", 1),
+        min_new_tokens=whole("min_new_tokens", 0) or 0,
+        stop=tuple(stop),
     )
     if do_sample and not (defaults.temperature > 0 and defaults.top_p > 0):
         raise ArtifactError(f"{where}: sampling needs temperature and top_p above 0")

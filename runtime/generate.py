@@ -1,16 +1,21 @@
-"""The generation loop: prefill, then decode one token at a time, over whatever engine is loaded."""
+"""The generation loop: prefill each row, then decode all rows together, over whatever engine is loaded."""
 
 import time
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Generator, Iterable, Iterator, Sequence
+from contextlib import closing
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import numpy as np
 
 from ..artifacts.errors import RequestError
-from .backends.base import Backend, Step
-from .prompt import Prompt
+from .backends.base import Backend, Ints, Step
+from .prompt import Processor, Prompt
+from .sampling import Sampler
+from .settings import Settings
+from .text import StopStrings
 from .vision import segment_ends, vision_positions
 
 STOP = "stop"
@@ -19,11 +24,24 @@ DEFAULT_NEW_TOKENS = 128
 
 
 @dataclass(frozen=True)
+class Token:
+    """One generated token: the row of the batch it belongs to, and the text that it completes, often empty.
+
+    The texts of a row's tokens, joined, are the answer.
+    """
+
+    row: int
+    id: int
+    text: str
+
+
+@dataclass(frozen=True)
 class Generation:
-    """One answer. finish_reason is "stop" (an end token, not part of token_ids' text) or "length".
+    """One answer. finish_reason is "stop" (an end token, not part of the text, or a stop string) or "length".
 
     timings_ms: preprocess, visual, prefill, weight_check (waiting for the weights' hashes; about 0 later),
-    first_token (their sum), decode (all later tokens), per_token (its mean).
+    first_token (their sum), decode (all later tokens), per_token (its mean); token_ms: from each token to the next.
+    Rows of one batch share them. cached_tokens: how many of the prompt's were in the KV cache already.
     """
 
     text: str
@@ -31,6 +49,8 @@ class Generation:
     prompt_token_ids: tuple[int, ...]
     finish_reason: str
     timings_ms: dict[str, float]
+    token_ms: tuple[float, ...] = ()
+    cached_tokens: int = 0
 
 
 @dataclass
@@ -38,69 +58,230 @@ class Timings:
     """Milliseconds by phase; `mark` adds the time since the last mark."""
 
     phases: dict[str, float] = field(default_factory=dict)
+    token_ms: list[float] = field(default_factory=list)
     _last: float = field(default_factory=time.perf_counter)
 
     def mark(self, phase: str) -> None:
+        self.phases[phase] = self.phases.get(phase, 0.0) + self._since_last()
+
+    def mark_token(self) -> None:
+        """A token after the first has come."""
+        self.token_ms.append(self._since_last())
+
+    def _since_last(self) -> float:
         now = time.perf_counter()
-        self.phases[phase] = self.phases.get(phase, 0.0) + (now - self._last) * 1e3
-        self._last = now
+        passed, self._last = (now - self._last) * 1e3, now
+        return passed
+
+    def summary(self) -> dict[str, float]:
+        """The phases in milliseconds, with the sums that Generation names."""
+        before = ("preprocess", "visual", "prefill", "weight_check")
+        found = {**self.phases, "first_token": sum(self.phases.get(name, 0.0) for name in before)}
+        found["decode"] = sum(self.token_ms)
+        if self.token_ms:
+            found["per_token"] = found["decode"] / len(self.token_ms)
+        return {name: round(value, 3) for name, value in found.items()}
 
 
-def tokens_to_make(prompt_tokens: int, max_new_tokens: int | None, default: int | None, max_length: int) -> int:
+def tokens_to_make(prompt_tokens: int, settings: Settings, max_length: int) -> int:
     """How many tokens may be generated. Raises RequestError when prompt and answer do not fit the KV cache.
 
     The last token is never written to the cache: n tokens need prompt + n - 1 positions.
     """
-    if max_new_tokens is not None:
-        if isinstance(max_new_tokens, bool) or not isinstance(max_new_tokens, int | np.integer) or max_new_tokens < 1:
-            raise RequestError(f"max_new_tokens is {max_new_tokens!r}, expected an integer of at least 1")
-        max_new_tokens = int(max_new_tokens)
+    wanted = settings.max_new_tokens
+    least = wanted or settings.min_new_tokens or 1
     room = max_length - prompt_tokens + 1
     if room < 1:
         raise RequestError(
             f"the prompt has {prompt_tokens} tokens, the artifact's cache {max_length}; shorten it or compile with "
-            f"--max-length {prompt_tokens + (max_new_tokens or 1) - 1}"
+            f"--max-length {prompt_tokens + least - 1}"
         )
-    if max_new_tokens is None:
-        return min(default or DEFAULT_NEW_TOKENS, room)
-    if max_new_tokens > room:
+    if least > room:
         raise RequestError(
-            f"{prompt_tokens} prompt tokens and max_new_tokens {max_new_tokens} need a cache of "
-            f"{prompt_tokens + max_new_tokens - 1}, the artifact has {max_length}; ask for at most {room}, or compile "
-            f"with --max-length {prompt_tokens + max_new_tokens - 1}"
+            f"{prompt_tokens} prompt tokens and {'max' if wanted else 'min'}_new_tokens {least} need a cache of "
+            f"{prompt_tokens + least - 1}, the artifact has {max_length}; ask for at most {room}, or compile "
+            f"with --max-length {prompt_tokens + least - 1}"
         )
-    return max_new_tokens
+    return wanted or min(max(settings.default_new_tokens or DEFAULT_NEW_TOKENS, least), room)
 
 
-def prefill_prompt(backend: Backend, cache: Any, row: int, prompt: Prompt, merge_size: int, timings: Timings) -> Step:
-    """Run the visual graph, where there are pictures, and the prompt, into one row of the cache."""
-    embeds = None
-    if len(prompt.grids):
-        embeds = backend.visual(prompt.patches, vision_positions(prompt.grids, merge_size), segment_ends(prompt.grids))
-        timings.mark("visual")
-    return backend.prefill(cache, row, 0, prompt.token_ids, prompt.positions, embeds, prompt.vision_slots)
+class Row:
+    """One request of a batch while it is answered."""
+
+    def __init__(
+        self, prompt: Prompt, settings: Settings, processor: Processor, max_length: int, cached_tokens: int = 0
+    ) -> None:
+        """cached_tokens: the prompt's first tokens that the row's cache holds. Raises RequestError (tokens_to_make)."""
+        self.prompt = prompt
+        self.settings = settings
+        self.cached_tokens = cached_tokens
+        self.limit = tokens_to_make(len(prompt.token_ids), settings, max_length)
+        self.made: list[int] = []
+        self.texts: list[str] = []
+        self.finish_reason: str | None = None
+        self._stream = processor.stream()
+        self._stops = StopStrings(processor.stream(skip_special_tokens=False), settings.stop) if settings.stop else None
+
+    @cached_property
+    def _sampler(self) -> Sampler:
+        return Sampler(self.settings)
+
+    @cached_property
+    def _seen(self) -> set[int]:
+        return {*self.prompt.token_ids.tolist(), *self.made}
+
+    @property
+    def left(self) -> int:
+        """Tokens that may still be made."""
+        return 0 if self.finish_reason else self.limit - len(self.made)
+
+    def choose(self, logits: np.ndarray[Any, np.dtype[np.float32]]) -> int:
+        """The next token, from logits [vocabulary]."""
+        return self._sampler.choose(logits, self._seen, len(self.made))
+
+    def take(self, token: int, row: int) -> Token:
+        """Note a token that was made; the row may have ended with it."""
+        self.made.append(token)
+        if not self.settings.takes_largest_logit:
+            self._seen.add(token)
+        text = self._stream.feed(token)
+        # both are asked: the stop strings must see every token
+        stopped = self._stops is not None and self._stops.ended_by(token)
+        if token in self.settings.eos_token_ids or stopped:
+            self.finish_reason = STOP
+        elif len(self.made) == self.limit:
+            self.finish_reason = LENGTH
+        if self.finish_reason:
+            text += self._stream.flush()
+        self.texts.append(text)
+        return Token(row, token, text)
+
+    def generation(self, timings: Timings) -> Generation:
+        """The finished answer."""
+        return Generation(
+            text="".join(self.texts),
+            token_ids=tuple(self.made),
+            prompt_token_ids=tuple(int(i) for i in self.prompt.token_ids),
+            finish_reason=self.finish_reason or LENGTH,
+            timings_ms=timings.summary(),
+            token_ms=tuple(round(value, 3) for value in timings.token_ms),
+            cached_tokens=self.cached_tokens,
+        )
 
 
-def greedy(
-    backend: Backend, cache: Any, first: Step, prompt: Prompt, count: int, ends: frozenset[int]
-) -> Iterator[int]:
-    """Yield up to `count` tokens, the end token included, each the largest logit's index.
+def prefill_prompt(
+    backend: Backend, cache: Any, row: int, prompt: Prompt, merge_size: int, timings: Timings, start: int = 0
+) -> Step:
+    """Run the visual graph, where there are pictures, and the prompt, into one row of the cache.
 
-    Tokens stay on the device from step to step; the host only reads them.
+    start: how many tokens the row holds already; it must not stand inside a picture.
     """
-    length = len(prompt.token_ids)
-    at = np.array([length], np.int64)
-    step = backend.begin(cache, first, at, at + prompt.delta) if count > 1 else first
-    waiting, launched = deque([first]), 1
+    merged = np.cumsum(prompt.grids.prod(1)) // merge_size**2
+    first = int(np.searchsorted(merged, np.searchsorted(prompt.vision_slots, start), side="right"))
+    grids, embeds = prompt.grids[first:], None
+    if len(grids):
+        patches = prompt.patches[-int(grids.prod(1).sum()) :]
+        embeds = backend.visual(patches, vision_positions(grids, merge_size), segment_ends(grids))
+        timings.mark("visual")
+    slots = prompt.vision_slots[prompt.vision_slots >= start] - start
+    return backend.prefill(cache, row, start, prompt.token_ids[start:], prompt.positions[:, start:], embeds, slots)
+
+
+def generate_rows(
+    backend: Backend, cache: Any, rows: Sequence[Row], merge_size: int, timings: Timings
+) -> Iterator[list[Token]]:
+    """Answer the rows: yields, step by step, the tokens of the rows that have not ended. Ends when all have."""
+    firsts = [
+        prefill_prompt(backend, cache, i, row.prompt, merge_size, timings, row.cached_tokens)
+        for i, row in enumerate(rows)
+    ]
+    if all(row.settings.takes_largest_logit for row in rows):
+        return _on_device(backend, cache, rows, firsts)
+    return _on_host(backend, cache, rows, firsts)
+
+
+def texts(steps: Generator[list[Token], None, None]) -> Generator[str, None, None]:
+    """The pieces of text of one row's steps; closing this closes them."""
+    with closing(steps):
+        for step in steps:
+            for token in step:
+                if token.text:
+                    yield token.text
+
+
+def _take(rows: Sequence[Row], tokens: Iterable[int]) -> list[Token]:
+    return [row.take(int(token), i) for i, (row, token) in enumerate(zip(rows, tokens, strict=True)) if row.left]
+
+
+@dataclass(frozen=True)
+class _Inputs:
+    """What the next decode step takes from the host: tokens, cache index and M-RoPE position [rows].
+
+    A row that has ended writes to the start of its own cache, where attention over it costs least.
+    """
+
+    tokens: Ints
+    index: Ints
+    positions: Ints
+
+    def kv_lengths(self, step: int) -> list[int]:
+        """Cache lengths at the so many-th step from here, its own tokens included."""
+        return [int(at) + step + 1 for at in self.index]
+
+
+def _inputs(rows: Sequence[Row], waiting: int = 0) -> _Inputs:
+    """waiting: tokens of every row that were made but not taken."""
+    live = np.array([row.left > 0 for row in rows])
+    made = [len(row.made) + waiting for row in rows]
+    index = np.array([len(row.prompt.token_ids) + count - 1 for row, count in zip(rows, made, strict=True)], np.int64)
+    deltas = np.array([row.prompt.delta for row in rows], np.int64)
+    tokens = np.array([row.made[-1] if row.made else 0 for row in rows], np.int64)
+    return _Inputs(tokens, np.where(live, index, 0), np.where(live, index + deltas, 0))
+
+
+def _on_device(backend: Backend, cache: Any, rows: Sequence[Row], firsts: list[Step]) -> Iterator[list[Token]]:
+    """Every token is its logits' largest, as the graphs compute it: it stays on the device from step to step.
+
+    Stretches of steps with the same rows alive need nothing from the host but reading; where a row ends and others go
+    on, a new stretch begins.
+    """
+    waiting: deque[Step] = deque()
+    given: Step | None = None
+    if len(rows) == 1:
+        # a lone row's first token need not come to the host before it is decoded
+        given = firsts[0]
+        waiting.append(given)
+    else:
+        yield _take(rows, [int(backend.tokens(first)[0]) for first in firsts])
+    while alive := sum(row.left > 0 for row in rows):
+        steps = min(row.left for row in rows if row.left) - len(waiting)
+        inputs = _inputs(rows, len(waiting))
+        launched = 0
+        step = backend.begin(cache, given or inputs.tokens, inputs.index, inputs.positions) if steps else given
+        given = None
+        ended = False
+        while waiting or (launched < steps and not ended):
+            # without run-ahead a step starts only here, once the token before it is known not to end the answer
+            while not ended and launched < steps and len(waiting) <= backend.run_ahead:
+                step = backend.decode(cache, step, inputs.kv_lengths(launched))  # type: ignore[arg-type]
+                waiting.append(step)
+                launched += 1
+            yield _take(rows, backend.tokens(waiting.popleft())[: len(rows)])
+            left = sum(row.left > 0 for row in rows)
+            if not left:
+                return
+            ended = left < alive
+
+
+def _on_host(backend: Backend, cache: Any, rows: Sequence[Row], firsts: list[Step]) -> Iterator[list[Token]]:
+    """Tokens are chosen here, from logits that come to the host at every step."""
+    logits = [backend.logits(first)[0] for first in firsts]
     while True:
-        # without run-ahead a step starts only here, once the token before it is known not to end the answer
-        while launched < count and len(waiting) <= backend.run_ahead:
-            step = backend.decode(cache, step, [length + launched])
-            waiting.append(step)
-            launched += 1
-        if not waiting:
+        chosen = [row.choose(each) if row.left else 0 for row, each in zip(rows, logits, strict=True)]
+        yield _take(rows, chosen)
+        if not any(row.left for row in rows):
             return
-        token = int(backend.tokens(waiting.popleft())[0])
-        yield token
-        if token in ends:
-            return
+        inputs = _inputs(rows)
+        step = backend.begin(cache, inputs.tokens, inputs.index, inputs.positions)
+        step = backend.decode(cache, step, inputs.kv_lengths(0))
+        logits = list(backend.logits(step)[: len(rows)])

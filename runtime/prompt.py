@@ -26,6 +26,17 @@ _TEMPLATE_TOKENS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_tok
 
 
 @dataclass(frozen=True, eq=False)
+class CutPicture:
+    """A picture or clip that is patches already: uint8 [t * h * w, patch_dim]. May stand in a message as its source."""
+
+    patches: NDArray[np.uint8]
+    grid: tuple[int, int, int]
+
+    def same(self, other: "CutPicture") -> bool:
+        return self.grid == other.grid and np.array_equal(self.patches, other.patches)
+
+
+@dataclass(frozen=True, eq=False)
 class Prompt:
     """One request, ready for the graphs.
 
@@ -43,6 +54,19 @@ class Prompt:
     vision_slots: NDArray[np.int64]
     positions: NDArray[np.int64]
     delta: int
+
+    def pictures(self) -> list[CutPicture]:
+        """The pictures and clips, in order of appearance."""
+        ends = np.cumsum(self.grids.prod(1))
+        parts = np.split(self.patches, ends[:-1]) if len(ends) else []
+        return [CutPicture(part, tuple(grid)) for part, grid in zip(parts, self.grids.tolist(), strict=True)]
+
+    def picture_spans(self, merge_size: int) -> list[tuple[int, int]]:
+        """First token of each picture or clip, and the one behind its last."""
+        ends = np.cumsum(self.grids.prod(1)) // merge_size**2
+        starts = np.concatenate([np.zeros(1, np.int64), ends[:-1]]) if len(ends) else ends
+        slots = self.vision_slots
+        return [(int(slots[a]), int(slots[b - 1]) + 1) for a, b in zip(starts, ends, strict=True)]
 
 
 class Processor:
@@ -188,6 +212,8 @@ class Processor:
         return [next(queues[kind]) for kind in wanted]
 
     def _patches(self, item: VisionItem) -> tuple[NDArray[np.uint8], tuple[int, int, int]]:
+        if isinstance(item.source, CutPicture):
+            return item.source.patches, item.source.grid
         bounds = (item.min_pixels, item.max_pixels)
         try:
             if item.kind == "image":

@@ -1,6 +1,7 @@
 """Token ids to text, piece by piece."""
 
 import codecs
+from collections.abc import Sequence
 
 from tokenizers import Tokenizer
 from tokenizers.decoders import ByteLevel
@@ -51,3 +52,19 @@ class TextStream:
         rest = self._decoder.decode(b"", final=True)
         self._decoder.reset()
         return rest
+
+
+class StopStrings:
+    """Says when an answer's text, special tokens included, comes to hold one of some strings."""
+
+    def __init__(self, stream: TextStream, strings: Sequence[str]) -> None:
+        self._stream = stream
+        self._strings = strings
+        self._longest = max(map(len, strings))
+        self._tail = ""
+
+    def ended_by(self, token_id: int) -> bool:
+        """Feed the next token; true if it completes a string."""
+        text = self._tail + self._stream.feed(token_id)
+        self._tail = text[-self._longest :]
+        return any(string in text for string in self._strings)

@@ -390,8 +390,6 @@ def generate(
 
     model = load(artifact, backend)
     note(f"backend: {model.backend.name} ({model.reason})")
-    if model.unused_settings:
-        note(f"greedy decoding: the checkpoint's {', '.join(model.unused_settings)} are not used in this version")
     messages = chat_messages(prompt, image or [], system)
     if as_json:
         result_json(dataclasses.asdict(model.generate(messages, max_new_tokens=max_new_tokens)))

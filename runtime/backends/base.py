@@ -39,6 +39,8 @@ class Backend(ABC):
     device: str
     # decode steps worth having in flight before the host reads the oldest token; 0 where running is synchronous
     run_ahead: int = 0
+    # rows that one decode step can serve at most
+    max_rows: int = 1
 
     @abstractmethod
     def allocate(self, rows: int) -> Any:

@@ -1,10 +1,10 @@
 """The NPU backend end to end on the emulated device, and what it refuses."""
 
 import dataclasses
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from helpers.emulated_npu import DeviceWork, emulated_npu, load_on_npu
@@ -15,13 +15,13 @@ from qwen2vl_tc.artifacts.errors import TargetError
 from qwen2vl_tc.artifacts.store import Artifact
 from qwen2vl_tc.runtime import Model, load
 from qwen2vl_tc.runtime.backends import npu
-from qwen2vl_tc.runtime.generate import Timings, greedy, prefill_prompt
+from qwen2vl_tc.runtime.generate import Timings, Token, generate_rows
 from qwen2vl_tc.toolchain.synthetic import tiny_config
 
 
 @pytest.fixture(scope="module")
 def artifact(build: Any) -> Path:
-    _, path = build("npu", tiny_config(tie_word_embeddings=True), dtype="bf16", batches="1,3")
+    _, path = build("npu", tiny_config(), dtype="bf16", batches="1,3")
     assert isinstance(path, Path)
     return path
 
@@ -45,15 +45,18 @@ def test_the_npu_backend_gives_the_reference_backends_tokens(model: Model, artif
     assert model.backend.device == "npu:0"
 
 
+def started(model: Model, pictures: int, **settings: Any) -> Iterator[list[Token]]:
+    """A request that is prefilled and whose steps are still to come."""
+    row = model.row(model.processor.prepare(question(pictures)), model.settings(settings))  # type: ignore[arg-type]
+    return generate_rows(model.backend, model.backend.allocate(1), [row], 2, Timings())
+
+
 def decode_counts(model: Model, steps: int) -> DeviceWork:
     """Device work outside graphs of a greedy loop of `steps` tokens, prefill left out."""
-    backend = model.backend
-    prompt = model.processor.prepare(question(1))
-    cache = backend.allocate(1)
-    first = prefill_prompt(backend, cache, 0, prompt, 2, Timings())
+    running = started(model, 1, max_new_tokens=steps, ignore_eos=True)
     work = DeviceWork()
     with work:
-        made = list(greedy(backend, cache, first, prompt, steps, frozenset()))
+        made = list(running)
     assert len(made) == steps
     return work
 
@@ -93,10 +96,7 @@ def test_steps_run_ahead_of_the_host_by_the_stated_number(model: Model, monkeypa
             return original(*args)
 
         monkeypatch.setattr(backend, name, record)
-    prompt = model.processor.prepare(question(0))
-    cache = backend.allocate(1)
-    first = prefill_prompt(backend, cache, 0, prompt, 2, Timings())
-    list(greedy(backend, cache, first, prompt, 6, frozenset()))
+    list(started(model, 0, max_new_tokens=6, ignore_eos=True))
     assert npu.RUN_AHEAD == 2
     assert events[:4] == ["decode", "decode", "tokens", "decode"]
     assert (events.count("decode"), events.count("tokens")) == (5, 6)
@@ -118,48 +118,51 @@ def test_a_token_is_sent_to_the_host_before_the_next_step_is_launched(
                 events.append("send")
             return result
 
-    prompt = model.processor.prepare(question(0))
-    cache = backend.allocate(1)
-    first = prefill_prompt(backend, cache, 0, prompt, 2, Timings())
+    running = started(model, 0, max_new_tokens=6, ignore_eos=True)
     events.clear()
     with Copies():
-        for _ in greedy(backend, cache, first, prompt, 6, frozenset()):
+        for _ in running:
             events.append("read")
     assert events == ["launch", "send"] * 2 + ["read"] + ["launch", "send", "read"] * 3 + ["read"] * 2
 
 
 def test_an_answer_that_ends_early_is_not_continued(model: Model) -> None:
-    backend = model.backend
-    prompt = model.processor.prepare(question(0))
-
-    def tokens(ends: frozenset[int]) -> list[int]:
-        cache = backend.allocate(1)
-        first = prefill_prompt(backend, cache, 0, prompt, 2, Timings())
-        return list(greedy(backend, cache, first, prompt, 12, ends))
-
-    free = tokens(frozenset())
-    assert tokens(frozenset({free[4]})) == free[: free.index(free[4]) + 1]
+    free = model.generate(question(0), max_new_tokens=12, ignore_eos=True).token_ids
+    ended = model.generate(question(0), max_new_tokens=12, eos_token_id=free[4])
+    assert ended.token_ids == free[: free.index(free[4]) + 1]
+    assert ended.finish_reason == "stop"
 
 
-def test_a_batch_decodes_rows_of_unequal_length_like_each_alone(model: Model) -> None:
-    backend = model.backend
-    prompts = [model.processor.prepare(question(n)) for n in (1, 0, 2)]
-    alone = []
-    for prompt in prompts:
-        cache = backend.allocate(1)
-        first = prefill_prompt(backend, cache, 0, prompt, 2, Timings())
-        alone.append(list(greedy(backend, cache, first, prompt, 9, frozenset())))
-    cache = backend.allocate(3)
-    firsts = [prefill_prompt(backend, cache, row, prompt, 2, Timings()) for row, prompt in enumerate(prompts)]
-    rows = [[int(backend.tokens(first)[0])] for first in firsts]
-    lengths = np.array([len(prompt.token_ids) for prompt in prompts])
-    positions = lengths + np.array([prompt.delta for prompt in prompts])
-    step = backend.begin(cache, np.array([row[0] for row in rows]), lengths, positions)
-    for made in range(1, 9):
-        step = backend.decode(cache, step, [int(n) + made for n in lengths])
-        for row, token in zip(rows, backend.tokens(step), strict=True):
-            row.append(int(token))
-    assert rows == alone
+REQUESTS = [*(question(n) for n in (1, 0, 2)), [{"role": "user", "content": "Hello"}]]
+
+
+def test_a_batch_answers_rows_of_unequal_length_like_each_alone(model: Model) -> None:
+    """Rows end on their own, one by one, while steps run ahead; four requests are two groups on graphs of three."""
+    free = [model.generate(request, max_new_tokens=12, ignore_eos=True).token_ids for request in REQUESTS]
+    lengths = {end: {(*row, end).index(end) + 1 for row in free} for end in {i for row in free for i in row}}
+    end = max(lengths, key=lambda end: (len(lengths[end]), sum(lengths[end])))
+    settings: dict[str, Any] = {"max_new_tokens": 12, "eos_token_id": end}
+    alone = [model.generate(request, **settings) for request in REQUESTS]
+    assert len({len(answer.token_ids) for answer in alone}) > 1
+    together = model.generate_batch(REQUESTS, **settings)
+    assert [answer.token_ids for answer in together] == [answer.token_ids for answer in alone]
+    assert [answer.text for answer in together] == [answer.text for answer in alone]
+
+
+def test_sampling_on_the_device_gives_the_reference_backends_tokens(model: Model, artifact: Path) -> None:
+    settings: dict[str, Any] = {"do_sample": True, "temperature": 1.5, "top_k": 0, "seed": 3, "max_new_tokens": 12}
+    expected = load(artifact, backend="reference").generate(question(1), **settings)
+    assert model.generate(question(1), **settings).token_ids == expected.token_ids
+    assert model.generate_batch([question(1), question(0)], **settings)[0].token_ids == expected.token_ids
+
+
+def test_a_conversation_on_the_device_keeps_its_cache(model: Model) -> None:
+    chat = model.chat()
+    chat.send("What is this?", [Image.new("RGB", (84, 84), (200, 10, 90))], max_new_tokens=6)
+    second = chat.send("And now?", max_new_tokens=6)
+    fresh = model.generate(chat.messages[:-1], max_new_tokens=6)
+    assert second.cached_tokens > 10
+    assert second.token_ids == fresh.token_ids
 
 
 def test_graphs_get_a_compile_cache_outside_the_artifact(model: Model, artifact: Path, tmp_path: Path) -> None:

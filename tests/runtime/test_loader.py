@@ -16,7 +16,6 @@ from qwen2vl_tc.runtime import Model, load
 from qwen2vl_tc.runtime.vision import segment_ends, vision_positions
 from qwen2vl_tc.toolchain.compile import CompileOptions, compile_config
 from qwen2vl_tc.toolchain.synthetic import tiny_config
-from qwen2vl_tc.toolchain.weights.convert import convert
 
 QUESTION = [{"role": "user", "content": "Say something."}]
 
@@ -138,25 +137,6 @@ def test_streamed_pieces_join_to_the_generated_text(model: Model) -> None:
     answer = model.generate(QUESTION, max_new_tokens=24)
     assert "".join(model.stream(QUESTION, max_new_tokens=24)) == answer.text
     assert answer.timings_ms["first_token"] > 0
-
-
-def test_settings_that_greedy_decoding_ignores_are_named(build: Any, tmp_path: Path) -> None:
-    source, artifact = build("gqa2_tied", tiny_config(tie_word_embeddings=True), stored_head=True)
-    copytree(source, tmp_path / "hf")
-    file = tmp_path / "hf" / "generation_config.json"
-    published = json.loads(file.read_text())
-    for settings, named in (
-        ({"do_sample": True, "top_k": 1, "temperature": 0.01}, ()),
-        (
-            {"do_sample": True, "top_k": 20, "top_p": 0.8, "temperature": 0.7},
-            ("temperature 0.7", "top_k 20", "top_p 0.8"),
-        ),
-        ({"do_sample": False, "repetition_penalty": 1.05}, ("repetition_penalty 1.05",)),
-    ):
-        file.write_text(json.dumps({**published, **settings}))
-        moved = copied(artifact, tmp_path / str(len(named)))
-        convert(tmp_path / "hf", moved, sync=False)
-        assert load(moved).unused_settings == named
 
 
 def test_an_artifact_that_failed_its_verification_is_not_served(artifact: Path, tmp_path: Path) -> None:

@@ -153,6 +153,7 @@ class GeBackend(Backend):
         self._model = artifact.manifest.model
         self._where = str(artifact.path)
         self._dtype = TORCH_DTYPES[part.dtype]
+        self.max_rows = max(part.batches)
         tensors: dict[str, Tensor] | None = None
         if artifact.manifest.weights is not None:
             tensors = {**load_weights(artifact, check_weights), **mapped_tensors(artifact, part.constants, check=True)}
