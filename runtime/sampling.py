@@ -59,12 +59,12 @@ class Sampler:
 
     def choose(self, logits: Logits, seen: Iterable[int], made: int) -> int:
         """The next token. Raises ToolchainError when the logits hold no number to go by."""
+        largest = logits.max()  # a NaN is larger than any number
+        if not np.isfinite(largest):
+            raise ToolchainError(f"the model's logits hold {largest}; verify the artifact, or build it as bf16")
         scores = process_logits(logits, self._settings, seen, made)
-        best = int(np.argmax(scores))  # argmax finds a NaN before any number
-        if not np.isfinite(scores[best]):
-            raise ToolchainError(f"the model's logits hold {scores[best]}; verify the artifact, or build it as bf16")
         if not self._settings.do_sample:
-            return best
+            return int(np.argmax(scores))
         kept = np.flatnonzero(scores > -np.inf)
         bounds = np.cumsum(probabilities(scores[kept]))
         drawn = np.searchsorted(bounds, self._random.random() * bounds[-1], side="right")

@@ -13,8 +13,26 @@ import typer
 
 from ..artifacts.errors import ConfigError, TargetError
 from ..artifacts.process import prepare_process
+from . import cli_generate
 from .cli_errors import FAILED, Commands
-from .cli_values import batches, chat_messages, check_mode, check_source, config_file, dump, passes
+from .cli_options import (
+    Artifact,
+    Batch,
+    Dtype,
+    Dump,
+    Json,
+    MaxLength,
+    Mode,
+    NoSync,
+    Operators,
+    OptionalArtifact,
+    Passes,
+    Soc,
+    Src,
+    VisualAttention,
+    examples,
+)
+from .cli_values import batches, check_mode, check_source, config_file, dump, passes
 from .compile import DEFAULT_MAX_LENGTH, DEFAULT_SOC
 
 DEBUG_VARIABLE = "QWEN2VL_TC_DEBUG"
@@ -38,11 +56,6 @@ def main() -> None:
     app()
 
 
-def _examples(*lines: str) -> str:
-    """An epilog with one line each; typer keeps line breaks between paragraphs only, and reads brackets as markup."""
-    return "\n\n".join(["[bold]Examples[/bold]", *(line.replace("[", "\\[") for line in lines)])
-
-
 def _print_version(wanted: bool) -> None:
     if wanted:
         typer.echo(f"qwen2vl-tc {version('qwen2vl-tc')}")
@@ -50,7 +63,7 @@ def _print_version(wanted: bool) -> None:
 
 
 @app.callback(
-    epilog=_examples(
+    epilog=examples(
         "qwen2vl-tc demo",
         "qwen2vl-tc build --src Qwen2-VL-7B-Instruct --out qwen2-vl-7b.artifact",
         "qwen2vl-tc generate qwen2-vl-7b.artifact --image cat.jpg --prompt 'What is this?'",
@@ -67,63 +80,8 @@ def _root(
     pass
 
 
-Src = Annotated[
-    Path,
-    typer.Option("--src", metavar="DIR", help="The Hugging Face checkpoint: config.json, *.safetensors, tokenizer."),
-]
-OptionalArtifact = Annotated[
-    Path | None, typer.Argument(metavar="[ARTIFACT]", help="Default: the only artifact in the current folder.")
-]
-Artifact = Annotated[Path, typer.Argument(metavar="ARTIFACT", help="The artifact's folder.")]
-Json = Annotated[bool, typer.Option("--json", help="Print one JSON object instead.")]
-NoSync = Annotated[
-    bool, typer.Option("--no-sync", help="Do not wait until all is on the disk: faster, and not safe in a power cut.")
-]
-Dtype = Annotated[
-    str | None, typer.Option("--dtype", metavar="bf16|fp16|fp32", help="Default: the dtype of the weights.")
-]
-Mode = Annotated[
-    str,
-    typer.Option(
-        "--mode",
-        metavar="dynamo|air|onnx",
-        help="dynamo: GE graphs for torchair. air: offline models for ATC from those graphs. onnx is not built yet.",
-    ),
-]
-Soc = Annotated[str, typer.Option("--soc", metavar="NAME", help="The SoC to compile for; none needs to be here.")]
-MaxLength = Annotated[
-    int, typer.Option("--max-length", metavar="N", help="Tokens that the KV cache holds: prompt and answer together.")
-]
-Batch = Annotated[
-    str, typer.Option("--batch", metavar="N,...", help="Batch sizes to decode with, one graph each, such as 1,4.")
-]
-Dump = Annotated[str | None, typer.Option("--dump", metavar="pbtxt", help="Also write a readable copy of each graph.")]
-Operators = Annotated[
-    str,
-    typer.Option(
-        "--operators",
-        metavar="fused|recipe",
-        help="recipe: PromptFlashAttention and IncreFlashAttention, for a CANN that refuses the fused operator.",
-    ),
-]
-VisualAttention = Annotated[
-    str,
-    typer.Option(
-        "--visual-attention",
-        metavar="tnd|masked",
-        help="masked: a dense mask in the vision tower, for a CANN that refuses TND with its head size.",
-    ),
-]
-Passes = Annotated[
-    str | None,
-    typer.Option(
-        "--passes", metavar="NAME,...", help="Graph passes to run, for debugging: all (default), none, names."
-    ),
-]
-
-
 @app.command(
-    epilog=_examples(
+    epilog=examples(
         "qwen2vl-tc convert --src Qwen2-VL-7B-Instruct",
         "qwen2vl-tc convert --src Qwen2-VL-7B-Instruct --out qwen2-vl-7b.artifact --dtype bf16",
     )
@@ -155,7 +113,7 @@ def convert(
 
 
 @app.command(
-    epilog=_examples(
+    epilog=examples(
         "qwen2vl-tc compile",
         "qwen2vl-tc compile qwen2-vl-7b.artifact --mode dynamo --soc Ascend910B2 --max-length 8192 --batch 1,4",
         "qwen2vl-tc compile --config Qwen2-VL-72B-Instruct/config.json --out qwen2-vl-72b.artifact",
@@ -222,7 +180,7 @@ def compile(
 
 
 @app.command(
-    epilog=_examples(
+    epilog=examples(
         "qwen2vl-tc build --src Qwen2-VL-7B-Instruct --out qwen2-vl-7b.artifact",
         "qwen2vl-tc build --src Qwen2-VL-2B-Instruct --out qwen2-vl-2b.artifact --dtype fp16 --batch 1,4 --no-verify",
     )
@@ -283,7 +241,7 @@ def build(
     print_written(built.manifest, out)
 
 
-@app.command(epilog=_examples("qwen2vl-tc verify qwen2-vl-7b.artifact --against Qwen2-VL-7B-Instruct"))
+@app.command(epilog=examples("qwen2vl-tc verify qwen2-vl-7b.artifact --against Qwen2-VL-7B-Instruct"))
 def verify(
     artifact: Artifact,
     against: Annotated[
@@ -312,7 +270,7 @@ def verify(
 
 
 @app.command(
-    epilog=_examples(
+    epilog=examples(
         "qwen2vl-tc inspect",
         "qwen2vl-tc inspect qwen2-vl-7b.artifact --json --patches 65536 --tokens 8192",
         "qwen2vl-tc inspect qwen2-vl-7b.artifact --graph decode_b1 --dot layer.dot",
@@ -358,50 +316,11 @@ def inspect(
         render(inspection, stdout())
 
 
-@app.command(
-    epilog=_examples(
-        "qwen2vl-tc generate qwen2-vl-7b.artifact --image cat.jpg --prompt 'What is this?'",
-        "qwen2vl-tc generate qwen2-vl-7b.artifact --image a.png --image b.png --prompt 'What differs?' --json",
-    )
-)
-def generate(
-    artifact: Artifact,
-    prompt: Annotated[str, typer.Option("--prompt", metavar="TEXT", help="What to ask.")],
-    image: Annotated[
-        list[str] | None, typer.Option("--image", metavar="FILE", help="A picture; repeat it for several, in order.")
-    ] = None,
-    system: Annotated[
-        str | None, typer.Option("--system", metavar="TEXT", help="Replaces the chat template's own system message.")
-    ] = None,
-    max_new_tokens: Annotated[
-        int | None, typer.Option("--max-new-tokens", metavar="N", help="Default: the model's own, or 128.")
-    ] = None,
-    backend: Annotated[
-        str | None,
-        typer.Option(
-            "--backend", metavar="reference|onnxruntime|npu", help="What runs the graphs. Default: the best here."
-        ),
-    ] = None,
-    as_json: Json = False,
-) -> None:
-    """Answer a prompt about pictures, or about nothing but text. The text comes to stdout as it is made."""
-    from ..runtime import load
-    from .console import note, result, result_json, write_text
-
-    model = load(artifact, backend)
-    note(f"backend: {model.backend.name} ({model.reason})")
-    messages = chat_messages(prompt, image or [], system)
-    if as_json:
-        result_json(dataclasses.asdict(model.generate(messages, max_new_tokens=max_new_tokens)))
-        return
-    for piece in model.stream(messages, max_new_tokens=max_new_tokens):
-        write_text(piece)
-    result("")
+app.command(epilog=cli_generate.GENERATE_EXAMPLES)(cli_generate.generate)
+app.command(epilog=cli_generate.CHAT_EXAMPLES)(cli_generate.chat)
 
 
-@app.command(
-    epilog=_examples("qwen2vl-tc doctor", "qwen2vl-tc doctor qwen2-vl-7b.artifact", "qwen2vl-tc doctor --json")
-)
+@app.command(epilog=examples("qwen2vl-tc doctor", "qwen2vl-tc doctor qwen2-vl-7b.artifact", "qwen2vl-tc doctor --json"))
 def doctor(
     artifact: Annotated[
         Path | None, typer.Argument(metavar="[ARTIFACT]", help="Also ask CANN for the operators that it uses.")
@@ -419,7 +338,7 @@ def doctor(
         render(diagnosis, stdout())
 
 
-@app.command(epilog=_examples("qwen2vl-tc demo", "qwen2vl-tc demo --out /tmp/demo", "qwen2vl-tc demo --no-keep"))
+@app.command(epilog=examples("qwen2vl-tc demo", "qwen2vl-tc demo --out /tmp/demo", "qwen2vl-tc demo --no-keep"))
 def demo(
     out: Annotated[
         Path | None, typer.Option("--out", metavar="DIR", help="Default: ./qwen2vl-tc-demo, which git ignores.")

@@ -1,9 +1,10 @@
 """The options' values: what a user typed, checked."""
 
+import json
 from pathlib import Path
 from typing import Any
 
-from ..artifacts.errors import ConfigError, TargetError
+from ..artifacts.errors import ConfigError, RequestError, TargetError
 
 MODES = ("dynamo", "onnx", "air")
 DUMPS = ("pbtxt",)
@@ -62,3 +63,21 @@ def chat_messages(prompt: str, images: list[str], system: str | None) -> list[di
     content = [*({"type": "image", "image": path} for path in images), {"type": "text", "text": prompt}]
     question = {"role": "user", "content": content}
     return [question] if system is None else [{"role": "system", "content": system}, question]
+
+
+def requests_file(path: Path) -> list[Any]:
+    """A file of JSON lines, each a list of messages. Raises RequestError for a line that is no JSON, or no line."""
+    try:
+        lines = path.read_text("utf-8").splitlines()
+    except UnicodeDecodeError as error:
+        raise RequestError(f"{path}: not UTF-8: {error}") from error
+    found = []
+    for number, line in enumerate(lines, 1):
+        if line.strip():
+            try:
+                found.append(json.loads(line))
+            except (ValueError, RecursionError) as error:
+                raise RequestError(f"{path}:{number}: not JSON: {error}") from error
+    if not found:
+        raise RequestError(f"{path}: has no requests; each line is a list of messages as JSON")
+    return found

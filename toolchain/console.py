@@ -151,6 +151,20 @@ def step_progress(task: str) -> Iterator[StepProgress]:
     yield line
 
 
+@contextmanager
+def token_progress(task: str) -> Iterator[Callable[[], None]]:
+    """Progress of a batch, whose texts come at its end: a count of tokens and their rate, or nothing without a
+    terminal."""
+    if not sys.stderr.isatty():
+        yield lambda: None
+        return
+    from rich.progress import TextColumn, TimeElapsedColumn
+
+    with _bar(TextColumn("{task.description}: {task.completed} tokens"), TimeElapsedColumn()) as bar:
+        shown = bar.add_task(task, total=None)
+        yield lambda: bar.advance(shown)
+
+
 def _bar(*columns: Any, auto_refresh: bool = True) -> "Progress":
     from rich.progress import Progress
 

@@ -30,15 +30,18 @@ COMPILE_OPTIONS = {
     *("--mode", "--soc", "--max-length", "--batch", "--dtype", "--dump", "--passes"),
     *("--operators", "--visual-attention"),
 }
+SETTINGS = {
+    *("--max-new-tokens", "--min-new-tokens", "--sample", "--greedy", "--temperature", "--top-k", "--top-p"),
+    *("--repetition-penalty", "--seed", "--stop"),
+}
 FROZEN = {
     "convert": {"--src", "--out", "--dtype", "--no-sync"},
     "compile": {"ARTIFACT", "--config", "--out", *COMPILE_OPTIONS},
     "build": {"--src", "--out", "--no-verify", "--no-sync", *COMPILE_OPTIONS},
     "verify": {"ARTIFACT", "--against", "--json"},
     "inspect": {"ARTIFACT", "--json", "--tokens", "--patches", "--graph", "--dot", "--layer"},
-    "generate": {
-        *("ARTIFACT", "--image", "--prompt", "--system", "--max-new-tokens", "--backend", "--json"),
-    },
+    "generate": {"ARTIFACT", "--image", "--prompt", "--system", "--requests", "--backend", "--json", *SETTINGS},
+    "chat": {"ARTIFACT", "--image", "--system", "--backend", *SETTINGS},
     "doctor": {"ARTIFACT", "--json"},
     "demo": {"--out", "--keep", "--no-keep"},
 }
@@ -118,6 +121,9 @@ def test_main_prepares_the_process_before_anything_else(monkeypatch: pytest.Monk
     [
         (["convert", "--src", "absent"], "absent: no such folder"),
         (["convert", "--src", "file"], "file: is a file"),
+        (["generate", "absent"], "give --prompt TEXT, or --requests FILE"),
+        (["generate", "absent", "--requests", "file", "--image", "x"], "--requests holds whole messages"),
+        (["generate", "absent", "--requests", "file"], "file: has no requests"),
         (["convert", "--src", "empty"], "config.json"),
         (["convert", "--src", "tiny", "--dtype", "int4"], "--dtype int4: expected one of bf16, fp16, fp32"),
         (["convert", "--src", "tiny", "--out", "empty/inner/../../full"], "is not an artifact"),
@@ -173,7 +179,7 @@ def test_what_a_user_gets_wrong_is_one_line_and_code_2(
     assert sorted(path.name for path in tmp_path.iterdir()) == before, "nothing is left behind"
 
 
-@pytest.mark.parametrize("words", [["bench"], ["convert"], ["generate", "a"], ["inspect", "--nonsense"]])
+@pytest.mark.parametrize("words", [["bench"], ["convert"], ["generate"], ["inspect", "--nonsense"]])
 def test_usage_errors_exit_with_2_too(words: list[str], run: Run) -> None:
     result = run(*words)
     assert result.exit_code == 2
@@ -266,7 +272,10 @@ def test_generate_streams_the_text_and_only_the_text_to_stdout(run: Run, built: 
     plain, as_json = run(*words), run(*words, "--json")
     assert plain.exit_code == as_json.exit_code == 0
     answer = json.loads(as_json.stdout)
-    assert answer.keys() == {"text", "token_ids", "prompt_token_ids", "finish_reason", "timings_ms"}
+    assert answer.keys() == {
+        *("text", "token_ids", "prompt_token_ids", "finish_reason", "timings_ms", "token_ms", "cached_tokens"),
+    }
+    assert len(answer["token_ms"]) == len(answer["token_ids"]) - 1
     assert plain.stdout == answer["text"] + "\n"
     assert len(answer["token_ids"]) <= 12
     assert answer["finish_reason"] in ("stop", "length")

@@ -1,0 +1,171 @@
+"""The commands that answer: generate and chat."""
+
+import dataclasses
+from contextlib import closing
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from ..artifacts.errors import RequestError
+from .cli_options import Artifact, examples
+from .cli_values import chat_messages, requests_file
+
+if TYPE_CHECKING:
+    from ..runtime import Model
+
+GENERATE_EXAMPLES = examples(
+    "qwen2vl-tc generate qwen2-vl-7b.artifact --image cat.jpg --prompt 'What is this?'",
+    "qwen2vl-tc generate qwen2-vl-7b.artifact --image a.png --image b.png --prompt 'What differs?' --json",
+    "qwen2vl-tc generate qwen2-vl-7b.artifact --prompt 'A poem.' --sample --temperature 0.8 --top-p 0.9 --seed 1",
+    "qwen2vl-tc generate qwen2-vl-7b.artifact --requests requests.jsonl",
+)
+CHAT_EXAMPLES = examples(
+    "qwen2vl-tc chat qwen2-vl-7b.artifact",
+    "qwen2vl-tc chat qwen2-vl-7b.artifact --image cat.jpg --system 'Answer in one word.'",
+)
+
+Image = Annotated[
+    list[str] | None, typer.Option("--image", metavar="FILE", help="A picture; repeat it for several, in order.")
+]
+System = Annotated[
+    str | None, typer.Option("--system", metavar="TEXT", help="Replaces the chat template's own system message.")
+]
+Backend = Annotated[
+    str | None,
+    typer.Option(
+        "--backend", metavar="reference|onnxruntime|npu", help="What runs the graphs. Default: the best here."
+    ),
+]
+MaxNewTokens = Annotated[
+    int | None, typer.Option("--max-new-tokens", metavar="N", help="Default: the model's own, or 128.")
+]
+MinNewTokens = Annotated[
+    int | None, typer.Option("--min-new-tokens", metavar="N", help="No end of the answer before so many tokens.")
+]
+Sample = Annotated[
+    bool | None,
+    typer.Option(
+        "--sample/--greedy", help="Draw tokens, or take the most likely one. Default: as the model's own settings say."
+    ),
+]
+Temperature = Annotated[float | None, typer.Option("--temperature", metavar="X", help="Default: the model's own.")]
+TopK = Annotated[
+    int | None, typer.Option("--top-k", metavar="N", help="Draw among the N most likely tokens; 0: among all.")
+]
+TopP = Annotated[
+    float | None, typer.Option("--top-p", metavar="X", help="Draw among the likely tokens that together reach X.")
+]
+RepetitionPenalty = Annotated[
+    float | None,
+    typer.Option("--repetition-penalty", metavar="X", help="Above 1: what was said already becomes less likely."),
+]
+Seed = Annotated[int | None, typer.Option("--seed", metavar="N", help="Makes --sample repeatable.")]
+Stop = Annotated[
+    list[str] | None, typer.Option("--stop", metavar="TEXT", help="Ends an answer that says so; repeat it for several.")
+]
+
+
+def generate(
+    artifact: Artifact,
+    prompt: Annotated[str | None, typer.Option("--prompt", metavar="TEXT", help="What to ask.")] = None,
+    image: Image = None,
+    system: System = None,
+    requests: Annotated[
+        Path | None,
+        typer.Option(
+            "--requests", metavar="FILE", help="JSON lines, each a list of messages: answered together, as batches."
+        ),
+    ] = None,
+    max_new_tokens: MaxNewTokens = None,
+    min_new_tokens: MinNewTokens = None,
+    do_sample: Sample = None,
+    temperature: Temperature = None,
+    top_k: TopK = None,
+    top_p: TopP = None,
+    repetition_penalty: RepetitionPenalty = None,
+    seed: Seed = None,
+    stop: Stop = None,
+    backend: Backend = None,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="Print one JSON object instead; with --requests, one a line.")
+    ] = False,
+) -> None:
+    """Answer a prompt about pictures, or about nothing but text. The text comes to stdout as it is made."""
+    settings = _settings(locals())
+    from .console import result, result_json, write_text
+
+    if (prompt is None) == (requests is None):
+        raise RequestError("give --prompt TEXT, or --requests FILE for several requests at once")
+    if requests is not None and (image or system is not None):
+        raise RequestError("--requests holds whole messages: put pictures and system messages into the file")
+    batch = None if requests is None else requests_file(requests)
+    model = _loaded(artifact, backend)
+    if batch is not None:
+        _answer_batch(model, batch, settings, as_json)
+        return
+    messages = chat_messages(prompt or "", image or [], system)
+    if as_json:
+        result_json(dataclasses.asdict(model.generate(messages, **settings)))
+        return
+    with closing(model.stream(messages, **settings)) as pieces:
+        try:
+            for piece in pieces:
+                write_text(piece)
+        finally:
+            result("")
+
+
+def _settings(options: dict[str, Any]) -> dict[str, Any]:
+    """A command's options that are settings of the runtime, by their names there."""
+    from ..runtime.settings import GivenSettings
+
+    given = {name: options[name] for name in GivenSettings.__annotations__ if name in options}
+    # an option that may be repeated and was not is None or empty, by typer's version
+    return {**given, "stop": given["stop"] or None}
+
+
+def _loaded(artifact: Path, backend: str | None) -> "Model":
+    from ..runtime import load
+    from .console import note
+
+    model = load(artifact, backend)
+    note(f"backend: {model.backend.name} ({model.reason})")
+    return model
+
+
+def _answer_batch(model: "Model", requests: list[Any], settings: dict[str, Any], as_json: bool) -> None:
+    """One line of JSON, or one numbered text, for every request."""
+    import json
+
+    from .console import result, token_progress, write_text
+
+    with token_progress("generate") as made:
+        answers = model.generate_batch(requests, on_token=lambda token: made(), **settings)
+    for number, answer in enumerate(answers, 1):
+        if as_json:
+            result(json.dumps(dataclasses.asdict(answer), ensure_ascii=False))
+        else:
+            write_text(f"{number}: {answer.text}\n")
+
+
+def chat(
+    artifact: Artifact,
+    image: Image = None,
+    system: System = None,
+    max_new_tokens: MaxNewTokens = None,
+    min_new_tokens: MinNewTokens = None,
+    do_sample: Sample = None,
+    temperature: Temperature = None,
+    top_k: TopK = None,
+    top_p: TopP = None,
+    repetition_penalty: RepetitionPenalty = None,
+    seed: Seed = None,
+    stop: Stop = None,
+    backend: Backend = None,
+) -> None:
+    """Talk with the model: every turn computes only what is new. /image FILE shows it a picture; /help says more."""
+    settings = _settings(locals())
+    from .chat import run_chat
+
+    run_chat(_loaded(artifact, backend).chat(system), image or [], settings)
