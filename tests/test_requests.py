@@ -82,7 +82,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def built(build: Any) -> tuple[Path, Path]:
-    found: tuple[Path, Path] = build("requests", tiny_config(), batches="1,4", max_length=2048)
+    found: tuple[Path, Path] = build("requests", tiny_config(), batches="1,4", max_length=2304)
     return found
 
 
