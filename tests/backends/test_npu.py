@@ -21,7 +21,7 @@ from qwen2vl_tc.toolchain.synthetic import tiny_config
 
 @pytest.fixture(scope="module")
 def artifact(build: Any) -> Path:
-    _, path = build("npu", tiny_config(), dtype="bf16", batches="1,3")
+    _, path = build("npu", tiny_config(), dtype="bf16", batches="1,3", max_length=2048)
     assert isinstance(path, Path)
     return path
 
@@ -149,6 +149,28 @@ def test_a_batch_answers_rows_of_unequal_length_like_each_alone(model: Model) ->
     assert [answer.text for answer in together] == [answer.text for answer in alone]
 
 
+def clip(*shades: int) -> dict[str, Any]:
+    return {"type": "video", "video": [Image.new("RGB", (84, 56), (shade, 90, 200)) for shade in shades]}
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        [clip(10, 60, 110, 160), clip(200, 100, 0), {"type": "text", "text": "What moves?"}],
+        [question(1)[0]["content"][0], clip(40, 80), {"type": "text", "text": "Which one?"}],
+        [{"type": "text", "text": "word " * 500}],
+    ],
+    ids=["two videos", "image and video", "1500 tokens"],
+)
+def test_clips_and_long_prompts_run_on_the_device_like_on_the_reference_backend(
+    model: Model, artifact: Path, content: list[Any]
+) -> None:
+    request = [{"role": "user", "content": content}]
+    expected = load(artifact, backend="reference").generate(request, max_new_tokens=12)
+    assert model.generate(request, max_new_tokens=12).token_ids == expected.token_ids
+    assert len(expected.prompt_token_ids) > (1500 if len(content) == 1 else 0)
+
+
 def test_sampling_on_the_device_gives_the_reference_backends_tokens(model: Model, artifact: Path) -> None:
     settings: dict[str, Any] = {"do_sample": True, "temperature": 1.5, "top_k": 0, "seed": 3, "max_new_tokens": 12}
     expected = load(artifact, backend="reference").generate(question(1), **settings)
@@ -159,10 +181,11 @@ def test_sampling_on_the_device_gives_the_reference_backends_tokens(model: Model
 def test_a_conversation_on_the_device_keeps_its_cache(model: Model) -> None:
     chat = model.chat()
     chat.send("What is this?", [Image.new("RGB", (84, 84), (200, 10, 90))], max_new_tokens=6)
-    second = chat.send("And now?", max_new_tokens=6)
+    second = chat.send("And now?", [Image.new("RGB", (56, 84), (0, 210, 90))], max_new_tokens=6)
+    third = chat.send("Which?", max_new_tokens=6)
     fresh = model.generate(chat.messages[:-1], max_new_tokens=6)
-    assert second.cached_tokens > 10
-    assert second.token_ids == fresh.token_ids
+    assert 10 < second.cached_tokens < third.cached_tokens
+    assert third.token_ids == fresh.token_ids
 
 
 def test_graphs_get_a_compile_cache_outside_the_artifact(model: Model, artifact: Path, tmp_path: Path) -> None:
