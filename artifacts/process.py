@@ -7,6 +7,7 @@ Whoever imports torch on our behalf calls `prepare_process()` first: `main()`, `
 import ctypes
 import importlib.util
 import os
+import re
 import sys
 from pathlib import Path
 
@@ -32,7 +33,15 @@ def prepare_process() -> None:
 
 def npu_usable() -> bool:
     """Whether a real NPU can be opened here: its device nodes exist and CANN loads. Our stubs never count."""
-    return npu_count() > 0 and cann_problem() is None
+    return npu_problem() is None
+
+
+def npu_problem() -> str | None:
+    """Why no NPU can be used here; None where one can."""
+    if not npu_count():
+        return "no NPU is here"
+    problem = cann_problem()
+    return None if problem is None else f"an NPU is here, but CANN does not load ({problem})"
 
 
 def npu_count(devices: Path = Path("/dev")) -> int:
@@ -53,6 +62,25 @@ def cann_problem() -> str | None:
         if hasattr(library, STUB_MARKER):
             return f"{name} is the emulated one"
     return None
+
+
+def driver_version(root: Path = Path("/")) -> str | None:
+    """The NPU driver's version, as its installer records it; None where that cannot be read.
+
+    /etc/ascend_install.info says where the driver is (Driver_Install_Path_Param, /usr/local/Ascend by default), and
+    driver/version.info there says Version=... Containers for Ascend have both files mounted.
+    """
+    where = _recorded(root / "etc/ascend_install.info", "Driver_Install_Path_Param", r"/\S+") or "/usr/local/Ascend"
+    return _recorded(root / where.lstrip("/") / "driver/version.info", "Version", r"[\w.+-]+")
+
+
+def _recorded(file: Path, key: str, value: str) -> str | None:
+    try:
+        text = file.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError):
+        return None
+    found = re.search(rf"(?m)^{key}=({value})\s*$", text)
+    return found[1] if found else None
 
 
 def emulated() -> bool:

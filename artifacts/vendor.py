@@ -8,16 +8,25 @@ import sys
 import tempfile
 import threading
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 # Printed by torch-npu where CANN is absent: of no use to whoever works without it on purpose.
 _NOISE = ("ASCEND_HOME_PATH environment variable is not set", "require processing for 32 padding size")
+# What stands in for torch-npu's operators and must go before it defines them.
+_before: list[Callable[[], None]] = []
+
+
+def before_vendor_import(undo: Callable[[], None]) -> None:
+    """Have `undo` called once, when the vendor packages are about to be imported."""
+    _before.append(undo)
 
 
 @contextmanager
 def vendor_import() -> Iterator[None]:
     """Inside, import the vendor packages: signal handlers stay the caller's, stdout stays clean."""
+    while _before:
+        _before.pop()()
     # without a stderr of its own (a daemon's, a notebook's) there is nothing to keep clean
     quiet = _without_noise() if sys.stderr is not None and _is_open(2) else contextlib.nullcontext()
     with quiet, _own_signal_handlers():

@@ -1,11 +1,12 @@
 """load(): from an artifact's folder to a model that generates."""
 
 import importlib.util
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..artifacts.errors import ArtifactError, MissingDependencyError, TargetError
-from ..artifacts.process import cann_problem, npu_count, npu_usable, prepare_process
+from ..artifacts.process import npu_problem, prepare_process
 from ..artifacts.store import Artifact, ge_part, open_artifact
 from .backends.base import Backend
 from .integrity import WeightCheck
@@ -17,13 +18,16 @@ if TYPE_CHECKING:
     from .backends.reference import Observer
 
 BACKENDS = ("reference", "onnxruntime", "npu")
+EngineMaker = Callable[[Artifact], Backend]
+BackendChoice = str | EngineMaker | None
 
 
-def load(path: str | Path, backend: str | None = None, *, observer: "Observer | None" = None) -> Model:
+def load(path: str | Path, backend: BackendChoice = None, *, observer: "Observer | None" = None) -> Model:
     """Open an artifact and make it ready to generate; nothing is traced and nothing in it is changed.
 
     backend: "npu" runs the GE graphs on NPU 0, "reference" on CPU; "onnxruntime" is not built yet and says so. None
-    takes the best that can run here; `model.reason` says which and why.
+    takes the best that can run here; `model.reason` says which and why. A function makes an engine of its own from the
+    open artifact, whose weights are hashed beside it: it need not do so.
     observer(graph, operator's name, its outputs), with the reference backend only, is handed every intermediate of
     every graph that runs: keep them by name to see where numbers depart.
     Raises ArtifactError for a damaged or unfit artifact, TargetError when it cannot run on this machine and
@@ -32,7 +36,7 @@ def load(path: str | Path, backend: str | None = None, *, observer: "Observer | 
     prepare_process()
     artifact = open_artifact(path)
     try:
-        name, reason = _choose(artifact, backend)
+        choice, reason = _choose(artifact, backend)
         if artifact.manifest.weights is None:
             raise ArtifactError(
                 f"{path}: has no weights (compiled from a config alone); run `qwen2vl-tc convert --src <hf_dir> --out "
@@ -43,7 +47,7 @@ def load(path: str | Path, backend: str | None = None, *, observer: "Observer | 
                 f"{path}: its verification failed, see reports/verify.json; build it again, or verify it again"
             )
         check = WeightCheck(artifact)
-        engine = _engine(name, artifact, observer)
+        engine = _engine(choice, artifact, observer)
         processor = open_processor(artifact)
     except BaseException:
         artifact.close()
@@ -60,40 +64,46 @@ def open_processor(artifact: Artifact) -> Processor:
     return Processor(files, artifact.manifest.model)
 
 
-def _choose(artifact: Artifact, wanted: str | None) -> tuple[str, str]:
-    if wanted is not None and wanted not in BACKENDS:
-        raise TargetError(f"backend {wanted!r}: expected one of {', '.join(BACKENDS)}")
-    if wanted == "onnxruntime":
-        raise TargetError("backend onnxruntime is not built yet in this version; use --backend reference")
-    if wanted == "npu":
-        part = ge_part(artifact.manifest, artifact.path)
-        memory = soc_memory(part.soc)
-        if not npu_usable():
-            # said even here, where nothing can run: it is a property of the artifact and its target
-            if memory is not None:
-                check_fits(artifact.manifest, part, memory)
-            raise TargetError(f"backend npu: {_no_npu()}; use --backend reference, or run on an NPU host")
-    if wanted is not None:
-        return wanted, "asked for"
-    if npu_usable():
-        if importlib.util.find_spec("torch_npu") is None:
-            return "reference", "an NPU is here, but torch-npu is not installed; the GE graphs run on CPU"
-        return "npu", "an NPU is here"
-    return "reference", f"{_no_npu()}; the GE graphs run on CPU"
+def _choose(artifact: Artifact, wanted: BackendChoice) -> tuple[str | EngineMaker, str]:
+    if wanted is None:
+        return best_here()
+    if isinstance(wanted, str):
+        if wanted not in BACKENDS:
+            raise TargetError(f"backend {wanted!r}: expected one of {', '.join(BACKENDS)}")
+        if wanted == "onnxruntime":
+            raise TargetError("backend onnxruntime is not built yet in this version; use --backend reference")
+        if wanted == "npu":
+            check_npu(artifact)
+    return wanted, "asked for"
 
 
-def _no_npu() -> str:
-    if not npu_count():
-        return "no NPU is here"
-    return f"an NPU is here, but CANN does not load ({cann_problem()})"
+def check_npu(artifact: Artifact) -> None:
+    """Raises TargetError where no NPU can be used, or none of the artifact's SoC could hold it."""
+    part = ge_part(artifact.manifest, artifact.path)
+    if problem := npu_problem():
+        # said even here, where nothing can run: it is a property of the artifact and its target
+        if (memory := soc_memory(part.soc)) is not None:
+            check_fits(artifact.manifest, part, memory)
+        raise TargetError(f"backend npu: {problem}; use --backend reference, or run on an NPU host")
 
 
-def _engine(name: str, artifact: Artifact, observer: "Observer | None") -> Backend:
+def best_here() -> tuple[str, str]:
+    """The backend that is taken where none is asked for, and why."""
+    if problem := npu_problem():
+        return "reference", f"{problem}; the GE graphs run on CPU"
+    if importlib.util.find_spec("torch_npu") is None:
+        return "reference", "an NPU is here, but torch-npu is not installed; the GE graphs run on CPU"
+    return "npu", "an NPU is here"
+
+
+def _engine(name: str | EngineMaker, artifact: Artifact, observer: "Observer | None") -> Backend:
+    if observer is not None and name != "reference":
+        raise TargetError("an observer needs --backend reference: other engines hand out no intermediates")
+    if not isinstance(name, str):
+        return name(artifact)
     if importlib.util.find_spec("torch") is None:
         raise MissingDependencyError(f"backend {name} needs torch; pip install 'qwen2vl-tc[{name}]'")
     if name == "npu":
-        if observer is not None:
-            raise TargetError("an observer needs --backend reference: the NPU hands out no intermediates")
         from .backends.npu import NpuBackend
 
         return NpuBackend(artifact, check_weights=False)

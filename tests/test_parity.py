@@ -15,6 +15,7 @@ from qwen2vl_tc.runtime.generate import Timings, prefill_prompt
 from qwen2vl_tc.runtime.prompt import Prompt
 from qwen2vl_tc.runtime.vision import segment_ends, vision_positions
 from qwen2vl_tc.toolchain.cli import app
+from qwen2vl_tc.toolchain.execute_mode import EXECUTE_MODES, engine
 from qwen2vl_tc.toolchain.synthetic import tiny_config, write_checkpoint
 from qwen2vl_tc.toolchain.weights.convert import convert
 
@@ -135,9 +136,10 @@ def visual_output(model: Model, prompt: Prompt) -> np.ndarray:
     return result
 
 
-def generated(artifact: Path, pictures: list[Image.Image], folder: Path) -> list[int]:
+def generated(artifact: Path, pictures: list[Image.Image], folder: Path, mode: str) -> list[int]:
     """Tokens that `qwen2vl-tc generate` makes, from picture files."""
     words = ["generate", str(artifact), "--prompt", QUESTION, "--max-new-tokens", str(NEW_TOKENS), "--json"]
+    words += ["--execute-mode", mode]
     for i, each in enumerate(pictures):
         each.save(folder / f"{i}.png")
         words += ["--image", str(folder / f"{i}.png")]
@@ -151,23 +153,26 @@ def generated(artifact: Path, pictures: list[Image.Image], folder: Path) -> list
 
 @pytest.mark.parametrize(("operators", "visual_attention"), OPERATOR_SETS)
 @pytest.mark.parametrize("shape", SHAPES)
-def test_every_graph_agrees_with_transformers_in_fp32(
+def test_every_graph_and_its_modules_run_eagerly_agree_with_transformers_in_fp32(
     build: Any, tmp_path: Path, shape: str, operators: str, visual_attention: str
 ) -> None:
     form = {"operators": operators, "visual_attention": visual_attention}
     name = shape if operators == "fused" else f"{shape}_{operators}"
     source, artifact = build(name, tiny_config(**SHAPES[shape]), **FORMS[shape], **form)
-    model, oracle = load(artifact), Transformers(source)
+    oracle = Transformers(source)
+    models = {mode: load(artifact, engine(mode)) for mode in EXECUTE_MODES}
+    assert [model.backend.name for model in models.values()] == ["reference", "eager"]
     for pictures in CASES.values():
-        prompt = model.processor.prepare(messages(pictures))
+        prompt = models["dynamo"].processor.prepare(messages(pictures))
         inputs = oracle.inputs(prompt, pictures)
-        if pictures:
-            assert np.abs(visual_output(model, prompt) - oracle.visual(inputs).numpy()).max() < FP32_TOLERANCE
         tokens, logits = oracle.greedy(inputs, NEW_TOKENS)
         assert 1 < np.std(logits[0].numpy()) < 25, "logits of the order that real models have"
-        for ours, theirs in zip(our_logits(model, prompt, tokens[:-1]), logits, strict=True):
-            assert np.abs(ours - theirs.numpy()).max() < FP32_TOLERANCE
-        assert generated(artifact, pictures, tmp_path) == tokens
+        for mode, model in models.items():
+            if pictures:
+                assert np.abs(visual_output(model, prompt) - oracle.visual(inputs).numpy()).max() < FP32_TOLERANCE
+            for ours, theirs in zip(our_logits(model, prompt, tokens[:-1]), logits, strict=True):
+                assert np.abs(ours - theirs.numpy()).max() < FP32_TOLERANCE
+            assert generated(artifact, pictures, tmp_path, mode) == tokens
 
 
 @pytest.mark.parametrize(("operators", "visual_attention"), OPERATOR_SETS)
@@ -191,10 +196,11 @@ def test_both_forms_serve_long_prompts_and_many_pictures(build: Any, operators: 
         assert list(model.generate(request, max_new_tokens=64).token_ids) == tokens
 
 
-def test_a_prompt_continues_from_a_kept_cache_like_a_fresh_one(build: Any) -> None:
+@pytest.mark.parametrize("mode", EXECUTE_MODES)
+def test_a_prompt_continues_from_a_kept_cache_like_a_fresh_one(build: Any, mode: str) -> None:
     """Prefill takes a start position: the second part attends over what the first one wrote."""
     _, artifact = build("gqa1_untied", tiny_config(**SHAPES["gqa1_untied"]), **FORMS["gqa1_untied"])
-    model = load(artifact)
+    model = load(artifact, engine(mode))
     backend = model.backend
     prompt = model.processor.prepare(messages([]))
     whole = backend.logits(prefill_prompt(backend, backend.allocate(1), 0, prompt, 2, Timings()))

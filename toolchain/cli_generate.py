@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from ..artifacts.errors import RequestError
-from .cli_options import Artifact, examples
+from .cli_options import Artifact, ExecuteMode, examples
 from .cli_values import chat_messages, requests_file
 
 if TYPE_CHECKING:
@@ -87,6 +87,7 @@ def generate(
     seed: Seed = None,
     stop: Stop = None,
     backend: Backend = None,
+    execute_mode: ExecuteMode = None,
     as_json: Annotated[
         bool, typer.Option("--json", help="Print one JSON object instead; with --requests, one a line.")
     ] = False,
@@ -100,7 +101,7 @@ def generate(
     if requests is not None and (image or system is not None):
         raise RequestError("--requests holds whole messages: put pictures and system messages into the file")
     batch = None if requests is None else requests_file(requests)
-    model = _loaded(artifact, backend)
+    model = _loaded(artifact, backend, execute_mode)
     if batch is not None:
         _answer_batch(model, batch, settings, as_json)
         return
@@ -125,11 +126,12 @@ def _settings(options: dict[str, Any]) -> dict[str, Any]:
     return {**given, "stop": given["stop"] or None}
 
 
-def _loaded(artifact: Path, backend: str | None) -> "Model":
+def _loaded(artifact: Path, backend: str | None, execute_mode: str | None) -> "Model":
     from ..runtime import load
     from .console import note
+    from .execute_mode import engine
 
-    model = load(artifact, backend)
+    model = load(artifact, engine(execute_mode, backend))
     note(f"backend: {model.backend.name} ({model.reason})")
     return model
 
@@ -163,9 +165,10 @@ def chat(
     seed: Seed = None,
     stop: Stop = None,
     backend: Backend = None,
+    execute_mode: ExecuteMode = None,
 ) -> None:
     """Talk with the model: every turn computes only what is new. /image FILE shows it a picture; /help says more."""
     settings = _settings(locals())
     from .chat import run_chat
 
-    run_chat(_loaded(artifact, backend).chat(system), image or [], settings)
+    run_chat(_loaded(artifact, backend, execute_mode).chat(system), image or [], settings)

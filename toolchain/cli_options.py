@@ -58,6 +58,15 @@ VisualAttention = Annotated[
         help="masked: a dense mask in the vision tower, for a CANN that refuses TND with its head size.",
     ),
 ]
+ExecuteMode = Annotated[
+    str | None,
+    typer.Option(
+        "--execute-mode",
+        metavar="dynamo|eager",
+        help="dynamo: the compiled graphs. eager: the modules behind them, operator by operator. "
+        "Default: EXE_MODE, or dynamo.",
+    ),
+]
 Passes = Annotated[
     str | None,
     typer.Option(

@@ -209,18 +209,12 @@ def _trace_all(config: ModelConfig, options: CompileOptions, dtype: str) -> list
     import torch
 
     from ..exporters.torchair.trace import trace
-    from .graphs.signatures import CACHES, Qwen2VL, Signature, signatures
+    from .graphs.signatures import CACHES, Signature, empty_model, signatures
 
     torch_dtype = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[dtype]
-    default = torch.get_default_dtype()
-    torch.set_default_dtype(torch_dtype)
-    try:
-        with torch.device("meta"):
-            model = Qwen2VL(config, options.max_length, options.form)
-    finally:
-        torch.set_default_dtype(default)
     # on the emulated NPU these pages are never touched: a 72B model costs no memory
-    model = model.to_empty(device="npu").eval().requires_grad_(False)
+    model = empty_model(config, options.max_length, options.form, torch_dtype).to_empty(device="npu")
+    model.requires_grad_(False)
 
     def pending(signature: Signature) -> _PendingGraph:
         def run(staging: Staging) -> tuple[Graph, tuple[OperatorNote, ...]]:

@@ -10,14 +10,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from ...artifacts.errors import MissingDependencyError, TargetError
 from ...artifacts.manifest import GePart
-from ...artifacts.process import cache_home, emulated, release
+from ...artifacts.process import cache_home, driver_version, emulated, release
 from ...artifacts.store import Artifact, ge_part
 from ...artifacts.vendor import vendor_import
 from ..memory import check_fits, check_free
@@ -30,6 +28,7 @@ from .ge.operators import operator
 # that a finished answer wastes little.
 RUN_AHEAD = 2
 DEVICE = 0
+DEVICE_NAME = f"npu:{DEVICE}"
 
 
 @dataclass(frozen=True)
@@ -44,21 +43,16 @@ class NpuBackend(GeBackend):
     """GE graphs on NPU 0. Refuses, before any device memory is taken, what the manifest says cannot run here."""
 
     name = "npu"
-    device = f"npu:{DEVICE}"
+    device = DEVICE_NAME
     run_ahead = RUN_AHEAD
 
     def __init__(self, artifact: Artifact, check_weights: bool = True) -> None:
         self._torch_npu = vendor_modules()
         # torchair compiles for the current device: tensors and graphs must agree on it
         self._torch_npu.npu.set_device(DEVICE)
-        part = ge_part(artifact.manifest, artifact.path)
-        self._cann = _check_device(self._torch_npu, artifact)
-        free, total = self._torch_npu.npu.mem_get_info()
-        check_fits(artifact.manifest, part, total)
-        # what this process' allocator holds without using it is free for us, too
-        npu = self._torch_npu.npu
-        check_free(artifact.manifest, part, free + npu.memory_reserved() - npu.memory_allocated())
-        self._cache_folder = compile_cache(artifact, self._torch_npu, self._cann)
+        cann = _check_graphs(self._torch_npu, artifact)
+        _check_model(self._torch_npu, artifact)
+        self.cache_folder = compile_cache(artifact, self._torch_npu, cann)
         self._graphs: dict[str, Any] = {}
         super().__init__(artifact, check_weights)
         for name in self._bound:
@@ -87,7 +81,7 @@ class NpuBackend(GeBackend):
         _update_internal_format_from_inputs(graph, self._bound[name].examples(self.device))
         options = {
             **binding.local_options,
-            "ge.graph_compiler_cache_dir": str(self._cache_folder),
+            "ge.graph_compiler_cache_dir": str(self.cache_folder),
             "ge.graph_key": name,
         }
         graph.load(options)
@@ -122,9 +116,6 @@ class NpuBackend(GeBackend):
         tokens: Ints = step.host_token.numpy()
         return tokens
 
-    def to_device(self, array: NDArray[Any]) -> Tensor:
-        return torch.from_numpy(np.ascontiguousarray(array)).to(self.device)
-
 
 def vendor_modules() -> Any:
     """Import torch_npu and torchair. Raises MissingDependencyError when they are absent or do not match torch."""
@@ -151,8 +142,30 @@ def vendor_modules() -> Any:
     return torch_npu
 
 
-def _check_device(torch_npu: Any, artifact: Artifact) -> str:
-    """Compare the device with the manifest's target; returns CANN's version. Raises TargetError."""
+def open_npu(artifact: Artifact) -> None:
+    """Import the vendor modules and open the NPU for the model itself, not its graphs. Raises TargetError where it
+    cannot hold it."""
+    torch_npu = vendor_modules()
+    torch_npu.npu.set_device(DEVICE)
+    _check_model(torch_npu, artifact)
+
+
+def _check_model(torch_npu: Any, artifact: Artifact) -> None:
+    """Compare the device with what the model asks of it, however it is run. Raises TargetError."""
+    part, npu = ge_part(artifact.manifest, artifact.path), torch_npu.npu
+    if part.dtype == "fp32":
+        raise TargetError(
+            f"{artifact.path}: it is fp32, and the NPU's attention takes bf16 and fp16; build it with --dtype bf16, or "
+            "use --backend reference"
+        )
+    free, total = npu.mem_get_info()
+    check_fits(artifact.manifest, part, total)
+    # what this process' allocator holds without using it is free for us, too
+    check_free(artifact.manifest, part, free + npu.memory_reserved() - npu.memory_allocated())
+
+
+def _check_graphs(torch_npu: Any, artifact: Artifact) -> str:
+    """Compare the device with the graphs' target; returns CANN's version. Raises TargetError."""
     part = ge_part(artifact.manifest, artifact.path)
     soc = str(torch_npu.npu.get_device_name(0))
     if soc_family(soc) != soc_family(part.soc):
@@ -164,11 +177,6 @@ def _check_device(torch_npu: Any, artifact: Artifact) -> str:
         raise TargetError(
             f"{artifact.path}: compiled with torch-npu {compiled}, installed is {installed}; "
             "install that version or compile the artifact again"
-        )
-    if part.dtype == "fp32":
-        raise TargetError(
-            f"{artifact.path}: its graphs are fp32, and the NPU's attention takes bf16 and fp16; build it with "
-            "--dtype bf16, or use --backend reference"
         )
     if emulated():
         return "none"
@@ -209,8 +217,12 @@ def soc_family(soc: str) -> str:
 
 
 def compile_cache(artifact: Artifact, torch_npu: Any, cann: str) -> Path:
-    """Where GE keeps this artifact's compiled kernels: in the user's cache, never in the artifact."""
-    key = f"{artifact.manifest_hash[:16]}-{torch_npu.npu.get_device_name(0)}-cann-{cann}"
+    """Where GE keeps this artifact's compiled kernels: in the user's cache, never in the artifact.
+
+    A driver whose version is not recorded is called unknown: then only CANN's version tells old kernels from new ones.
+    """
+    soc, driver = torch_npu.npu.get_device_name(0), driver_version() or "unknown"
+    key = f"{artifact.manifest_hash[:16]}-{soc}-cann-{cann}-driver-{driver}"
     folder = cache_home() / "ge" / key
     os.makedirs(folder, mode=0o700, exist_ok=True)
     return folder

@@ -4,11 +4,7 @@ Slower than an engine built for CPUs, and the measure of what the graphs compute
 """
 
 from collections.abc import Callable
-from typing import Any
 
-import numpy as np
-import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from ...artifacts.store import Artifact
@@ -41,6 +37,3 @@ class ReferenceBackend(GeBackend):
         if observer is None:
             return self._executors[name].run(inputs)
         return self._executors[name].run(inputs, lambda operator, outputs: observer(name, operator, outputs))
-
-    def to_device(self, array: NDArray[Any]) -> Tensor:
-        return torch.from_numpy(np.ascontiguousarray(array))

@@ -245,7 +245,7 @@ def test_what_cannot_run_here_is_refused_before_device_memory_is_taken(
 
 def test_fp32_graphs_are_refused_on_the_device(model: Model, build: Any) -> None:
     _, path = build("gqa2_tied", tiny_config(tie_word_embeddings=True), stored_head=True)
-    with pytest.raises(TargetError, match="its graphs are fp32, and the NPU's attention takes bf16 and fp16"):
+    with pytest.raises(TargetError, match="it is fp32, and the NPU's attention takes bf16 and fp16"):
         load_on_npu(path)
 
 

@@ -34,14 +34,15 @@ SETTINGS = {
     *("--max-new-tokens", "--min-new-tokens", "--sample", "--greedy", "--temperature", "--top-k", "--top-p"),
     *("--repetition-penalty", "--seed", "--stop"),
 }
+ENGINE = {"--backend", "--execute-mode"}
 FROZEN = {
     "convert": {"--src", "--out", "--dtype", "--no-sync"},
     "compile": {"ARTIFACT", "--config", "--out", *COMPILE_OPTIONS},
     "build": {"--src", "--out", "--no-verify", "--no-sync", *COMPILE_OPTIONS},
     "verify": {"ARTIFACT", "--against", "--json"},
     "inspect": {"ARTIFACT", "--json", "--tokens", "--patches", "--graph", "--dot", "--layer"},
-    "generate": {"ARTIFACT", "--image", "--prompt", "--system", "--requests", "--backend", "--json", *SETTINGS},
-    "chat": {"ARTIFACT", "--image", "--system", "--backend", *SETTINGS},
+    "generate": {"ARTIFACT", "--image", "--prompt", "--system", "--requests", "--json", *ENGINE, *SETTINGS},
+    "chat": {"ARTIFACT", "--image", "--system", *ENGINE, *SETTINGS},
     "doctor": {"ARTIFACT", "--json"},
     "demo": {"--out", "--keep", "--no-keep"},
 }

@@ -52,6 +52,11 @@ class Qwen2VL(nn.Module):
         self.constants = Constants(config, max_length, form)
         self.text_dim = config.text.head_dim
 
+    def methods(self) -> dict[str, Callable[..., Any]]:
+        """What is traced, or run: visual, prefill and decode."""
+        encode = self.encode_masked if self.form.visual_attention == "masked" else self.encode
+        return {"visual": encode, "prefill": self.prefill, "decode": self.decode}
+
     def logits(self, y: Tensor) -> Tensor:
         """y [rows, H] to [rows, V]."""
         return torch.ops.npu.npu_linear(y, (self.lm_head or self.model.embed_tokens).weight)
@@ -125,6 +130,17 @@ class Qwen2VL(nn.Module):
         return logits.argmax(-1), logits, cache_index + 1, positions + 1
 
 
+def empty_model(config: ModelConfig, max_length: int, form: Form, dtype: torch.dtype) -> Qwen2VL:
+    """The model without memory: its parameters are on torch's meta device."""
+    default = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        with torch.device("meta"):
+            return Qwen2VL(config, max_length, form).eval()
+    finally:
+        torch.set_default_dtype(default)
+
+
 @dataclass(frozen=True)
 class Signature:
     """One graph to trace: its name, the method, example arguments, and the outputs' shapes by name (-1 is dynamic)."""
@@ -161,6 +177,7 @@ def signatures(
     def caches(batch: int) -> list[Tensor]:
         return [_example(device, batch, max_length, kv_dim, dtype=dtype) for _ in range(layers)]
 
+    methods = model.methods()
     masked, recipe = model.form.visual_attention == "masked", model.form.operators == "recipe"
     visual: dict[str, Any] = {
         "patches": _example(device, patches, config.vision.patch_dim, dtype=torch.uint8, dynamic=(0,)),
@@ -170,11 +187,11 @@ def signatures(
         visual["segment_mask"] = _example(device, 1, 1, patches, patches, dtype=torch.bool, dynamic=(2, 3))
     else:
         visual["segment_ends"] = [171 * merge, patches - 2]
-    yield Signature("visual", model.encode_masked if masked else model.encode, visual, {"embeds": (-1, hidden)})
+    yield Signature("visual", methods["visual"], visual, {"embeds": (-1, hidden)})
     dense = {"mask": _example(device, 1, 1, tokens, max_length, dtype=torch.bool, dynamic=(2,))} if recipe else {}
     yield Signature(
         "prefill",
-        model.prefill,
+        methods["prefill"],
         {
             "token_ids": _example(device, tokens, dtype=torch.int64, dynamic=(0,)),
             "image_embeds": _example(device, merged, hidden, dtype=dtype, dynamic=(0,)),
@@ -192,7 +209,7 @@ def signatures(
     for batch in batches:
         yield Signature(
             f"decode_b{batch}",
-            model.decode,
+            methods["decode"],
             {
                 "token_ids": _example(device, batch, dtype=torch.int64),
                 "cache_index": _example(device, batch, dtype=torch.int64),

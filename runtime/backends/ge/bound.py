@@ -1,4 +1,5 @@
-"""A backend over GE graphs: binds weights once, feeds arguments by binding.json, and leaves execution to an engine."""
+"""A backend over an artifact: binds weights once, feeds arguments, by binding.json where a GE graph takes them, and
+leaves execution to an engine."""
 
 import mmap
 import warnings
@@ -87,7 +88,8 @@ def load_weights(artifact: Artifact, check: bool) -> dict[str, Tensor]:
 class BoundGraph:
     """One graph's binding: puts named arguments into the order of the graph's inputs.
 
-    Parameters and constants are looked up once; `tensors` is None for a graph that is only loaded, not run.
+    Parameters and constants are checked when it is made, against `tensors` wherever those are, and looked up once, by
+    `bind`, where the graph runs; `tensors` is None for a graph that is only loaded, not run.
     """
 
     def __init__(self, binding: Binding, tensors: Mapping[str, Tensor] | None) -> None:
@@ -106,6 +108,11 @@ class BoundGraph:
                         f"{list(bound.shape)} {bound.dtype}; compile the artifact again"
                     )
                 self._fixed[i] = tensor
+
+    def bind(self, tensors: Mapping[str, Tensor]) -> None:
+        """Take parameters and constants from `tensors`: the same ones, where the graph runs."""
+        pairs = zip(self.binding.inputs, self._fixed, strict=True)
+        self._fixed = [None if fixed is None else tensors[bound.name] for bound, fixed in pairs]
 
     def inputs(self, arguments: Mapping[str, Tensor], lengths: Mapping[str, list[int]], cache: Cache | None) -> Any:
         """The graph's inputs in order. Raises RequestError where an argument does not have the compiled shape."""
@@ -144,8 +151,11 @@ class BoundGraph:
         return tensor
 
 
-class GeBackend(Backend):
-    """Everything about GE graphs but their execution, which a subclass brings for its device."""
+class ModelBackend(Backend):
+    """The model's three calls over an artifact's weights: all that ways of running them have in common.
+
+    A subclass brings the device, and what is run there by the names visual, prefill and decode_b<rows>.
+    """
 
     def __init__(self, artifact: Artifact, check_weights: bool = True) -> None:
         part = ge_part(artifact.manifest, artifact.path)
@@ -157,46 +167,42 @@ class GeBackend(Backend):
         tensors: dict[str, Tensor] | None = None
         if artifact.manifest.weights is not None:
             tensors = {**load_weights(artifact, check_weights), **mapped_tensors(artifact, part.constants, check=True)}
+        self.prepare(artifact, tensors)
+        # from here on the device's memory is taken: whatever can be refused has been
+        if tensors is not None:
             tensors = self.place(tensors)
             self._embedding = tensors["model.embed_tokens.weight"]
             self._max_side = tensors["vision_rope"].shape[0]
-        self._bound: dict[str, BoundGraph] = {}
-        for graph in part.graphs:
-            where = f"{artifact.path}: {graph.binding.path}"
-            self._bound[graph.name] = BoundGraph(binding_from_bytes(artifact.read(graph.binding), where), tensors)
-            self.load_graph(graph.name, artifact.read(graph.graph), f"{artifact.path}: {graph.graph.path}")
+            self.bind(tensors)
+
+    @abstractmethod
+    def prepare(self, artifact: Artifact, tensors: dict[str, Tensor] | None) -> None:
+        """Read and check all that runs, on the host. `tensors`: parameters and constants there, None without weights.
+
+        Raises ArtifactError for what is altered, unknown, or does not fit the tensors.
+        """
 
     @abstractmethod
     def place(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
         """Put parameters and constants where the graphs run, once."""
 
     @abstractmethod
-    def load_graph(self, name: str, data: bytes, where: str) -> None:
-        """Make a serialized graph ready to run."""
+    def bind(self, tensors: dict[str, Tensor]) -> None:
+        """Take what `place` returned as the parameters and constants of all that runs."""
 
     @abstractmethod
-    def run_graph(self, name: str, inputs: list[Tensor]) -> list[Tensor]:
-        """Run a loaded graph."""
-
-    @abstractmethod
-    def to_device(self, array: NDArray[Any]) -> Tensor:
-        """A contiguous copy of a host array on the device."""
-
-    def binding(self, name: str) -> Binding:
-        return self._bound[name].binding
-
-    def _run(
+    def run(
         self,
         name: str,
         arguments: Mapping[str, Tensor],
         lengths: Mapping[str, list[int]],
         cache: Cache | None = None,
     ) -> dict[str, Tensor]:
-        bound = self._bound[name]
-        outputs = self.run_graph(name, bound.inputs(arguments, lengths, cache))
-        if len(outputs) != len(bound.outputs):
-            raise ArtifactError(f"graph {name}: gave {len(outputs)} outputs, its binding names {len(bound.outputs)}")
-        return dict(zip(bound.outputs, outputs, strict=True))
+        """Run visual, prefill or decode_b<rows>; returns its outputs by name."""
+
+    def to_device(self, array: NDArray[Any]) -> Tensor:
+        """A host array, contiguous, on the device."""
+        return torch.from_numpy(np.ascontiguousarray(array)).to(self.device)
 
     def allocate(self, rows: int) -> Cache:
         fitting = sorted(batch for batch in self._part.batches if batch >= rows)
@@ -223,10 +229,12 @@ class GeBackend(Backend):
                 "make it smaller, with max_pixels for instance"
             )
         arguments = {"patches": self.to_device(patches), "positions": self.to_device(positions)}
+        lengths = {"segment_ends": segment_ends}
         if self._part.visual_attention == "masked":
+            lengths = {}
             segment = np.searchsorted(segment_ends, np.arange(len(patches)), side="right")
             arguments["segment_mask"] = self.to_device((segment[:, None] != segment[None])[None, None])
-        outputs = self._run("visual", arguments, {"segment_ends": segment_ends})
+        outputs = self.run("visual", arguments, lengths)
         return Embeds(outputs["embeds"], patches.shape[0] // self._model.vision.spatial_merge_size**2)
 
     def prefill(
@@ -261,7 +269,7 @@ class GeBackend(Backend):
         if self._part.operators == "recipe":
             hidden = np.arange(self._part.max_length)[None] > start + np.arange(written)[:, None]
             arguments["mask"] = self.to_device(hidden[None, None])
-        outputs = self._run("prefill", arguments, {"kv_lengths": [start + written]}, cache.row(row))
+        outputs = self.run("prefill", arguments, {"kv_lengths": [start + written]}, cache.row(row))
         return Step(outputs["next_token"], outputs["logits"])
 
     def begin(self, cache: Cache, tokens: Ints | Step, cache_index: Ints, positions: Ints) -> Step:
@@ -278,7 +286,7 @@ class GeBackend(Backend):
     def decode(self, cache: Cache, step: Step, kv_lengths: list[int]) -> Step:
         arguments = {"token_ids": step.next_token, "cache_index": step.cache_index, "positions": step.positions}
         lengths = kv_lengths + [kv_lengths[-1]] * (cache.rows - len(kv_lengths))
-        outputs = self._run(f"decode_b{cache.rows}", arguments, {"kv_lengths": lengths}, cache)
+        outputs = self.run(f"decode_b{cache.rows}", arguments, {"kv_lengths": lengths}, cache)
         return Step(outputs["next_token"], outputs["logits"], outputs["cache_index"], outputs["positions"])
 
     def tokens(self, step: Step) -> Ints:
@@ -288,3 +296,42 @@ class GeBackend(Backend):
     def logits(self, step: Step) -> NDArray[np.float32]:
         logits: NDArray[np.float32] = step.logits.cpu().float().numpy()
         return logits
+
+
+class GeBackend(ModelBackend):
+    """Everything about GE graphs but their execution, which a subclass brings for its device."""
+
+    def prepare(self, artifact: Artifact, tensors: dict[str, Tensor] | None) -> None:
+        self._bound: dict[str, BoundGraph] = {}
+        for graph in self._part.graphs:
+            where = f"{artifact.path}: {graph.binding.path}"
+            self._bound[graph.name] = BoundGraph(binding_from_bytes(artifact.read(graph.binding), where), tensors)
+            self.load_graph(graph.name, artifact.read(graph.graph), f"{artifact.path}: {graph.graph.path}")
+
+    def bind(self, tensors: dict[str, Tensor]) -> None:
+        for bound in self._bound.values():
+            bound.bind(tensors)
+
+    @abstractmethod
+    def load_graph(self, name: str, data: bytes, where: str) -> None:
+        """Make a serialized graph ready to run. Takes no device memory."""
+
+    @abstractmethod
+    def run_graph(self, name: str, inputs: list[Tensor]) -> list[Tensor]:
+        """Run a loaded graph."""
+
+    def binding(self, name: str) -> Binding:
+        return self._bound[name].binding
+
+    def run(
+        self,
+        name: str,
+        arguments: Mapping[str, Tensor],
+        lengths: Mapping[str, list[int]],
+        cache: Cache | None = None,
+    ) -> dict[str, Tensor]:
+        bound = self._bound[name]
+        outputs = self.run_graph(name, bound.inputs(arguments, lengths, cache))
+        if len(outputs) != len(bound.outputs):
+            raise ArtifactError(f"graph {name}: gave {len(outputs)} outputs, its binding names {len(bound.outputs)}")
+        return dict(zip(bound.outputs, outputs, strict=True))
