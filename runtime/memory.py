@@ -51,11 +51,12 @@ def soc_memory(soc: str) -> int | None:
 
 def check_free(manifest: Manifest, part: GePart, free: int) -> None:
     """Raises TargetError if a device that could hold the model has too much of its memory taken."""
-    needed = device_memory(manifest, part).total
-    if needed > free:
+    needed = device_memory(manifest, part)
+    if needed.total > free:
+        room = _fitting_length(needed, part, free)
         raise TargetError(
-            f"{manifest.name} needs {needed / 1e9:.1f} GB of device memory, {free / 1e9:.1f} GB are free; "
-            "stop what else uses the NPU"
+            f"{manifest.name} needs {needed.total / 1e9:.1f} GB of device memory, {free / 1e9:.1f} GB are free; "
+            "stop what else uses the NPU" + (f", or compile with --max-length {room}" if room else "")
         )
 
 
@@ -65,14 +66,19 @@ def check_fits(manifest: Manifest, part: GePart, available: int) -> None:
     usable = int(available * _USABLE)
     if needed.total <= usable:
         return
-    per_token = needed.cache // part.max_length
-    room = (usable - needed.weights) // per_token
+    room = _fitting_length(needed, part, usable)
     advice = (
         f"compile with --max-length {room} or a smaller --batch"
-        if room >= 1
+        if room
         else "its weights alone do not fit one device, and this version does not split a model over several"
     )
     raise TargetError(
         f"{manifest.name} needs {needed.total / 1e9:.1f} GB of device memory (weights {needed.weights / 1e9:.1f}, "
         f"KV cache {needed.cache / 1e9:.1f}); one {part.soc} leaves {usable / 1e9:.1f} GB: {advice}"
     )
+
+
+def _fitting_length(needed: DeviceMemory, part: GePart, available: int) -> int:
+    """The longest cache that fits beside the weights; 0 where there is no room for one that can be compiled."""
+    room = (available - needed.weights) // (needed.cache // part.max_length)
+    return room if room >= 2 else 0

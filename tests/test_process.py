@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from qwen2vl_tc.artifacts import process
-from qwen2vl_tc.artifacts.process import AUTOLOAD_VARIABLE, npu_count, prepare_process
+from qwen2vl_tc.artifacts.process import AUTOLOAD_VARIABLE, driver_version, npu_count, prepare_process
 
 
 def run(script: str) -> str:
@@ -109,3 +109,30 @@ def test_npus_are_counted_by_their_own_nodes_and_not_by_the_managers(tmp_path: P
     for node in ("davinci0", "davinci1", "davinci12", "davinci_manager", "davinci_manager_docker", "null"):
         (tmp_path / node).touch()
     assert npu_count(tmp_path) == 3
+
+
+INSTALL_INFO = "UserName=HwHiAiUser\nDriver_Install_Path_Param={}\nDriver_Install_Mode=all\n"
+VERSION_INFO = "Version=24.1.rc2\nascendhal_version=7.35.19\npackage_version=24.1.rc2\nInnerversion=V100R001C18\n"
+
+
+@pytest.mark.parametrize(
+    ("recorded", "folder", "content", "found"),
+    [
+        (None, "usr/local/Ascend", VERSION_INFO, "24.1.rc2"),
+        ("/opt/ascend", "opt/ascend", VERSION_INFO, "24.1.rc2"),
+        ("/opt/ascend", "usr/local/Ascend", VERSION_INFO, None),
+        (None, "usr/local/Ascend", "package_version=24.1.rc2\n", None),
+        # it becomes part of a folder's name
+        (None, "usr/local/Ascend", "Version=../../24\n", None),
+        (None, "elsewhere", "", None),
+    ],
+)
+def test_the_driver_s_version_is_read_where_its_installer_recorded_it(
+    tmp_path: Path, recorded: str | None, folder: str, content: str, found: str | None
+) -> None:
+    if recorded is not None:
+        (tmp_path / "etc").mkdir()
+        (tmp_path / "etc/ascend_install.info").write_text(INSTALL_INFO.format(recorded))
+    (tmp_path / folder / "driver").mkdir(parents=True)
+    (tmp_path / folder / "driver/version.info").write_text(content)
+    assert driver_version(tmp_path) == found

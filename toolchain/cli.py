@@ -320,6 +320,21 @@ app.command(epilog=cli_generate.GENERATE_EXAMPLES)(cli_generate.generate)
 app.command(epilog=cli_generate.CHAT_EXAMPLES)(cli_generate.chat)
 
 
+@app.command(epilog=examples("qwen2vl-tc warm qwen2-vl-7b.artifact"))
+def warm(artifact: Artifact) -> None:
+    """On the NPU host: compile the graphs ahead of the first request, into GE's cache in your cache folder.
+
+    Run it again after an update of CANN or of the driver: each has a cache of its own.
+    """
+    from .cli_output import print_warmed
+    from .console import step_progress
+    from .warm import warm_artifact
+
+    with step_progress("warm") as progress:
+        warmed = warm_artifact(artifact, progress)
+    print_warmed(warmed, artifact)
+
+
 @app.command(epilog=examples("qwen2vl-tc doctor", "qwen2vl-tc doctor qwen2-vl-7b.artifact", "qwen2vl-tc doctor --json"))
 def doctor(
     artifact: Annotated[

@@ -12,6 +12,7 @@ from .console import format_bytes, result, stdout, warn
 if TYPE_CHECKING:
     from rich.table import Table
 
+    from .warm import Warmed
     from .weights.convert import ConvertResult
 
 
@@ -86,7 +87,23 @@ def next_after_compile(manifest: Manifest, out: Path) -> str:
         return command("qwen2vl-tc", "convert", "--src", "HF_DIR", "--out", out)
     if manifest.verification == "none":
         return command("qwen2vl-tc", "verify", out, "--against", "HF_DIR")
-    return command("qwen2vl-tc", "generate", out, "--image", "PICTURE", "--prompt", "What is this?")
+    return _next_after_loading(out)
+
+
+def _next_after_loading(artifact: Path) -> str:
+    return command("qwen2vl-tc", "generate", artifact, "--image", "PICTURE", "--prompt", "What is this?")
+
+
+def print_warmed(warmed: "Warmed", artifact: Path) -> None:
+    """Where the cache is, what may be wrong with it, and what to run next."""
+    if not warmed.files:
+        warn(f"GE left nothing in {warmed.cache}: this CANN keeps no compiled graphs, and every start compiles them")
+    if warmed.driver is None:
+        warn(f"the driver's version is not recorded here: delete {warmed.cache} when the driver is updated")
+    result(
+        f"warmed {', '.join(warmed.graphs)} in {warmed.seconds:.0f} s: {format_bytes(warmed.bytes)} in "
+        f"{warmed.files} file(s), {warmed.cache}; next: {_next_after_loading(artifact)}"
+    )
 
 
 def print_written(manifest: Manifest, out: Path) -> None:

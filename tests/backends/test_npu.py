@@ -1,8 +1,10 @@
 """The NPU backend end to end on the emulated device, and what it refuses."""
 
 import dataclasses
+import importlib.metadata
 from collections.abc import Iterator
 from pathlib import Path
+from shutil import copytree
 from typing import Any
 
 import pytest
@@ -11,11 +13,12 @@ from helpers.emulated_npu import DeviceWork, emulated_npu, load_on_npu
 from PIL import Image
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from qwen2vl_tc.artifacts.errors import TargetError
+from qwen2vl_tc.artifacts.errors import ArtifactError, MissingDependencyError, TargetError
 from qwen2vl_tc.artifacts.store import Artifact
 from qwen2vl_tc.runtime import Model, load
 from qwen2vl_tc.runtime.backends import npu
 from qwen2vl_tc.runtime.generate import Timings, Token, generate_rows
+from qwen2vl_tc.runtime.memory import device_memory
 from qwen2vl_tc.toolchain.synthetic import tiny_config
 
 
@@ -241,6 +244,78 @@ def test_what_cannot_run_here_is_refused_before_device_memory_is_taken(
     with pytest.raises(TargetError, match=message):
         npu.NpuBackend(changed(model.artifact, **fields))
     assert not taken
+
+
+@pytest.mark.parametrize("file", ["decode_b3/graph.pb", "prefill/binding.json", "constants.safetensors"])
+def test_an_altered_graph_is_refused_before_device_memory_is_taken(
+    model: Model, artifact: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, file: str
+) -> None:
+    moved = Path(copytree(artifact, tmp_path / "moved.artifact"))
+    data = bytearray((moved / "graphs/ge" / file).read_bytes())
+    data[-1] ^= 1
+    (moved / "graphs/ge" / file).write_bytes(data)
+    taken: list[Any] = []
+    monkeypatch.setattr(npu.NpuBackend, "place", lambda *args: taken.append(args))
+    with pytest.raises(ArtifactError, match=f"{file}: blake3 .* altered or damaged"):
+        load_on_npu(moved)
+    assert not taken
+
+
+def test_a_cann_that_lacks_an_operator_of_the_graphs_is_refused_before_device_memory_is_taken(
+    model: Model, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from torchair.core import _torchair
+
+    def ask(operator: str, inputs: Any, attributes: Any) -> str:
+        return "its registry has no approximate" if operator == "GeluV2" else ""
+
+    taken: list[Any] = []
+    monkeypatch.setattr(npu, "emulated", lambda: False)
+    monkeypatch.setattr(_torchair, "check_cann_compat", ask)
+    monkeypatch.setattr(npu.NpuBackend, "place", lambda *args: taken.append(args))
+    with pytest.raises(TargetError, match="this CANN lacks GeluV2: its registry has no approximate; install a newer"):
+        npu.NpuBackend(model.artifact)
+    assert not taken
+
+
+def test_torch_and_torch_npu_of_different_versions_are_refused_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(importlib.metadata, "version", lambda name: "2.12.0")
+    with pytest.raises(
+        MissingDependencyError, match=r"torch 2\.13.* and torch-npu 2\.12\.0 do not match; install equal"
+    ):
+        npu.vendor_modules()
+
+
+def test_memory_that_others_hold_is_told_from_memory_that_is_not_there(
+    model: Model, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import torch_npu
+
+    part = model.manifest.ge
+    assert part is not None
+    needed = device_memory(model.manifest, part)
+    free = needed.weights + needed.cache // part.max_length * 100
+    taken: list[Any] = []
+    monkeypatch.setattr(npu.NpuBackend, "place", lambda *args: taken.append(args))
+    monkeypatch.setattr(torch_npu.npu, "memory_reserved", lambda: 0)
+    monkeypatch.setattr(torch_npu.npu, "memory_allocated", lambda: 0)
+    monkeypatch.setattr(torch_npu.npu, "mem_get_info", lambda: (free, 64 << 30))
+    with pytest.raises(TargetError, match=r"are free; stop what else uses the NPU, or compile with --max-length 100$"):
+        npu.NpuBackend(model.artifact)
+    monkeypatch.setattr(torch_npu.npu, "mem_get_info", lambda: (needed.weights, 64 << 30))
+    with pytest.raises(TargetError, match=r"are free; stop what else uses the NPU$"):
+        npu.NpuBackend(model.artifact)
+    assert not taken
+
+
+def test_a_new_driver_gets_a_compile_cache_of_its_own(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    names = []
+    for version in ("24.1.rc2", "25.0", None):
+        monkeypatch.setattr(npu, "driver_version", lambda version=version: version)
+        backend: Any = npu.NpuBackend(model.artifact)
+        names.append(backend.cache_folder.name)
+    prefix = f"{model.artifact.manifest_hash[:16]}-Ascend910B2-cann-none-driver"
+    assert names == [f"{prefix}-24.1.rc2", f"{prefix}-25.0", f"{prefix}-unknown"]
 
 
 def test_fp32_graphs_are_refused_on_the_device(model: Model, build: Any) -> None:

@@ -43,6 +43,7 @@ FROZEN = {
     "inspect": {"ARTIFACT", "--json", "--tokens", "--patches", "--graph", "--dot", "--layer"},
     "generate": {"ARTIFACT", "--image", "--prompt", "--system", "--requests", "--json", *ENGINE, *SETTINGS},
     "chat": {"ARTIFACT", "--image", "--system", *ENGINE, *SETTINGS},
+    "warm": {"ARTIFACT"},
     "doctor": {"ARTIFACT", "--json"},
     "demo": {"--out", "--keep", "--no-keep"},
 }
@@ -156,6 +157,7 @@ def test_main_prepares_the_process_before_anything_else(monkeypatch: pytest.Monk
         (["inspect"], "no artifact in it"),
         (["inspect", "file"], "is a file"),
         (["generate", "absent", "--prompt", "x"], "absent: no such folder"),
+        (["warm", "absent"], "warm needs a usable NPU, and no NPU is here; run it on the NPU host"),
         (["demo", "--out", "full"], "holds something else than a demo"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
