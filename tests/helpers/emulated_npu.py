@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_leaves, tree_map
 
 from qwen2vl_tc.artifacts.store import open_artifact
 from qwen2vl_tc.exporters.torchair.device import open_device
@@ -85,6 +85,57 @@ def load_on_npu(path: Path) -> Model:
     artifact = open_artifact(path)
     check = WeightCheck(artifact)
     return Model(artifact, open_processor(artifact), NpuBackend(artifact, check_weights=False), "emulated", check)
+
+
+class EmulatedKernels(TorchDispatchMode):
+    """Stands where torch_npu's kernels are: runs every operator on the device's memory with the CPU's kernels.
+
+    `names` collects what ran on the device. Operators of the npu namespace need toolchain.npu_ops registered.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: Counter[str] = Counter()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = dict(kwargs or {})
+        with self:
+            # in inference mode composite operators arrive whole
+            parts = func.decompose(*args, **kwargs)
+        if parts is not NotImplemented:
+            return parts
+        given = [t for t in tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor) and t.device.type == "npu"]
+        name = func.overloadpacket.__name__
+        place = str(kwargs.get("device") or ("npu" if given else "cpu"))
+        if not (given or "npu" in place) or func.is_view or name in ("empty", "empty_strided"):
+            return func(*args, **kwargs)
+        self.names[name] += 1
+        if "device" in kwargs:
+            kwargs["device"] = "cpu"
+        views = {id(tensor): _strided_host_view(tensor) for tensor in given}
+        originals = {id(views[id(tensor)]): tensor for tensor in given}
+        on_host = tree_map(lambda x: views.get(id(x), x), (args, kwargs))
+        result = func(*on_host[0], **on_host[1])
+
+        def upload(value: Any) -> Any:
+            if not isinstance(value, torch.Tensor) or "npu" not in place:
+                return value
+            if id(value) in originals:  # updated in place
+                return originals[id(value)]
+            made = torch.empty(value.shape, dtype=value.dtype, device="npu")
+            host_view(made).copy_(value)
+            return made
+
+        return tree_map(upload, result)
+
+
+def _strided_host_view(tensor: torch.Tensor) -> torch.Tensor:
+    """The same memory as a CPU tensor, whatever the strides."""
+    size = (sum((n - 1) * step for n, step in zip(tensor.shape, tensor.stride(), strict=True)) + 1) * tensor.itemsize
+    if not tensor.numel():
+        return torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype)
+    raw = (ctypes.c_char * size).from_address(tensor.data_ptr())
+    return torch.frombuffer(raw, dtype=tensor.dtype).as_strided(tensor.shape, tensor.stride())
 
 
 class DeviceWork(TorchDispatchMode):

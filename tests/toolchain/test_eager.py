@@ -14,11 +14,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from helpers.emulated_npu import EmulatedKernels, emulated_npu
 from PIL import Image
 
 from qwen2vl_tc.artifacts.errors import ArtifactError, TargetError
 from qwen2vl_tc.artifacts.store import Artifact, open_artifact
-from qwen2vl_tc.runtime import Model, load
+from qwen2vl_tc.runtime import Model, load, loader
 from qwen2vl_tc.runtime.backends.ge.bound import mapped_bytes
 from qwen2vl_tc.runtime.generate import Timings, prefill_prompt
 from qwen2vl_tc.toolchain import eager, npu_ops
@@ -61,6 +62,45 @@ def test_a_batch_runs_eagerly_as_its_graphs_do_step_by_step(
     for ours, theirs in zip(modules, graphs, strict=True):
         # the same kernels in the same order: passes over a graph remove operators, and change no arithmetic
         assert np.array_equal(ours, theirs)
+
+
+@pytest.mark.parametrize(("operators", "visual_attention"), [("fused", "tnd"), ("recipe", "masked")])
+def test_on_an_npu_the_modules_run_there_with_its_operators(
+    build: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, operators: str, visual_attention: str
+) -> None:
+    form = {"operators": operators, "visual_attention": visual_attention}
+    _, artifact = build(f"eager_bf16_{operators}", tiny_config(), dtype="bf16", batches="1,3", **form)
+    expected = steps(load(artifact, "reference"), 8)
+    with emulated_npu(monkeypatch, tmp_path):
+        monkeypatch.setattr(loader, "npu_problem", lambda: None)
+        model = load(artifact, engine("eager", "npu"))
+        assert model.backend.device == "npu:0"
+        npu_ops.register()
+        with EmulatedKernels() as kernels:
+            found = steps(model, 8)
+    assert all(np.array_equal(ours, theirs) for ours, theirs in zip(found, expected, strict=True))
+    ours = {name for name in kernels.names if name in npu_ops.KERNELS}
+    attention = {name for name in npu_ops.KERNELS if "attention" in name}
+    assert ours >= npu_ops.KERNELS.keys() - attention
+    assert len(ours & attention) == (1 if operators == "fused" else 2)
+
+
+def test_on_an_npu_what_it_cannot_hold_or_compute_is_refused_before_device_memory_is_taken(
+    built: Path, build: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    _, artifact = build("eager_bf16_fused", tiny_config(), dtype="bf16", batches="1,3")
+    taken: list[Any] = []
+    with emulated_npu(monkeypatch, tmp_path):
+        import torch_npu
+
+        monkeypatch.setattr(loader, "npu_problem", lambda: None)
+        monkeypatch.setattr(eager.EagerBackend, "place", lambda *args: taken.append(args))
+        with pytest.raises(TargetError, match="it is fp32, and the NPU's attention takes bf16 and fp16"):
+            load(built, engine("eager", "npu"))
+        monkeypatch.setattr(torch_npu.npu, "mem_get_info", lambda: (0, 1 << 20))
+        with pytest.raises(TargetError, match=r"needs .* GB of device memory"):
+            load(artifact, engine("eager", "npu"))
+    assert not taken
 
 
 def test_weights_are_the_mapped_ones(built: Path) -> None:
