@@ -108,14 +108,8 @@ def trace_variant(variant: Variant, config: ModelConfig, max_length: int, dtype:
 
     found = {}
     with variant.applied():
-        default = torch.get_default_dtype()
-        torch.set_default_dtype(dtype)
-        try:
-            with torch.device("meta"):
-                model = signatures.Qwen2VL(config, max_length, variant.form)
-        finally:
-            torch.set_default_dtype(default)
-        model = model.to_empty(device="npu").eval().requires_grad_(False)
+        model = signatures.empty_model(config, max_length, variant.form, dtype).to_empty(device="npu")
+        model.requires_grad_(False)
         for signature in signatures.signatures(model, config, dtype, max_length, (1,), "npu"):
             if signature.name in variant.graphs:
                 changed = variant.change(model, signature) if variant.change else signature

@@ -5,6 +5,7 @@ torch_npu's; its own definitions are used where it is imported, and these are ta
 """
 
 import sys
+import threading
 from collections.abc import Callable
 from typing import Any
 
@@ -202,6 +203,8 @@ KERNELS: dict[str, Callable[..., Any]] = {
 # torch forgets what a library defined when the library is gone
 _library: torch.library.Library | None = None
 _beside_vendor = False
+# models run in threads
+_lock = threading.Lock()
 
 
 def register() -> None:
@@ -212,22 +215,24 @@ def register() -> None:
     torch_npu by itself must do so first.
     """
     global _library, _beside_vendor
-    vendor = "torch_npu" in sys.modules
-    if _library is not None and _beside_vendor == vendor:
-        return
-    library = torch.library.Library("npu", "FRAGMENT")
-    for schema in SCHEMAS:
+    with _lock:
+        vendor = "torch_npu" in sys.modules
+        if _library is not None and _beside_vendor == vendor:
+            return
+        library = torch.library.Library("npu", "FRAGMENT")
+        for schema in SCHEMAS:
+            if not vendor:
+                library.define(schema)
+            name = schema.partition("(")[0]
+            library.impl(name, KERNELS[name], "CPU")
+        _library, _beside_vendor = library, vendor
         if not vendor:
-            library.define(schema)
-        name = schema.partition("(")[0]
-        library.impl(name, KERNELS[name], "CPU")
-    _library, _beside_vendor = library, vendor
-    if not vendor:
-        # torch_npu defines the same names, and torch takes a name only once
-        before_vendor_import(unregister)
+            # torch_npu defines the same names, and torch takes a name only once
+            before_vendor_import(unregister)
 
 
 def unregister() -> None:
     """Take the kernels back, and the operators where they are defined here."""
     global _library
-    _library = None
+    with _lock:
+        _library = None

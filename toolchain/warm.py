@@ -12,7 +12,7 @@ from ..artifacts.store import ge_part
 if TYPE_CHECKING:
     from .console import StepProgress
 
-# the smallest picture that the processor takes: one window of 2 x 2 merged patches
+# pixels: the smallest picture at the published min_pixels, 2 x 2 merged patches
 _SIDE = 56
 
 

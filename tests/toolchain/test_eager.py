@@ -97,7 +97,7 @@ def test_on_an_npu_what_it_cannot_hold_or_compute_is_refused_before_device_memor
         monkeypatch.setattr(eager.EagerBackend, "place", lambda *args: taken.append(args))
         with pytest.raises(TargetError, match="it is fp32, and the NPU's attention takes bf16 and fp16"):
             load(built, engine("eager", "npu"))
-        monkeypatch.setattr(torch_npu.npu, "mem_get_info", lambda: (0, 1 << 20))
+        monkeypatch.setattr(torch_npu.npu, "mem_get_info", lambda: (0, 1 << 16))
         with pytest.raises(TargetError, match=r"needs .* GB of device memory"):
             load(artifact, engine("eager", "npu"))
     assert not taken
