@@ -47,7 +47,7 @@ def load(path: str | Path, backend: BackendChoice = None, *, observer: "Observer
                 f"{path}: its verification failed, see reports/verify.json; build it again, or verify it again"
             )
         check = WeightCheck(artifact)
-        engine = _engine(choice, artifact, observer)
+        engine = _engine(choice, artifact, observer, check)
         processor = open_processor(artifact)
     except BaseException:
         artifact.close()
@@ -96,7 +96,7 @@ def best_here() -> tuple[str, str]:
     return "npu", "an NPU is here"
 
 
-def _engine(name: str | EngineMaker, artifact: Artifact, observer: "Observer | None") -> Backend:
+def _engine(name: str | EngineMaker, artifact: Artifact, observer: "Observer | None", check: WeightCheck) -> Backend:
     if observer is not None and name != "reference":
         raise TargetError("an observer needs --backend reference: other engines hand out no intermediates")
     if not isinstance(name, str):
@@ -106,7 +106,8 @@ def _engine(name: str | EngineMaker, artifact: Artifact, observer: "Observer | N
     if name == "npu":
         from .backends.npu import NpuBackend
 
-        return NpuBackend(artifact, check_weights=False)
+        # by now the hashes are mostly done: they run beside the imports, which take seconds
+        return NpuBackend(artifact, check_weights=False, before_placing=check.wait)
     from .backends.reference import ReferenceBackend
 
     return ReferenceBackend(artifact, check_weights=False, observer=observer)

@@ -82,5 +82,6 @@ def eager_on(artifact: Artifact, backend: str) -> EagerBackend:
 
         check_npu(artifact)
         open_npu(artifact)
-        return EagerBackend(artifact, DEVICE_NAME, check_weights=False)
+        # here, and not beside: what is altered takes no device memory
+        return EagerBackend(artifact, DEVICE_NAME, check_weights=True)
     return EagerBackend(artifact, CPU, check_weights=False)

@@ -6,6 +6,7 @@ internal formats from the inputs, load, compile, run.
 
 import importlib.metadata
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -40,13 +41,19 @@ class NpuStep(Step):
 
 
 class NpuBackend(GeBackend):
-    """GE graphs on NPU 0. Refuses, before any device memory is taken, what the manifest says cannot run here."""
+    """GE graphs on NPU 0. Refuses, before any device memory is taken, what the manifest says cannot run here.
+
+    before_placing is called when all else is known to fit: to wait for a check of the weights that runs beside this.
+    """
 
     name = "npu"
     device = DEVICE_NAME
     run_ahead = RUN_AHEAD
 
-    def __init__(self, artifact: Artifact, check_weights: bool = True) -> None:
+    def __init__(
+        self, artifact: Artifact, check_weights: bool = True, before_placing: Callable[[], None] | None = None
+    ) -> None:
+        self._before_placing = before_placing
         self._torch_npu = vendor_modules()
         # torchair compiles for the current device: tensors and graphs must agree on it
         self._torch_npu.npu.set_device(DEVICE)
@@ -59,6 +66,8 @@ class NpuBackend(GeBackend):
             self._compile(name)
 
     def place(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        if self._before_placing is not None:
+            self._before_placing()
         # Parameter(t.npu()), not Parameter(t).npu(): the address must stay what GE was told
         return {name: torch.nn.Parameter(t.to(self.device), requires_grad=False) for name, t in tensors.items()}
 

@@ -15,10 +15,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from qwen2vl_tc.artifacts.errors import ArtifactError, MissingDependencyError, TargetError
 from qwen2vl_tc.artifacts.store import Artifact
-from qwen2vl_tc.runtime import Model, load
+from qwen2vl_tc.runtime import Model, load, loader
 from qwen2vl_tc.runtime.backends import npu
 from qwen2vl_tc.runtime.generate import Timings, Token, generate_rows
 from qwen2vl_tc.runtime.memory import device_memory
+from qwen2vl_tc.toolchain.execute_mode import engine
 from qwen2vl_tc.toolchain.synthetic import tiny_config
 
 
@@ -246,19 +247,31 @@ def test_what_cannot_run_here_is_refused_before_device_memory_is_taken(
     assert not taken
 
 
-@pytest.mark.parametrize("file", ["decode_b3/graph.pb", "prefill/binding.json", "constants.safetensors"])
-def test_an_altered_graph_is_refused_before_device_memory_is_taken(
-    model: Model, artifact: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, file: str
+CONSTANTS, WEIGHTS = "graphs/ge/constants.safetensors", "weights/model-00001-of-00001.safetensors"
+
+
+@pytest.mark.parametrize(
+    ("mode", "file"),
+    [
+        ("dynamo", "graphs/ge/decode_b3/graph.pb"),
+        ("dynamo", "graphs/ge/prefill/binding.json"),
+        ("dynamo", CONSTANTS),
+        ("dynamo", WEIGHTS),
+        ("eager", CONSTANTS),
+        ("eager", WEIGHTS),
+    ],
+)
+def test_an_altered_file_is_refused_before_device_memory_is_taken(
+    model: Model, artifact: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, mode: str, file: str
 ) -> None:
     moved = Path(copytree(artifact, tmp_path / "moved.artifact"))
-    data = bytearray((moved / "graphs/ge" / file).read_bytes())
+    data = bytearray((moved / file).read_bytes())
     data[-1] ^= 1
-    (moved / "graphs/ge" / file).write_bytes(data)
-    taken: list[Any] = []
-    monkeypatch.setattr(npu.NpuBackend, "place", lambda *args: taken.append(args))
-    with pytest.raises(ArtifactError, match=f"{file}: blake3 .* altered or damaged"):
-        load_on_npu(moved)
-    assert not taken
+    (moved / file).write_bytes(data)
+    monkeypatch.setattr(loader, "npu_problem", lambda: None)
+    with DeviceWork() as work, pytest.raises(ArtifactError, match=f"{file}: blake3 .* altered or damaged"):
+        load(moved, engine(mode, "npu"))
+    assert not work.counts["to_device"]
 
 
 def test_a_cann_that_lacks_an_operator_of_the_graphs_is_refused_before_device_memory_is_taken(
