@@ -10,6 +10,7 @@ from ..artifacts.schema import parse_json
 # settings that change the output and are not implemented, each with the values that change nothing
 _NEUTRAL: dict[str, tuple[Any, ...]] = {
     "num_beams": (None, 1),
+    "num_return_sequences": (None, 1),
     "num_beam_groups": (None, 1),
     "penalty_alpha": (None, 0),
     "no_repeat_ngram_size": (None, 0),
@@ -95,10 +96,10 @@ def generation_defaults_from_hf(
     if not eos:
         raise ArtifactError(f"{where}: names no eos_token_id, and the tokenizer has no <|im_end|>")
     pad = plain.get("pad_token_id")
-    do_sample = plain.get("do_sample", False)
+    do_sample = False if plain.get("do_sample") is None else plain["do_sample"]
     if type(do_sample) is not bool:
         raise ArtifactError(f"{where}: do_sample is {do_sample!r}, expected true or false")
-    top_k = whole("top_k", 0) if "top_k" in plain else 50
+    top_k = whole("top_k", 0)
     stop = plain.get("stop_strings") or []
     stop = [stop] if isinstance(stop, str) else stop
     if not isinstance(stop, list) or not all(isinstance(text, str) and text for text in stop):
@@ -108,7 +109,7 @@ def generation_defaults_from_hf(
         pad_token_id=eos[0] if pad is None else token("pad_token_id", pad),
         do_sample=do_sample,
         temperature=number("temperature", 1.0, 0.0),
-        top_k=top_k or 0,
+        top_k=50 if top_k is None else top_k,
         top_p=number("top_p", 1.0, 0.0, 1.0),
         repetition_penalty=number("repetition_penalty", 1.0, 1e-6),
         max_new_tokens=whole("max_new_tokens", 1),

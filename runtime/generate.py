@@ -2,9 +2,9 @@
 
 import time
 from collections import deque
-from collections.abc import Generator, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from contextlib import closing
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
@@ -68,6 +68,10 @@ class Timings:
         """A token after the first has come."""
         self.token_ms.append(self._since_last())
 
+    def skip(self) -> None:
+        """What passed since the last mark was the caller's."""
+        self._since_last()
+
     def _since_last(self) -> float:
         now = time.perf_counter()
         passed, self._last = (now - self._last) * 1e3, now
@@ -119,16 +123,13 @@ class Row:
         self.made: list[int] = []
         self.texts: list[str] = []
         self.finish_reason: str | None = None
+        self._seen = set(prompt.token_ids.tolist())
         self._stream = processor.stream()
         self._stops = StopStrings(processor.stream(skip_special_tokens=False), settings.stop) if settings.stop else None
 
     @cached_property
     def _sampler(self) -> Sampler:
         return Sampler(self.settings)
-
-    @cached_property
-    def _seen(self) -> set[int]:
-        return {*self.prompt.token_ids.tolist(), *self.made}
 
     @property
     def left(self) -> int:
@@ -142,12 +143,9 @@ class Row:
     def take(self, token: int, row: int) -> Token:
         """Note a token that was made; the row may have ended with it."""
         self.made.append(token)
-        if not self.settings.takes_largest_logit:
-            self._seen.add(token)
+        self._seen.add(token)
         text = self._stream.feed(token)
-        # both are asked: the stop strings must see every token
-        stopped = self._stops is not None and self._stops.ended_by(token)
-        if token in self.settings.eos_token_ids or stopped:
+        if token in self.settings.eos_token_ids or (self._stops is not None and self._stops.ended_by(token)):
             self.finish_reason = STOP
         elif len(self.made) == self.limit:
             self.finish_reason = LENGTH
@@ -184,7 +182,9 @@ def prefill_prompt(
         embeds = backend.visual(patches, vision_positions(grids, merge_size), segment_ends(grids))
         timings.mark("visual")
     slots = prompt.vision_slots[prompt.vision_slots >= start] - start
-    return backend.prefill(cache, row, start, prompt.token_ids[start:], prompt.positions[:, start:], embeds, slots)
+    step = backend.prefill(cache, row, start, prompt.token_ids[start:], prompt.positions[:, start:], embeds, slots)
+    timings.mark("prefill")
+    return step
 
 
 def generate_rows(
@@ -198,6 +198,17 @@ def generate_rows(
     if all(row.settings.takes_largest_logit for row in rows):
         return _on_device(backend, cache, rows, firsts)
     return _on_host(backend, cache, rows, firsts)
+
+
+def run_out(
+    steps: Generator[list[Token], None, None], on_token: Callable[[Token], None] | None, first_row: int = 0
+) -> None:
+    """Run steps to their end, handing every token to the hook, with its row counted from `first_row`."""
+    with closing(steps):
+        for step in steps:
+            for token in step:
+                if on_token is not None:
+                    on_token(replace(token, row=first_row + token.row))
 
 
 def texts(steps: Generator[list[Token], None, None]) -> Generator[str, None, None]:

@@ -3,7 +3,6 @@
 import asyncio
 import threading
 from collections.abc import AsyncIterator, Callable, Generator, Iterator, Sequence
-from contextlib import closing
 from typing import TYPE_CHECKING, Any
 
 from ..artifacts.errors import RequestError
@@ -11,7 +10,7 @@ from ..artifacts.manifest import Manifest
 from ..artifacts.store import Artifact
 from .backends.base import Backend
 from .conversation import Conversation
-from .generate import Generation, Row, Timings, Token, generate_rows, texts
+from .generate import Generation, Row, Timings, Token, generate_rows, run_out, texts
 from .integrity import WeightCheck
 from .messages import Message, VideoSource
 from .prompt import Processor, Prompt
@@ -75,11 +74,7 @@ class Model:
         timings = Timings()
         row = self.row(self.processor.prepare(request, images, videos), self.settings(settings))
         timings.mark("preprocess")
-        with closing(self.steps([row], timings)) as steps:
-            for step in steps:
-                for token in step:
-                    if on_token is not None:
-                        on_token(token)
+        run_out(self.steps([row], timings), on_token)
         return row.generation(timings)
 
     def generate_batch(
@@ -92,31 +87,33 @@ class Model:
         """Answer several requests together, each as it would be alone: own prefill, one decode step for all.
 
         Rows end on their own. More requests than the artifact's largest decode graph has rows (`compile --batch`) are
-        answered in groups of that size. Every request is checked before the first is computed.
+        answered in groups of that size.
         """
+        return [answer for group in self.answer_groups(requests, on_token=on_token, **settings) for answer in group]
+
+    def answer_groups(
+        self,
+        requests: Sequence[str | Sequence[Message]],
+        *,
+        on_token: OnToken | None = None,
+        **settings: "Unpack[GivenSettings]",
+    ) -> Iterator[list[Generation]]:
+        """`generate_batch`, group by group: a group's requests are checked before it is computed, not all before."""
         if isinstance(requests, str | bytes) or not isinstance(requests, Sequence) or not requests:
             raise RequestError("requests: expected a non-empty list, each entry a list of messages or a string")
         found = self.settings(settings)
-        timings = Timings()
-        rows = []
-        for i, request in enumerate(requests):
-            try:
-                rows.append(self.row(self.processor.prepare(request), found))
-            except RequestError as error:
-                raise RequestError(f"requests[{i}]: {error}") from error
-        timings.mark("preprocess")
-        answers: list[Generation] = []
         size = self.backend.max_rows
-        for start in range(0, len(rows), size):
-            group = rows[start : start + size]
-            with closing(self.steps(group, timings)) as steps:
-                for step in steps:
-                    for token in step:
-                        if on_token is not None:
-                            on_token(Token(start + token.row, token.id, token.text))
-            answers += [row.generation(timings) for row in group]
+        for start in range(0, len(requests), size):
             timings = Timings()
-        return answers
+            rows = []
+            for i, request in enumerate(requests[start : start + size], start):
+                try:
+                    rows.append(self.row(self.processor.prepare(request), found))
+                except RequestError as error:
+                    raise RequestError(f"requests[{i}]: {error}") from error
+            timings.mark("preprocess")
+            run_out(self.steps(rows, timings), on_token, start)
+            yield [row.generation(timings) for row in rows]
 
     def stream(
         self,
@@ -140,23 +137,26 @@ class Model:
         **settings: "Unpack[GivenSettings]",
     ) -> AsyncIterator[str]:
         """`stream` for asyncio: each step runs in a thread, and a cancelled task ends the generation."""
-        pieces = await asyncio.to_thread(self.stream, request, images, videos, **settings)
-        step = None
+        prompt = await asyncio.to_thread(self.processor.prepare, request, images, videos)
+        steps = self.steps([self.row(prompt, self.settings(settings))], Timings())
+        running = None
         try:
             while True:
-                step = asyncio.ensure_future(asyncio.to_thread(next, pieces, None))
-                piece = await asyncio.shield(step)
-                if piece is None:
+                running = asyncio.ensure_future(asyncio.to_thread(next, steps, None))
+                step = await asyncio.shield(running)
+                if step is None:
                     return
-                yield piece
+                for token in step:
+                    if token.text:
+                        yield token.text
         finally:
-            if step is not None and not step.done():
+            if running is not None and not running.done():
                 # cancelled in mid-step: a generator that runs cannot be closed
-                await asyncio.wait([step])
-            pieces.close()
+                await asyncio.wait([running])
+            steps.close()
 
     def chat(self, system: str | None = None) -> Conversation:
-        """A conversation that keeps its KV cache between turns."""
+        """A conversation that keeps its KV cache, one row of its own, between turns."""
         return Conversation(self, system)
 
     def settings(self, given: "GivenSettings") -> Settings:
@@ -171,34 +171,36 @@ class Model:
         """Run rows to their ends, in the caller's KV cache or one of the model's own; yields each step's tokens."""
         own = cache is None
         if own:
-            cache = self._borrow(len(rows))
+            cache = self.take_cache(len(rows))
         try:
             running: Iterator[list[Token]] | None = None
             while True:
                 with self._turn:
+                    first = running is None
                     if running is None:
                         merge_size = self.processor.config.vision.spatial_merge_size
                         running = generate_rows(self.backend, cache, rows, merge_size, timings)
                     step = next(running, None)
                 if step is None:
                     return
-                if "prefill" in timings.phases:
-                    timings.mark_token()
-                else:
+                if first:
                     timings.mark("prefill")
                     # no token leaves before the weights it was made with are known to be the manifest's
                     self._check.wait()
                     timings.mark("weight_check")
+                else:
+                    timings.mark_token()
                 yield step
+                timings.skip()
         finally:
-            if own:
-                self._idle[len(rows)] = cache
+            if own and self.backend.reuses_caches:
+                self._idle[self.backend.cache_rows(len(rows))] = cache
 
-    def _borrow(self, rows: int) -> Any:
+    def take_cache(self, rows: int) -> Any:
+        """A KV cache for so many rows: one that nothing uses now, or a new one, for which others make room."""
         with self._turn:
-            cache = self._idle.pop(rows, None)
+            cache = self._idle.pop(self.backend.cache_rows(rows), None)
             if cache is None:
-                # caches of other sizes make room
                 self._idle.clear()
                 cache = self.backend.allocate(rows)
             return cache

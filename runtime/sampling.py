@@ -20,7 +20,7 @@ def process_logits(logits: Logits, settings: Settings, seen: Iterable[int], made
     """
     scores = np.array(logits, dtype=np.float32)
     if settings.repetition_penalty != 1:
-        ids = np.fromiter(set(seen), np.int64)
+        ids = np.fromiter(seen, np.int64)
         penalty = np.float32(settings.repetition_penalty)
         scores[ids] = np.where(scores[ids] < 0, scores[ids] * penalty, scores[ids] / penalty)
     if made < settings.min_new_tokens:

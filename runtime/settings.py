@@ -10,6 +10,9 @@ import numpy as np
 from ..artifacts.errors import RequestError
 from .defaults import GenerationDefaults
 
+# below it, logits divided by it leave the range of fp32
+_LEAST_TEMPERATURE = 1e-30
+
 
 class GivenSettings(TypedDict, total=False):
     """What a caller may give; what is left out comes from the checkpoint's generation_config.json.
@@ -17,8 +20,9 @@ class GivenSettings(TypedDict, total=False):
     max_new_tokens: at most so many tokens, the end token included. min_new_tokens: no end token before so many.
     do_sample: draw from the distribution that temperature, top_k (0 keeps all) and top_p leave; otherwise take the
     most likely token. repetition_penalty: above 1 makes tokens of the prompt and the answer less likely. seed: makes
-    sampling repeatable. stop: strings that end an answer, which keeps them. eos_token_id: one or several, replacing
-    the checkpoint's. ignore_eos: go on to max_new_tokens, as benchmarks do.
+    sampling repeatable; every row of a batch draws as it would alone, so equal requests get equal answers. stop:
+    strings that end an answer, which keeps them. eos_token_id: one or several, replacing the checkpoint's. ignore_eos:
+    go on to max_new_tokens, as benchmarks do.
     """
 
     max_new_tokens: int | None
@@ -56,7 +60,7 @@ class Settings:
 
         Sampling among the one most likely token (top_k 1, as Qwen2-VL is published) is taking it.
         """
-        plain = self.repetition_penalty == 1 and self.min_new_tokens == 0
+        plain = self.repetition_penalty == 1 and (self.min_new_tokens == 0 or not self.eos_token_ids)
         return plain and (not self.do_sample or self.top_k == 1)
 
 
@@ -74,7 +78,8 @@ def settings_for(defaults: GenerationDefaults, vocab_size: int, given: Mapping[s
         value = asked.get(name, default)
         real = isinstance(value, int | float | np.integer | np.floating) and not isinstance(value, bool)
         if not real or not math.isfinite(value) or not above < value <= most:
-            hint = "; use do_sample=False to take the most likely token" if name == "temperature" and value == 0 else ""
+            cold = name == "temperature" and real and 0 <= value <= above
+            hint = "; use do_sample=False to take the most likely token" if cold else ""
             limit = f" and at most {most:g}" if most < math.inf else ""
             raise RequestError(f"{name} is {value!r}, expected a number above {above:g}{limit}{hint}")
         return float(value)
@@ -96,6 +101,14 @@ def settings_for(defaults: GenerationDefaults, vocab_size: int, given: Mapping[s
     do_sample = switch("do_sample", defaults.do_sample)
     if not do_sample and (unused := [name for name in ("temperature", "top_k", "top_p") if name in asked]):
         raise RequestError(f"{', '.join(unused)} given without sampling; add do_sample=True (--sample)")
+    top_k = whole("top_k", defaults.top_k, 0) or 0
+    # Qwen2-VL is published with top_k 1: another temperature would change nothing, and say nothing
+    idle = [name for name in ("temperature", "top_p") if name in asked]
+    if do_sample and top_k == 1 and "top_k" not in asked and idle:
+        raise RequestError(
+            f"{', '.join(idle)} given, but the checkpoint's own top_k is 1, which takes the most likely token; add "
+            "top_k=50 (--top-k 50), or 0 to draw among all"
+        )
     stop = asked.get("stop", defaults.stop)
     stop = (stop,) if isinstance(stop, str) else stop
     if not isinstance(stop, list | tuple) or not all(isinstance(text, str) and text for text in stop):
@@ -111,8 +124,8 @@ def settings_for(defaults: GenerationDefaults, vocab_size: int, given: Mapping[s
         min_new_tokens=whole("min_new_tokens", defaults.min_new_tokens, 0) or 0,
         do_sample=do_sample,
         # without sampling these are not used, and a checkpoint may hold values that sampling would refuse
-        temperature=number("temperature", defaults.temperature, 0) if do_sample else 1.0,
-        top_k=whole("top_k", defaults.top_k, 0) or 0,
+        temperature=number("temperature", defaults.temperature, _LEAST_TEMPERATURE) if do_sample else 1.0,
+        top_k=top_k,
         top_p=number("top_p", defaults.top_p, 0, 1) if do_sample else 1.0,
         repetition_penalty=number("repetition_penalty", defaults.repetition_penalty, 0),
         seed=whole("seed", None, 0),

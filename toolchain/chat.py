@@ -57,9 +57,14 @@ def _read(interactive: bool) -> str | None:
         line = sys.stdin.readline()
         return line.strip() if line else None
     try:
-        return input("> ").strip()
+        if sys.stdout.isatty():
+            return input("> ").strip()
+        # input() would write its prompt among the answers
+        sys.stderr.write("> ")
+        sys.stderr.flush()
+        return input().strip()
     except EOFError:
-        result("")
+        note("")
         return None
 
 

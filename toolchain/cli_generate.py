@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 GENERATE_EXAMPLES = examples(
     "qwen2vl-tc generate qwen2-vl-7b.artifact --image cat.jpg --prompt 'What is this?'",
     "qwen2vl-tc generate qwen2-vl-7b.artifact --image a.png --image b.png --prompt 'What differs?' --json",
-    "qwen2vl-tc generate qwen2-vl-7b.artifact --prompt 'A poem.' --sample --temperature 0.8 --top-p 0.9 --seed 1",
+    "qwen2vl-tc generate qwen2-vl-7b.artifact --prompt 'A poem.' --sample --top-k 50 --temperature 0.8 --seed 1",
     "qwen2vl-tc generate qwen2-vl-7b.artifact --requests requests.jsonl",
 )
 CHAT_EXAMPLES = examples(
@@ -109,12 +109,16 @@ def generate(
     if as_json:
         result_json(dataclasses.asdict(model.generate(messages, **settings)))
         return
+    written = False
     with closing(model.stream(messages, **settings)) as pieces:
         try:
             for piece in pieces:
+                written = True
                 write_text(piece)
         finally:
-            result("")
+            # an answer that was cut short ends its line, too
+            if written:
+                result("")
 
 
 def _settings(options: dict[str, Any]) -> dict[str, Any]:
@@ -142,13 +146,15 @@ def _answer_batch(model: "Model", requests: list[Any], settings: dict[str, Any],
 
     from .console import result, token_progress, write_text
 
+    number = 0
     with token_progress("generate") as made:
-        answers = model.generate_batch(requests, on_token=lambda token: made(), **settings)
-    for number, answer in enumerate(answers, 1):
-        if as_json:
-            result(json.dumps(dataclasses.asdict(answer), ensure_ascii=False))
-        else:
-            write_text(f"{number}: {answer.text}\n")
+        for group in model.answer_groups(requests, on_token=lambda token: made(), **settings):
+            for answer in group:
+                if as_json:
+                    result(json.dumps(dataclasses.asdict(answer), ensure_ascii=False))
+                else:
+                    write_text(f"[{number}] {answer.text}\n")
+                number += 1
 
 
 def chat(

@@ -68,7 +68,8 @@ def chat_messages(prompt: str, images: list[str], system: str | None) -> list[di
 def requests_file(path: Path) -> list[Any]:
     """A file of JSON lines, each a list of messages. Raises RequestError for a line that is no JSON, or no line."""
     try:
-        lines = path.read_text("utf-8").splitlines()
+        # not splitlines: JSON may hold characters that it takes for the end of a line
+        lines = path.read_text("utf-8").split("\n")
     except UnicodeDecodeError as error:
         raise RequestError(f"{path}: not UTF-8: {error}") from error
     found = []

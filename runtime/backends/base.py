@@ -41,10 +41,16 @@ class Backend(ABC):
     run_ahead: int = 0
     # rows that one decode step can serve at most
     max_rows: int = 1
+    # whether a cache that served one request may serve the next as it is
+    reuses_caches: bool = True
 
     @abstractmethod
     def allocate(self, rows: int) -> Any:
         """A KV cache for `rows` rows. Raises RequestError when the artifact has no decode graph for so many."""
+
+    def cache_rows(self, rows: int) -> int:
+        """Rows of the cache that `allocate` gives for so many: what it was compiled for may be more."""
+        return rows
 
     @abstractmethod
     def visual(self, patches: NDArray[np.uint8], positions: Ints, segment_ends: list[int]) -> Embeds:

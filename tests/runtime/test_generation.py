@@ -5,15 +5,16 @@ import gc
 import threading
 from collections.abc import Iterator
 from pathlib import Path
+from shutil import copytree
 from typing import Any
 
 import numpy as np
 import pytest
 from PIL import Image
 
-from qwen2vl_tc.artifacts.errors import RequestError
+from qwen2vl_tc.artifacts.errors import ArtifactError, RequestError
 from qwen2vl_tc.runtime import Model, load
-from qwen2vl_tc.runtime.generate import Token
+from qwen2vl_tc.runtime.generate import Row, Token
 from qwen2vl_tc.toolchain.synthetic import tiny_config
 
 QUESTION = [{"role": "user", "content": "Say something."}]
@@ -160,6 +161,28 @@ def test_the_kv_cache_is_allocated_once_for_many_requests(model: Model, monkeypa
         model.generate(QUESTION, max_new_tokens=3)
         list(model.stream(OTHER, max_new_tokens=3))
     assert rows == [1]
+    # two and three rows run in the decode graph of four; another size makes room, so that no more than one is held
+    for size in (4, 3, 2):
+        model.generate_batch([QUESTION] * size, max_new_tokens=3)
+    assert rows == [1, 4]
+    assert len(model._idle) == 1
+    model.chat().send("Hello", max_new_tokens=2)
+    assert rows == [1, 4, 1]
+    assert not model._idle
+
+
+def test_the_recipe_s_operators_meet_no_value_of_an_earlier_request(build: Any) -> None:
+    """They multiply what the mask hides by zero, and zero times a NaN is NaN."""
+    _, path = build("requests_recipe", tiny_config(), operators="recipe", visual_attention="masked")
+    model = load(path)
+    expected = model.generate(QUESTION, max_new_tokens=4).token_ids
+    caches: list[Any] = []
+    allocate = model.backend.allocate
+    model.backend.allocate = lambda rows: (caches.append(allocate(rows)), caches[-1])[1]  # type: ignore[method-assign]
+    for _ in range(2):
+        assert model.generate(QUESTION, max_new_tokens=4).token_ids == expected
+        for tensor in (*caches[-1].keys, *caches[-1].values):
+            tensor.fill_(float("nan"))
 
 
 def tensor_bytes() -> int:
@@ -237,14 +260,139 @@ def test_pictures_of_earlier_turns_are_neither_opened_nor_encoded_again(
     assert encoded == [36, 36]
 
 
-def test_an_answer_that_tokenises_otherwise_is_computed_anew_from_there(model: Model) -> None:
-    """A model may spell a text in other tokens than the tokenizer does: the next turn's own tokens count."""
+def forced(model: Model, monkeypatch: pytest.MonkeyPatch, tokens: list[int]) -> dict[str, Any]:
+    """Settings with which answers are these tokens, whatever the logits say."""
+    left = iter(tokens)
+    monkeypatch.setattr(Row, "choose", lambda self, logits: next(left))
+    # a penalty brings the choice to the host
+    return {"repetition_penalty": 1.5, "max_new_tokens": len(tokens)}
+
+
+def first_logits(model: Model, ask: Any, monkeypatch: pytest.MonkeyPatch) -> np.ndarray:
+    """The logits at the end of the prefill that `ask` does."""
+    found: list[np.ndarray] = []
+    prefill = model.backend.prefill
+    with monkeypatch.context() as patch:
+        patch.setattr(
+            model.backend,
+            "prefill",
+            lambda *args: (found.append(model.backend.logits(step := prefill(*args))[0]), step)[1],
+        )
+        ask()
+    (logits,) = found
+    return logits
+
+
+FRAMES = [Image.new("RGB", (56, 56), (4 * i, 90, 200)) for i in range(48)]
+
+
+@pytest.mark.parametrize(
+    ("said", "kept_too"),
+    [
+        # spelled as the tokenizer spells it, so that the answer's own cache entries serve the next turn
+        ({}, 9),
+        ({"images": [RED]}, 9),
+        # A long clip reaches further in time than the text behind it: transformers places an answer elsewhere while it
+        # is made than once it is a part of the prompt, so it is computed anew.
+        ({"videos": [FRAMES]}, 0),
+    ],
+    ids=["text", "picture", "clip"],
+)
+def test_a_kept_answer_gives_the_logits_of_a_fresh_prompt(
+    model: Model, monkeypatch: pytest.MonkeyPatch, said: dict[str, Any], kept_too: int
+) -> None:
+    answer = model.processor.tokenizer.encode("the cat sat on that, and so on; it is what it is.").ids
     chat = model.chat()
-    answer = chat.send("Hello", max_new_tokens=12)
-    chat._in_cache[len(answer.prompt_token_ids) + 2 :] += 1
-    second = chat.send("Go on.", max_new_tokens=6)
-    assert second.cached_tokens <= len(answer.prompt_token_ids) + 2
-    assert second.token_ids == fresh(model, chat.messages[:-1], max_new_tokens=6)
+    with monkeypatch.context() as patch:
+        first = chat.send("Hello", **said, **forced(model, patch, [*answer, model.processor.eos_token_ids[0]]))
+    kept = first_logits(model, lambda: chat.send("Go on.", max_new_tokens=1), monkeypatch)
+    assert chat._cached.token_ids.size
+    whole = first_logits(model, lambda: fresh(model, chat.messages[:-1], max_new_tokens=1), monkeypatch)
+    # fp32 sums of another order; a cache entry that is wrong shows above 0.1
+    assert np.abs(kept - whole).max() < 1e-4
+    again = chat.send("And?", max_new_tokens=1)
+    assert again.cached_tokens > len(first.prompt_token_ids) + kept_too
+
+
+def test_an_answer_that_tokenises_otherwise_is_computed_anew_from_there(
+    model: Model, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A model may spell a text in other tokens than the tokenizer does: the next turn's own tokens count."""
+    letters = [i for letter in "the cat is here" for i in model.processor.tokenizer.encode(letter).ids]
+    assert letters != model.processor.tokenizer.encode("the cat is here").ids
+    chat = model.chat()
+    with monkeypatch.context() as patch:
+        first = chat.send("Hello", **forced(model, patch, letters))
+    kept = first_logits(model, lambda: chat.send("Go on.", max_new_tokens=1), monkeypatch)
+    whole = first_logits(model, lambda: fresh(model, chat.messages[:-1], max_new_tokens=1), monkeypatch)
+    assert np.abs(kept - whole).max() < 1e-4
+    assert chat.messages[1]["content"] == "the cat is here"
+    assert len(first.token_ids) == len(letters)
+
+
+def test_a_placeholder_that_the_model_spells_out_does_not_end_the_conversation(
+    model: Model, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    spelled = [i for letter in "so <|image_pad|> it is" for i in model.processor.tokenizer.encode(letter).ids]
+    chat = model.chat()
+    with monkeypatch.context() as patch:
+        chat.send("Hello", **forced(model, patch, spelled))
+    assert chat.messages[-1]["content"] == "so  it is"
+    assert chat.send("Go on.", max_new_tokens=2).token_ids
+
+
+def test_one_answer_of_a_conversation_at_a_time(model: Model) -> None:
+    chat = model.chat()
+    pieces = chat.stream("Tell me a story.", max_new_tokens=50, ignore_eos=True)
+    next(pieces)
+    for ask in (lambda: chat.send("And?"), lambda: chat.stream("And?"), chat.reset):
+        with pytest.raises(RequestError, match="an answer of this conversation is unfinished"):
+            ask()
+    pieces.close()
+    late = chat.stream("Two?", max_new_tokens=4)
+    chat.send("Three?", max_new_tokens=4)
+    with pytest.raises(RequestError, match="has gone on since"):
+        next(late)
+    second = chat.send("Four?", max_new_tokens=4)
+    assert second.token_ids == fresh(model, chat.messages[:-1], max_new_tokens=4)
+
+
+def test_a_turn_asked_again_in_a_full_cache_is_answered_again(build: Any) -> None:
+    _, path = build("requests_64", tiny_config(), max_length=64)
+    model = load(path)
+    size = len(model.processor.prepare([{"role": "user", "content": ""}]).token_ids)
+    text = "x" * (64 - size)
+    chat = model.chat()
+    first = chat.send(text, max_new_tokens=1)
+    assert len(first.prompt_token_ids) == 64
+    chat.messages = []
+    assert chat.send(text, max_new_tokens=1).token_ids == first.token_ids
+    with pytest.raises(RequestError, match=r"the artifact's cache 64; .*; or forget the turns before: reset"):
+        chat.send("More")
+
+
+def test_answers_from_altered_weights_enter_no_conversation(artifact: Path, tmp_path: Path) -> None:
+    moved = Path(copytree(artifact, tmp_path / "moved"))
+    (weights,) = (moved / "weights").glob("*.safetensors")
+    data = bytearray(weights.read_bytes())
+    data[-1] ^= 1
+    weights.write_bytes(data)
+    model = load(moved)
+    chat = model.chat()
+    with pytest.raises(ArtifactError, match="altered or damaged"):
+        chat.send("Hello", max_new_tokens=4)
+    assert chat.messages == []
+    with pytest.raises(ArtifactError, match="altered or damaged"):
+        model.generate_batch([QUESTION, OTHER], max_new_tokens=4)
+
+
+def test_patches_of_earlier_pictures_are_held_once(model: Model) -> None:
+    chat = model.chat()
+    for _ in range(6):
+        chat.send("And this?", [RED], max_new_tokens=1)
+    pictures = [part["image"] for message in chat.messages for part in message["content"] if "image" in part]
+    assert len(pictures) == 6
+    assert all(picture.patches.base is None for picture in pictures)
 
 
 def test_a_picture_that_differs_is_not_taken_for_the_one_in_the_cache(model: Model) -> None:

@@ -147,12 +147,21 @@ def test_the_published_settings_are_decoded_on_the_device() -> None:
     assert not settings_for(DEFAULTS, VOCAB, {"repetition_penalty": 1.1}).takes_largest_logit
 
 
+def test_a_temperature_that_the_published_top_k_makes_idle_is_refused_by_name() -> None:
+    published = dataclasses.replace(DEFAULTS, do_sample=True, temperature=0.01, top_k=1, top_p=0.001)
+    with pytest.raises(RequestError, match=r"temperature given, but the checkpoint's own top_k is 1, .* top_k=50"):
+        settings_for(published, VOCAB, {"temperature": 0.8, "seed": 1})
+    assert not settings_for(published, VOCAB, {"temperature": 0.8, "top_k": 50}).takes_largest_logit
+
+
 @pytest.mark.parametrize(
     ("given_settings", "message"),
     [
         ({"tempreature": 1.0}, "unknown setting tempreature; there are max_new_tokens, "),
         ({"do_sample": True, "temperature": 0}, "temperature is 0, .* do_sample=False"),
+        ({"do_sample": True, "temperature": 1e-38}, "temperature is 1e-38, .* do_sample=False"),
         ({"do_sample": True, "temperature": float("nan")}, "temperature is nan"),
+        ({"do_sample": True, "temperature": "hot"}, "temperature is 'hot', expected a number above"),
         ({"do_sample": True, "top_p": 1.5}, "top_p is 1.5, expected a number above 0 and at most 1"),
         ({"do_sample": True, "top_k": -1}, "top_k is -1, expected an integer of at least 0"),
         ({"top_k": 5, "top_p": 0.5}, r"top_k, top_p given without sampling; add do_sample=True"),

@@ -40,7 +40,7 @@ def typed(lines: list[str | type[BaseException]], monkeypatch: pytest.MonkeyPatc
     """A person at the keyboard: lines, then Ctrl-D."""
     waiting = iter([*lines, EOFError])
 
-    def next_line(prompt: str) -> str:
+    def next_line(prompt: str = "") -> str:
         line = next(waiting)
         if isinstance(line, str):
             return line
@@ -72,7 +72,7 @@ def test_reset_starts_anew_and_drops_pictures_that_wait(
     chat.run_chat(model.chat(), [], SETTINGS)
     out, err = capsys.readouterr()
     alone = model.generate([{"role": "user", "content": "Hello"}], max_new_tokens=6).text
-    assert out == f"{alone}\n{alone}\n\n"
+    assert out == f"{alone}\n{alone}\n"
     assert err.count("; 0 of ") == 2, "nothing of the first conversation is kept"
 
 

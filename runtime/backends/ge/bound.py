@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from ....artifacts.binding import CACHE, CONSTANT, LENGTHS, PARAMETER, Binding, BoundInput, binding_from_bytes
-from ....artifacts.errors import ArtifactError, RequestError
+from ....artifacts.errors import ArtifactError, RequestError, TargetError
 from ....artifacts.manifest import FileEntry
 from ....artifacts.parameters import FP32, parameters
 from ....artifacts.safetensors import GRAPH_DTYPE_NAMES, read_header
@@ -164,6 +164,9 @@ class ModelBackend(Backend):
         self._where = str(artifact.path)
         self._dtype = TORCH_DTYPES[part.dtype]
         self.max_rows = max(part.batches)
+        # The recipe's operators multiply what the mask hides by zero, and zero times a stray NaN is NaN: its caches
+        # start as zeros. The fused form never reads past a row's length.
+        self.reuses_caches = part.operators != "recipe"
         tensors: dict[str, Tensor] | None = None
         if artifact.manifest.weights is not None:
             tensors = {**load_weights(artifact, check_weights), **mapped_tensors(artifact, part.constants, check=True)}
@@ -204,23 +207,34 @@ class ModelBackend(Backend):
         """A host array, contiguous, on the device."""
         return torch.from_numpy(np.ascontiguousarray(array)).to(self.device)
 
-    def allocate(self, rows: int) -> Cache:
-        fitting = sorted(batch for batch in self._part.batches if batch >= rows)
+    def cache_rows(self, rows: int) -> int:
+        fitting = [batch for batch in self._part.batches if batch >= rows]
         if not fitting:
             raise RequestError(
                 f"{rows} rows: the artifact has decode graphs for {', '.join(map(str, self._part.batches))}; "
                 f"compile it with --batch {rows}"
             )
-        size = (fitting[0], self._part.max_length, self._model.text.kv_dim)
+        return min(fitting)
+
+    def allocate(self, rows: int) -> Cache:
+        size = (self.cache_rows(rows), self._part.max_length, self._model.text.kv_dim)
         layers = range(self._model.text.num_layers)
-        # The recipe's operators multiply what the mask hides by zero, and zero times a stray NaN is NaN; the fused form
-        # never reads past a row's length, and needs no work on the device here.
-        if self._part.operators == "recipe":
-            zeros = torch.zeros(size, dtype=self._dtype)
-            sides = (tuple(zeros.clone().to(self.device) for _ in layers) for _ in range(2))
-        else:
-            sides = (tuple(torch.empty(size, dtype=self._dtype, device=self.device) for _ in layers) for _ in range(2))
-        return Cache(fitting[0], *sides)
+        try:
+            if self.reuses_caches:
+                sides = [
+                    tuple(torch.empty(size, dtype=self._dtype, device=self.device) for _ in layers) for _ in range(2)
+                ]
+            else:
+                zeros = torch.zeros(size, dtype=self._dtype)
+                sides = [tuple(zeros.clone().to(self.device) for _ in layers) for _ in range(2)]
+        except RuntimeError as error:
+            if "out of memory" not in str(error).lower():
+                raise
+            raise TargetError(
+                f"{self.device}: no memory for another KV cache of {size[0]} x {size[1]} tokens; end a conversation or "
+                "request that holds one"
+            ) from error
+        return Cache(size[0], *sides)
 
     def visual(self, patches: NDArray[np.uint8], positions: Ints, segment_ends: list[int]) -> Embeds:
         if positions.max() >= self._max_side:
