@@ -7,7 +7,9 @@ from .config import ModelConfig
 from .errors import ArtifactError
 from .schema import dump_json, from_plain, parse_json
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
+# the fields that an older schema lacks; read as null
+_ADDED_SINCE = {1: ("onnx",)}
 HASH_NAME = "blake3"
 MANIFEST_NAME = "manifest.json"
 DTYPES = ("bf16", "fp16", "fp32")
@@ -124,10 +126,46 @@ class AirPart:
 
 
 @dataclass(frozen=True)
+class OnnxGraph:
+    """One ONNX model, graphs/onnx/<name>.onnx, and the file of its tensors. `ops` counts its nodes by operator."""
+
+    name: str
+    model: FileEntry
+    data: FileEntry
+    inputs: tuple[Tensor, ...]
+    outputs: tuple[Tensor, ...]
+    ops: dict[str, int]
+
+
+@dataclass(frozen=True)
+class OnnxPart:
+    """What `compile --mode onnx` wrote.
+
+    weights: int8, int4, fp32 or fp16. block_size: values that share a scale, at most; None where nothing is quantized.
+    source: the hash of the manifest's model and weights that the export was made from, also in the models' metadata.
+    verification: as the manifest's own, of this part alone; figures in reports/verify-onnx.json.
+    """
+
+    weights: str
+    block_size: int | None
+    standard_only: bool
+    opset: int
+    max_length: int
+    versions: dict[str, str]
+    source: str
+    graphs: tuple[OnnxGraph, ...]
+    verification: str
+    reports: tuple[FileEntry, ...]
+
+    def files(self) -> list[FileEntry]:
+        return [*self.reports, *(e for graph in self.graphs for e in (graph.model, graph.data))]
+
+
+@dataclass(frozen=True)
 class Manifest:
     """The whole artifact.
 
-    `verification` is "passed", "failed", "skipped" or "none"; its figures stand in reports/verify.json.
+    `verification` of the GE graphs is "passed", "failed", "skipped" or "none"; figures in reports/verify.json.
     """
 
     schema: int
@@ -137,6 +175,7 @@ class Manifest:
     weights: WeightsPart | None
     ge: GePart | None
     air: AirPart | None
+    onnx: OnnxPart | None
     processor: tuple[FileEntry, ...]
     reports: tuple[FileEntry, ...]
     verification: str
@@ -150,6 +189,8 @@ class Manifest:
             found += self.ge.files()
         if self.air:
             found += self.air.files()
+        if self.onnx:
+            found += self.onnx.files()
         return found
 
     def to_bytes(self) -> bytes:
@@ -158,7 +199,7 @@ class Manifest:
 
 def empty_manifest(name: str, model: ModelConfig) -> Manifest:
     """A manifest with no part built yet."""
-    return Manifest(SCHEMA_VERSION, HASH_NAME, name, model, None, None, None, (), (), "none")
+    return Manifest(SCHEMA_VERSION, HASH_NAME, name, model, None, None, None, None, (), (), "none")
 
 
 def manifest_from_bytes(data: bytes, where: str) -> Manifest:
@@ -166,6 +207,10 @@ def manifest_from_bytes(data: bytes, where: str) -> Manifest:
     plain: Any = parse_json(data, where)
     if not isinstance(plain, dict) or type(plain.get("schema")) is not int:
         raise ArtifactError(f"{where}: no integer field `schema`; not an artifact of qwen2vl-tc")
+    if plain["schema"] in _ADDED_SINCE:
+        if known := sorted(plain.keys() & set(_ADDED_SINCE[plain["schema"]])):
+            raise ArtifactError(f"{where}: field {known[0]} is not of schema {plain['schema']}; build it again")
+        plain = {**plain, "schema": SCHEMA_VERSION, **dict.fromkeys(_ADDED_SINCE[plain["schema"]])}
     if plain["schema"] != SCHEMA_VERSION:
         raise ArtifactError(
             f"{where}: schema {plain['schema']}, this version reads {SCHEMA_VERSION}; "

@@ -7,7 +7,7 @@ from types import TracebackType
 
 from .errors import ArtifactError
 from .integrity import OpenedFile, hash_bytes, open_inside
-from .manifest import MANIFEST_NAME, FileEntry, GePart, Manifest, manifest_from_bytes
+from .manifest import MANIFEST_NAME, FileEntry, GePart, Manifest, OnnxPart, manifest_from_bytes
 
 _MAX_MANIFEST_BYTES = 64 << 20
 _REPLACED_TRIES = 5
@@ -71,13 +71,22 @@ class Artifact:
 
     def map(self, entry: FileEntry, check: bool = True) -> mmap.mmap:
         """The file as a mapping. With `check=False`, call `check(entry)` later, for instance in another thread."""
+        mapping = self.open(entry).map()
         if check:
             self.check(entry)
-        return self.open(entry).map()
+        return mapping
 
     def check(self, entry: FileEntry) -> None:
-        """Hash the mapping that `map` hands out. Raises ArtifactError if it differs from the manifest."""
+        """Hash a file, or the mapping of it that `map` gave out. Raises ArtifactError if the manifest says another."""
         self.open(entry).check()
+
+    def check_in_place(self, entry: FileEntry) -> None:
+        """That the file's name still leads to the one that is open here, for readers that open files by name.
+
+        Raises ArtifactError if a build has replaced the artifact meanwhile.
+        """
+        if not self.open(entry).is_at(self.path / entry.path):
+            raise ArtifactError(f"{self.path}: was replaced while it was being loaded; load it again")
 
     def check_all(self) -> None:
         """Hash every file. Raises ArtifactError for the first that differs."""
@@ -160,3 +169,10 @@ def ge_part(manifest: Manifest, path: Path) -> GePart:
             f"{path}: weights are {manifest.weights.dtype}, graphs {part.dtype}; run `qwen2vl-tc compile {path}`"
         )
     return part
+
+
+def onnx_part(manifest: Manifest, path: Path) -> OnnxPart:
+    """The ONNX models of the artifact at `path`. Raises ArtifactError if it has none."""
+    if manifest.onnx is None:
+        raise ArtifactError(f"{path}: has no ONNX models; run `qwen2vl-tc compile {path} --mode onnx`")
+    return manifest.onnx

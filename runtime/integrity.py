@@ -1,18 +1,21 @@
 """Checking the weights beside the work: gigabytes of hashing overlap graph loading and prefill."""
 
 import threading
+from collections.abc import Sequence
 
+from ..artifacts.manifest import FileEntry
 from ..artifacts.store import Artifact
 
 
 class WeightCheck:
-    """Hashes the artifact's weights in a thread; `wait` must return before a result is given out."""
+    """Hashes the files that hold weights in a thread; `wait` must return before a result is given out."""
 
-    def __init__(self, artifact: Artifact) -> None:
+    def __init__(self, artifact: Artifact, files: Sequence[FileEntry] | None = None) -> None:
+        """files: those to hash; None takes weights/, mapped."""
         self._artifact = artifact
         part = artifact.manifest.weights
-        self._files = part.files if part else ()
-        for entry in self._files:
+        self._files = (part.files if part else ()) if files is None else files
+        for entry in self._files if files is None else ():
             # mapped here, so that closing the artifact does not take the files from under the thread
             artifact.map(entry, check=False)
         self._error: Exception | None = None

@@ -6,8 +6,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..artifacts.errors import ArtifactError, MissingDependencyError, TargetError
+from ..artifacts.manifest import Manifest
 from ..artifacts.process import npu_problem, prepare_process
-from ..artifacts.store import Artifact, ge_part, open_artifact
+from ..artifacts.store import Artifact, ge_part, onnx_part, open_artifact
 from .backends.base import Backend
 from .integrity import WeightCheck
 from .memory import check_fits, soc_memory
@@ -17,7 +18,8 @@ from .prompt import Processor
 if TYPE_CHECKING:
     from .backends.reference import Observer
 
-BACKENDS = ("reference", "onnxruntime", "npu")
+ONNXRUNTIME = "onnxruntime"
+BACKENDS = ("reference", ONNXRUNTIME, "npu")
 EngineMaker = Callable[[Artifact], Backend]
 BackendChoice = str | EngineMaker | None
 
@@ -25,7 +27,7 @@ BackendChoice = str | EngineMaker | None
 def load(path: str | Path, backend: BackendChoice = None, *, observer: "Observer | None" = None) -> Model:
     """Open an artifact and make it ready to generate; nothing is traced and nothing in it is changed.
 
-    backend: "npu" runs the GE graphs on NPU 0, "reference" on CPU; "onnxruntime" is not built yet and says so. None
+    backend: "npu" runs the GE graphs on NPU 0, "reference" on CPU; "onnxruntime" runs the ONNX models on CPU. None
     takes the best that can run here; `model.reason` says which and why. A function makes an engine of its own from the
     open artifact, whose weights are hashed beside it: it need not do so.
     observer(graph, operator's name, its outputs), with the reference backend only, is handed every intermediate of
@@ -36,17 +38,20 @@ def load(path: str | Path, backend: BackendChoice = None, *, observer: "Observer
     prepare_process()
     artifact = open_artifact(path)
     try:
-        choice, reason = _choose(artifact, backend)
+        # nothing else hands out intermediates
+        choice, reason = _choose(artifact, "reference" if observer and backend is None else backend)
         if artifact.manifest.weights is None:
             raise ArtifactError(
                 f"{path}: has no weights (compiled from a config alone); run `qwen2vl-tc convert --src <hf_dir> --out "
                 f"{path}`"
             )
-        if artifact.manifest.verification == "failed":
+        part = artifact.manifest.onnx if choice == ONNXRUNTIME else None
+        if (part or artifact.manifest).verification == "failed":
+            report = "verify-onnx" if part else "verify"
             raise ArtifactError(
-                f"{path}: its verification failed, see reports/verify.json; build it again, or verify it again"
+                f"{path}: its verification failed, see reports/{report}.json; build it again, or verify it again"
             )
-        check = WeightCheck(artifact)
+        check = WeightCheck(artifact, [graph.data for graph in part.graphs] if part else None)
         engine = _engine(choice, artifact, observer, check)
         processor = open_processor(artifact)
     except BaseException:
@@ -66,12 +71,12 @@ def open_processor(artifact: Artifact) -> Processor:
 
 def _choose(artifact: Artifact, wanted: BackendChoice) -> tuple[str | EngineMaker, str]:
     if wanted is None:
-        return best_here()
+        return _best_for(artifact.manifest)
     if isinstance(wanted, str):
         if wanted not in BACKENDS:
             raise TargetError(f"backend {wanted!r}: expected one of {', '.join(BACKENDS)}")
-        if wanted == "onnxruntime":
-            raise TargetError("backend onnxruntime is not built yet in this version; use --backend reference")
+        if wanted == ONNXRUNTIME:
+            onnx_part(artifact.manifest, artifact.path)
         if wanted == "npu":
             check_npu(artifact)
     return wanted, "asked for"
@@ -88,7 +93,7 @@ def check_npu(artifact: Artifact) -> None:
 
 
 def best_here() -> tuple[str, str]:
-    """The backend that is taken where none is asked for, and why."""
+    """The backend that is taken for GE graphs where none is asked for, and why."""
     if problem := npu_problem():
         return "reference", f"{problem}; the GE graphs run on CPU"
     if importlib.util.find_spec("torch_npu") is None:
@@ -96,11 +101,24 @@ def best_here() -> tuple[str, str]:
     return "npu", "an NPU is here"
 
 
+def _best_for(manifest: Manifest) -> tuple[str, str]:
+    if manifest.onnx is not None:
+        if manifest.ge is None:
+            return ONNXRUNTIME, "the artifact has ONNX models only"
+        if (problem := npu_problem()) and importlib.util.find_spec("onnxruntime") is not None:
+            return ONNXRUNTIME, f"{problem}; the ONNX models run on CPU"
+    return best_here()
+
+
 def _engine(name: str | EngineMaker, artifact: Artifact, observer: "Observer | None", check: WeightCheck) -> Backend:
     if observer is not None and name != "reference":
         raise TargetError("an observer needs --backend reference: other engines hand out no intermediates")
     if not isinstance(name, str):
         return name(artifact)
+    if name == ONNXRUNTIME:
+        from .backends.onnxruntime import OnnxBackend
+
+        return OnnxBackend(artifact)
     if importlib.util.find_spec("torch") is None:
         raise MissingDependencyError(f"backend {name} needs torch; pip install 'qwen2vl-tc[{name}]'")
     if name == "npu":

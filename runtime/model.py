@@ -53,8 +53,7 @@ class Model:
     @property
     def max_length(self) -> int:
         """Cache positions of one conversation."""
-        part = self.manifest.ge
-        return part.max_length if part else 0
+        return self.backend.max_length
 
     def generate(
         self,

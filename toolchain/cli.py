@@ -29,11 +29,14 @@ from .cli_options import (
     Passes,
     Soc,
     Src,
+    StandardOnly,
     VisualAttention,
+    Weights,
     examples,
 )
 from .cli_values import batches, check_mode, check_source, config_file, dump, passes
 from .compile import DEFAULT_MAX_LENGTH, DEFAULT_SOC
+from .onnx_export import DEFAULT_WEIGHTS
 
 DEBUG_VARIABLE = "QWEN2VL_TC_DEBUG"
 
@@ -118,6 +121,7 @@ def convert(
         "qwen2vl-tc compile qwen2-vl-7b.artifact --mode dynamo --soc Ascend910B2 --max-length 8192 --batch 1,4",
         "qwen2vl-tc compile --config Qwen2-VL-72B-Instruct/config.json --out qwen2-vl-72b.artifact",
         "qwen2vl-tc compile qwen2-vl-7b.artifact --mode air",
+        "qwen2vl-tc compile qwen2-vl-7b.artifact --mode onnx --weights int4",
     )
 )
 def compile(
@@ -131,6 +135,8 @@ def compile(
     visual_attention: VisualAttention = "tnd",
     dump_format: Dump = None,
     pass_names: Passes = None,
+    weights: Weights = DEFAULT_WEIGHTS,
+    standard_only: StandardOnly = False,
     config: Annotated[
         Path | None,
         typer.Option("--config", metavar="FILE", help="Compile from a config.json alone, without any weights."),
@@ -144,10 +150,11 @@ def compile(
     Needs neither an NPU nor CANN.
     """
     from .air import export_air
-    from .cli_output import print_compiled, print_exported, print_written
+    from .cli_output import print_compiled, print_exported, print_onnx, print_written
     from .compile import CompileOptions, compile_artifact, compile_config
     from .console import step_progress
     from .locate import find_artifact
+    from .onnx_export import OnnxOptions, export_onnx
 
     check_mode(mode)
     options = CompileOptions(
@@ -163,6 +170,19 @@ def compile(
     if (config is None) != (out is None) or (config is not None and artifact is not None):
         raise ConfigError("give either an artifact, or --config and --out together")
     target = out or artifact or find_artifact(Path())
+    onnx_options = OnnxOptions(weights, standard_only, max_length)
+    if mode == "onnx":
+        if options != CompileOptions(max_length=max_length) or config is not None:
+            raise TargetError(
+                "--mode onnx takes an artifact, --weights, --standard-only and --max-length, nothing else"
+            )
+        with step_progress("compile") as progress:
+            manifest = export_onnx(target, onnx_options, progress)
+        print_onnx(manifest)
+        print_written(manifest, target)
+        return
+    if onnx_options != OnnxOptions(max_length=max_length):
+        raise TargetError("--weights and --standard-only are for --mode onnx")
     if mode == "air":
         if options != CompileOptions() or config is not None:
             raise TargetError("--mode air exports the graphs that are there: it takes no option but the artifact")
@@ -215,6 +235,8 @@ def build(
     check_mode(mode)
     if mode == "air":
         raise TargetError("--mode air: build the graphs first, then run `qwen2vl-tc compile ARTIFACT --mode air`")
+    if mode == "onnx":
+        raise TargetError("--mode onnx: build, or convert, first, then run `qwen2vl-tc compile ARTIFACT --mode onnx`")
     check_source(src)
     options = CompileOptions(
         soc=soc,

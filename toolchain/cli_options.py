@@ -31,7 +31,7 @@ Mode = Annotated[
     typer.Option(
         "--mode",
         metavar="dynamo|air|onnx",
-        help="dynamo: GE graphs for torchair. air: offline models for ATC from those graphs. onnx is not built yet.",
+        help="dynamo: GE graphs for torchair. air: offline models for ATC from those graphs. onnx: for CPUs.",
     ),
 ]
 Soc = Annotated[str, typer.Option("--soc", metavar="NAME", help="The SoC to compile for; none needs to be here.")]
@@ -66,6 +66,13 @@ ExecuteMode = Annotated[
         help="dynamo: the compiled graphs. eager: the modules behind them, operator by operator. "
         "Default: EXE_MODE, or dynamo.",
     ),
+]
+Weights = Annotated[
+    str,
+    typer.Option("--weights", metavar="int8|int4|fp32|fp16", help="With --mode onnx: how weights are stored."),
+]
+StandardOnly = Annotated[
+    bool, typer.Option("--standard-only", help="With --mode onnx: no operator outside the ONNX standard.")
 ]
 Passes = Annotated[
     str | None,

@@ -69,6 +69,23 @@ def _size(graph: Graph) -> int:
     return graph.graph.bytes + graph.binding.bytes
 
 
+def print_onnx(manifest: Manifest) -> None:
+    """The ONNX models: nodes and bytes."""
+    from rich.table import Table
+
+    part = manifest.onnx
+    if part is None:
+        return
+    kinds = "standard operators only" if part.standard_only else f"opset {part.opset} and com.microsoft"
+    table = Table("model", title=f"ONNX models: {part.weights}, {kinds}", title_justify="left")
+    for column in ("nodes", "model", "tensors"):
+        table.add_column(column, justify="right")
+    for graph in part.graphs:
+        sizes = (format_bytes(graph.model.bytes), format_bytes(graph.data.bytes))
+        table.add_row(graph.name, str(sum(graph.ops.values())), *sizes)
+    stdout().print(table)
+
+
 def print_exported(manifest: Manifest, out: Path) -> None:
     """The offline models, and the ATC commands that take them on, each in its folder."""
     from .air import atc_commands

@@ -41,8 +41,6 @@ def check_mode(mode: str) -> None:
     """Raises TargetError for a mode that this version cannot compile to."""
     if mode not in MODES:
         raise TargetError(f"--mode {mode}: expected one of {', '.join(MODES)}")
-    if mode == "onnx":
-        raise TargetError("--mode onnx: not built yet in this version; use --mode dynamo")
 
 
 def config_file(path: Path) -> Path:

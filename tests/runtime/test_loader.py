@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from qwen2vl_tc.artifacts.errors import ArtifactError, RequestError, TargetError
+from qwen2vl_tc.artifacts.errors import ArtifactError, RequestError, ToolchainError
 from qwen2vl_tc.artifacts.store import Artifact
 from qwen2vl_tc.runtime import Model, load
 from qwen2vl_tc.runtime.vision import segment_ends, vision_positions
@@ -65,12 +65,12 @@ def test_the_model_says_which_backend_it_took_and_why(model: Model) -> None:
     ("backend", "message"),
     [
         ("npu", "no NPU is here; use --backend reference, or run on an NPU host"),
-        ("onnxruntime", "backend onnxruntime is not built yet in this version"),
+        ("onnxruntime", "has no ONNX models; run `qwen2vl-tc compile"),
         ("cuda", "backend 'cuda': expected one of reference, onnxruntime, npu"),
     ],
 )
 def test_backends_that_cannot_run_say_so(artifact: Path, backend: str, message: str) -> None:
-    with pytest.raises(TargetError, match=message):
+    with pytest.raises(ToolchainError, match=message):
         load(artifact, backend=backend)
 
 

@@ -37,7 +37,7 @@ SETTINGS = {
 ENGINE = {"--backend", "--execute-mode"}
 FROZEN = {
     "convert": {"--src", "--out", "--dtype", "--no-sync"},
-    "compile": {"ARTIFACT", "--config", "--out", *COMPILE_OPTIONS},
+    "compile": {"ARTIFACT", "--config", "--out", "--weights", "--standard-only", *COMPILE_OPTIONS},
     "build": {"--src", "--out", "--no-verify", "--no-sync", *COMPILE_OPTIONS},
     "verify": {"ARTIFACT", "--against", "--json"},
     "inspect": {"ARTIFACT", "--json", "--tokens", "--patches", "--graph", "--dot", "--layer"},
@@ -132,7 +132,7 @@ def test_main_prepares_the_process_before_anything_else(monkeypatch: pytest.Monk
         (["compile"], "no artifact in it"),
         (["compile", "empty"], "empty"),
         (["compile", "tiny"], "not an artifact"),
-        (["compile", "x", "--mode", "onnx"], "--mode onnx: not built yet in this version; use --mode dynamo"),
+        (["compile", "x", "--mode", "onnx"], "x: no artifact there"),
         (["compile", "x", "--mode", "air"], "x: no artifact there"),
         (["compile", "x", "--mode", "air", "--soc", "Ascend910B4"], "it takes no option but the artifact"),
         (["build", "--src", "tiny", "--out", "y", "--mode", "air"], "build the graphs first"),

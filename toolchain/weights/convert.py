@@ -290,6 +290,7 @@ def convert(
                 processor=result.processor,
                 # what was exported and verified referred to the old weights
                 air=None,
+                onnx=None,
                 reports=(),
                 verification="none",
             )

@@ -160,6 +160,7 @@ class ModelBackend(Backend):
     def __init__(self, artifact: Artifact, check_weights: bool = True) -> None:
         part = ge_part(artifact.manifest, artifact.path)
         self._part = part
+        self.max_length = part.max_length
         self._model = artifact.manifest.model
         self._where = str(artifact.path)
         self._dtype = TORCH_DTYPES[part.dtype]

@@ -1,0 +1,141 @@
+"""Writing an ONNX model: nodes with readable names, tensors streamed into one file of external data beside it."""
+
+import os
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+from blake3 import blake3
+from numpy.typing import NDArray
+from onnx import TensorProto, helper, numpy_helper
+
+OPSET = 24
+MICROSOFT = "com.microsoft"
+_PAGE_BYTES = 4096
+# smaller tensors stand in the model itself
+_INLINE_BYTES = 1024
+DTYPES = {
+    "fp32": TensorProto.FLOAT,
+    "fp16": TensorProto.FLOAT16,
+    "int64": TensorProto.INT64,
+    "int8": TensorProto.INT8,
+    "uint8": TensorProto.UINT8,
+    "uint4": TensorProto.UINT4,
+}
+NAMES = {number: name for name, number in DTYPES.items()}
+
+
+@dataclass(frozen=True)
+class Region:
+    """Where a tensor lies in the data file."""
+
+    offset: int
+    length: int
+
+
+class DataFile:
+    """The file of a model's tensors: each starts on a page, so that it can be mapped. Hashed as it is written."""
+
+    def __init__(self, path: Path) -> None:
+        self.name = path.name
+        self._fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o644)
+        self._hash = blake3()
+        self.size = 0
+
+    def write(self, arrays: Iterable[NDArray[Any]]) -> Region:
+        """One tensor, in pieces."""
+        self._append(bytes(-self.size % _PAGE_BYTES))
+        offset = self.size
+        for array in arrays:
+            self._append(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)
+        return Region(offset, self.size - offset)
+
+    def _append(self, data: "bytes | memoryview") -> None:
+        self._hash.update(data)
+        view = memoryview(data)
+        while view:
+            written = os.write(self._fd, view)
+            view = view[written:]
+            self.size += written
+
+    @property
+    def hash(self) -> str:
+        return self._hash.hexdigest()
+
+    def close(self) -> None:
+        os.close(self._fd)
+
+
+class Graph:
+    """An ONNX graph under construction. A value has the name of the node that makes it."""
+
+    def __init__(self, name: str, data: DataFile) -> None:
+        self.name = name
+        self.data = data
+        self._nodes: list[onnx.NodeProto] = []
+        self._names: set[str] = set()
+        self._initializers: dict[str, onnx.TensorProto] = {}
+        self._inputs: list[onnx.ValueInfoProto] = []
+        self._outputs: list[onnx.ValueInfoProto] = []
+
+    def input(self, name: str, dtype: str, shape: Sequence[int | str]) -> str:
+        self._inputs.append(helper.make_tensor_value_info(name, DTYPES[dtype], list(shape)))
+        return name
+
+    def output(self, name: str, dtype: str, shape: Sequence[int | str]) -> None:
+        self._outputs.append(helper.make_tensor_value_info(name, DTYPES[dtype], list(shape)))
+
+    def node(self, op: str, name: str, *inputs: str, domain: str = "", **attributes: Any) -> str:
+        """A node with one output. "" as an input leaves an optional one out."""
+        return self.nodes(op, name, *inputs, outputs=(name,), domain=domain, **attributes)[0]
+
+    def nodes(
+        self, op: str, name: str, *inputs: str, outputs: tuple[str, ...], domain: str = "", **attributes: Any
+    ) -> tuple[str, ...]:
+        """A node with several outputs."""
+        self._names.add(name)
+        self._nodes.append(helper.make_node(op, inputs, outputs, name=name, domain=domain, **attributes))
+        return outputs
+
+    def constant(self, name: str, value: Any, dtype: Any = np.float32) -> str:
+        """A small tensor; the same name twice is the same tensor."""
+        if name not in self._initializers:
+            array = np.asarray(value, dtype)
+            if array.nbytes > _INLINE_BYTES:
+                return self.stored(name, NAMES[helper.np_dtype_to_tensor_dtype(array.dtype)], array.shape, [array])
+            self._initializers[name] = numpy_helper.from_array(array, name)
+        return name
+
+    def stored(self, name: str, dtype: str, shape: Sequence[int], data: "Iterable[NDArray[Any]] | Region") -> str:
+        """A tensor in the data file, written now, or one that another tensor's bytes serve, too."""
+        region = data if isinstance(data, Region) else self.data.write(data)
+        tensor = TensorProto(name=name, data_type=DTYPES[dtype], dims=shape, data_location=TensorProto.EXTERNAL)
+        for key, value in (("location", self.data.name), ("offset", region.offset), ("length", region.length)):
+            tensor.external_data.add(key=key, value=str(value))
+        self._initializers[name] = tensor
+        return name
+
+    def has(self, name: str) -> bool:
+        """Whether a tensor or a node of this name is there."""
+        return name in self._initializers or name in self._names
+
+    def region(self, name: str) -> Region:
+        """Where a stored tensor lies."""
+        found = {entry.key: entry.value for entry in self._initializers[name].external_data}
+        return Region(int(found["offset"]), int(found["length"]))
+
+    def model(self, metadata: dict[str, str]) -> onnx.ModelProto:
+        graph = helper.make_graph(
+            self._nodes, self.name, self._inputs, self._outputs, list(self._initializers.values())
+        )
+        opsets = [helper.make_opsetid("", OPSET)]
+        if any(node.domain == MICROSOFT for node in self._nodes):
+            opsets.append(helper.make_opsetid(MICROSOFT, 1))
+        model = helper.make_model(graph, opset_imports=opsets, producer_name="qwen2vl-tc")
+        # the oldest that has this opset: runtimes refuse a newer one than they know
+        model.ir_version = helper.find_min_ir_version_for([opsets[0]])
+        helper.set_model_props(model, metadata)
+        return model

@@ -1,0 +1,251 @@
+"""The onnxruntime backend: the artifact's ONNX models on the CPU. No torch in the process.
+
+One session of the text model serves prefill and decode, so that there is one copy of the weights. The KV cache is
+bound as the model's input and output at once: a step writes only its own tokens into it.
+"""
+
+import importlib.metadata
+import importlib.util
+import os
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ...artifacts.errors import ArtifactError, MissingDependencyError, RequestError, TargetError
+from ...artifacts.manifest import OnnxGraph
+from ...artifacts.store import Artifact, onnx_part
+from .base import Backend, Embeds, Ints, Step
+
+# how many threads compute; the default is the cores that this process may use
+THREADS_VARIABLE = "QWEN2VL_TC_THREADS"
+PROVIDER = "CPUExecutionProvider"
+# the first release whose CPU kernels cover opset 24 as these models use it
+LEAST_VERSION = (1, 24)
+# Longer prompts, and more patches of several segments, run in parts of this size: what activations take stays bounded.
+_PREFILL_TOKENS = 1024
+_VISUAL_PATCHES = 4096
+_MAX_ROWS = 64
+# of the standard operators' cache, whose whole length is read, no more is shown than this many positions allow
+_LENGTH_STEP = 256
+
+Arrays = tuple[NDArray[Any], ...]
+
+
+@dataclass(eq=False)
+class Cache:
+    """A key and a value array a layer, by the name of the model's input, and the bindings that were made of them.
+
+    Shapes: [rows, kv_heads, max_length, head_dim]; [rows, max_length, kv_dim] in models of standard operators only.
+    """
+
+    rows: int
+    arrays: dict[str, NDArray[np.float32]]
+    bindings: dict[tuple[int, int, int], Any] = field(default_factory=dict)
+
+
+class OnnxBackend(Backend):
+    """Both models, opened in the artifact's folder."""
+
+    name = "onnxruntime"
+    device = "cpu"
+    max_rows = _MAX_ROWS
+
+    def __init__(self, artifact: Artifact) -> None:
+        self._part = onnx_part(artifact.manifest, artifact.path)
+        self.max_length = self._part.max_length
+        self._model = artifact.manifest.model
+        runtime = import_onnxruntime()
+        graphs = {graph.name: graph for graph in self._part.graphs}
+        if missing := sorted({"visual", "text"} - graphs.keys()):
+            raise ArtifactError(
+                f"{artifact.path}: has no ONNX model {missing[0]}; run `qwen2vl-tc compile {artifact.path} --mode onnx`"
+            )
+        self._visual, self._text = (_open(runtime, artifact, graphs[name]) for name in ("visual", "text"))
+
+    def allocate(self, rows: int) -> Cache:
+        if not 1 <= rows <= self.max_rows:
+            raise RequestError(f"{rows} rows: this backend takes 1 to {self.max_rows} at once")
+        text, length = self._model.text, self.max_length
+        shape: tuple[int, ...] = (rows, text.num_kv_heads, length, text.head_dim)
+        if self._part.standard_only:
+            shape = (rows, length, text.kv_dim)
+        names = [f"{side}.{i}" for i in range(text.num_layers) for side in ("key", "value")]
+        # zeros take no memory until they are touched; where a kernel reads past a row's length it meets no stray NaN
+        return Cache(rows, {name: np.zeros(shape, np.float32) for name in names})
+
+    def visual(self, patches: NDArray[np.uint8], positions: Ints, segment_ends: list[int]) -> Embeds:
+        found = []
+        for begin, count, length in _batches(segment_ends):
+            end = begin + count * length
+            feeds = {
+                "patches": patches[begin:end].reshape(count, length, -1),
+                "positions": positions[:, begin:end].reshape(2, count, length),
+            }
+            found.append(self._visual.run(["embeds"], feeds)[0])
+        embeds = found[0] if len(found) == 1 else np.concatenate(found)
+        return Embeds(embeds, len(embeds))
+
+    def prefill(
+        self, cache: Cache, row: int, start: int, token_ids: Ints, positions: Ints, embeds: Embeds | None, index: Ints
+    ) -> Step:
+        step = None
+        for begin in range(0, len(token_ids), _PREFILL_TOKENS):
+            ids = token_ids[begin : begin + _PREFILL_TOKENS]
+            here = (index >= begin) & (index < begin + len(ids))
+            step = self._run(
+                cache,
+                (row, 1),
+                ids[None],
+                positions[:, None, begin : begin + len(ids)],
+                [start + begin + len(ids)],
+                (embeds.tensor[here], index[here] - begin) if embeds and here.any() else None,
+            )
+        if step is None:
+            raise RequestError("a prompt needs at least one token")
+        return step
+
+    def begin(self, cache: Cache, tokens: Ints | Step, cache_index: Ints, positions: Ints) -> Step:
+        return Step(self.tokens(tokens) if isinstance(tokens, Step) else tokens, None, cache_index, positions)
+
+    def decode(self, cache: Cache, step: Step, kv_lengths: list[int]) -> Step:
+        rows = len(kv_lengths)
+        positions = np.broadcast_to(step.positions[None, :, None], (3, rows, 1))
+        made = self._run(cache, (0, rows), step.next_token[:, None], positions, kv_lengths, None)
+        return Step(made.next_token, made.logits, step.cache_index + 1, step.positions + 1)
+
+    def _run(
+        self,
+        cache: Cache,
+        rows: tuple[int, int],
+        token_ids: Ints,
+        positions: Ints,
+        kv_lengths: Sequence[int],
+        images: tuple[NDArray[np.float32], Ints] | None,
+    ) -> Step:
+        """The text model on token_ids [rows, tokens] of the cache's rows (first, count); images: embeddings, index."""
+        longest, limit = max(kv_lengths), self.max_length
+        if longest > limit:
+            raise RequestError(
+                f"{longest} cache positions are needed, the artifact has {limit}; compile with --max-length {longest}"
+            )
+        text, (first, count) = self._model.text, rows
+        embeds, index = images or (np.empty((0, text.hidden_size), np.float32), np.empty(0, np.int64))
+        # arrays must live until the run is over
+        inputs: dict[str, NDArray[Any]] = {
+            "token_ids": np.ascontiguousarray(token_ids, np.int64),
+            "image_embeds": np.ascontiguousarray(embeds, np.float32),
+            "image_index": np.ascontiguousarray(index[:, None], np.int64),
+            "positions": np.ascontiguousarray(positions, np.int64),
+            "kv_lengths": np.array(kv_lengths, np.int64),
+            "last": np.array([token_ids.shape[1] - 1], np.int64),
+        }
+        outputs: dict[str, NDArray[Any]] = {
+            "next_token": np.empty(count, np.int64),
+            "logits": np.empty((count, text.vocab_size), np.float32),
+        }
+        binding = self._binding(cache, first, count, longest)
+        for bind, arrays in ((binding.bind_input, inputs), (binding.bind_output, outputs)):
+            for name, array in arrays.items():
+                bind(name, "cpu", 0, array.dtype.type, array.shape, array.ctypes.data)
+        self._text.run_with_iobinding(binding)
+        return Step(outputs["next_token"], outputs["logits"])
+
+    def _binding(self, cache: Cache, first: int, count: int, longest: int) -> Any:
+        """A binding of rows of the cache, as input and as output; made once."""
+        length = self.max_length
+        if self._part.standard_only and count == 1:
+            # these kernels read the whole cache that they are shown
+            length = min(length, -(-longest // _LENGTH_STEP) * _LENGTH_STEP)
+        key = (first, count, length)
+        if key not in cache.bindings:
+            binding = self._text.io_binding()
+            for name, array in cache.arrays.items():
+                part = array[first : first + count]
+                shape = (count, length, *part.shape[2:]) if self._part.standard_only else part.shape
+                for bind, bound in ((binding.bind_input, name), (binding.bind_output, f"present_{name}")):
+                    bind(bound, "cpu", 0, np.float32, shape, part.ctypes.data)
+            cache.bindings[key] = binding
+        return cache.bindings[key]
+
+    def tokens(self, step: Step) -> Ints:
+        tokens: Ints = step.next_token
+        return tokens
+
+    def logits(self, step: Step) -> NDArray[np.float32]:
+        logits: NDArray[np.float32] = step.logits
+        return logits
+
+
+def _batches(segment_ends: list[int]) -> Iterator[tuple[int, int, int]]:
+    """(first patch, segments, patches in each): neighbours of one length together, up to _VISUAL_PATCHES."""
+    begin = count = length = 0
+    for end in segment_ends:
+        size = end - begin - count * length
+        if count and (size != length or (count + 1) * length > _VISUAL_PATCHES):
+            yield begin, count, length
+            begin, count = begin + count * length, 0
+        count, length = count + 1, size
+    if count:
+        yield begin, count, length
+
+
+def import_onnxruntime() -> Any:
+    """The package. Raises MissingDependencyError where it is missing or too old for the models' opset."""
+    if importlib.util.find_spec("onnxruntime") is None:
+        raise MissingDependencyError("backend onnxruntime needs onnxruntime; pip install 'qwen2vl-tc[onnx]'")
+    import onnxruntime
+
+    found = re.match(r"(\d+)\.(\d+)", onnxruntime.__version__)
+    if found and tuple(map(int, found.groups())) < LEAST_VERSION:
+        least = ".".join(map(str, LEAST_VERSION))
+        raise MissingDependencyError(
+            f"onnxruntime {onnxruntime.__version__} is too old for opset 24; pip install 'onnxruntime>={least}'"
+        )
+    if PROVIDER not in onnxruntime.get_available_providers():
+        raise MissingDependencyError(
+            f"this onnxruntime has no {PROVIDER} (it has {', '.join(onnxruntime.get_available_providers())}); "
+            "pip install onnxruntime"
+        )
+    return onnxruntime
+
+
+def threads() -> int:
+    """How many threads compute. Raises TargetError for a value of QWEN2VL_TC_THREADS that is no positive number."""
+    given = os.environ.get(THREADS_VARIABLE)
+    if given is None:
+        return len(os.sched_getaffinity(0))
+    if not given.isdecimal() or int(given) < 1:
+        raise TargetError(f"{THREADS_VARIABLE} is {given!r}, expected a number of threads, 1 or more")
+    return int(given)
+
+
+def session_options(runtime: Any) -> Any:
+    """The options of both sessions, each chosen by measurement (docs/ONNX.md)."""
+    options = runtime.SessionOptions()
+    options.intra_op_num_threads = threads()
+    options.log_severity_level = 3
+    # without VNNI, products of uint8 and int8 saturate: this makes both uint8 there, and changes nothing elsewhere
+    options.add_session_config_entry("session.x64quantprecision", "1")
+    return options
+
+
+def _open(runtime: Any, artifact: Artifact, graph: OnnxGraph) -> Any:
+    """A session of one model. Raises ArtifactError where a file is altered, replaced or refused."""
+    artifact.check(graph.model)
+    path = artifact.path / graph.model.path
+    try:
+        session = runtime.InferenceSession(path, session_options(runtime), providers=[PROVIDER])
+    except Exception as error:  # onnxruntime raises classes of its own that have no common base
+        first = str(error).splitlines()[0]
+        raise ArtifactError(
+            f"{path}: onnxruntime {runtime.__version__} refuses it: {first}; compile the artifact again, or update "
+            "onnxruntime"
+        ) from error
+    # onnxruntime opens files by name: they must still be the ones whose hashes are checked
+    for entry in (graph.model, graph.data):
+        artifact.check_in_place(entry)
+    return session
