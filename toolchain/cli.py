@@ -275,18 +275,29 @@ def verify(
 
     The exit code is 1 if it differs by more than the stated tolerance.
     """
+    from ..artifacts.store import read_manifest
     from .console import fail, result_json, stdout, step_progress
+    from .onnx_verify import verify_onnx_artifact
     from .verify import verify_artifact
     from .verify_report import render
 
     check_source(against)
-    with step_progress("verify") as progress:
-        report = verify_artifact(artifact, against, progress=progress)
+    manifest = read_manifest(artifact)
+    reports = []
+    if manifest.ge is not None or manifest.onnx is None:
+        with step_progress("verify") as progress:
+            reports.append(verify_artifact(artifact, against, progress=progress))
+    if manifest.onnx is not None:
+        with step_progress("verify ONNX") as progress:
+            reports.append(verify_onnx_artifact(artifact, against, progress=progress))
     if as_json:
-        result_json(dataclasses.asdict(report))
+        # the first is that of the GE graphs, where there are any
+        first, *second = (dataclasses.asdict(report) for report in reports)
+        result_json({**first, "onnx": second[0]} if second else first)
     else:
-        render(report, stdout())
-    if not report.passed:
+        for report in reports:
+            render(report, stdout())
+    if not all(report.passed for report in reports):
         fail(f"{artifact} differs from {against} by more than the tolerance")
         raise typer.Exit(FAILED)
 

@@ -14,6 +14,7 @@ from ..artifacts.schema import dump_json
 from ..artifacts.staging import Staging, stage
 from ..artifacts.store import Artifact, open_artifact
 from ..runtime.loader import open_processor
+from ..runtime.prompt import Processor
 from .verify_cases import Case, make_cases, template_problem
 from .verify_report import Progress, VerifyReport, render
 from .weights.source import open_checkpoint
@@ -81,20 +82,10 @@ def verify(
         raise ArtifactError(
             f"{artifact.path}: has no {missing}, so there is nothing to verify; run `qwen2vl-tc {command}` first"
         )
-    if steps < 1:
-        raise TargetError(f"steps is {steps}, expected at least 1")
     report_progress = progress or (lambda what, done, total: None)
     report_progress("checking the checkpoint", 0, 1)
-    _check_same_model(artifact, against)
-    processor = open_processor(artifact)
-    cases = make_cases(processor, manifest.ge.max_length)
-    longest = max(len(case.prompt.token_ids) for case in cases)
-    fitting = min(steps, manifest.ge.max_length - longest)
-    notes = []
-    if fitting < steps:
-        notes.append(f"{fitting} decode steps instead of {steps}: the cache has {manifest.ge.max_length} positions")
-    if problem := template_problem(processor):
-        notes.append(f"prompts were made without a chat template: {problem}")
+    check_same_model(artifact, against)
+    cases, fitting, notes = prepare_cases(open_processor(artifact), manifest.ge.max_length, steps)
     needed = needed_memory(manifest, cases, fitting)
     if (note := check_memory(needed, available_memory())) is not None:
         notes.append(note)
@@ -105,7 +96,22 @@ def verify(
     return Run(artifact, manifest.ge, against, cases, fitting, report_progress).report(needed, tuple(notes))
 
 
-def _check_same_model(artifact: Artifact, against: Path) -> None:
+def prepare_cases(processor: Processor, max_length: int, steps: int) -> tuple[tuple[Case, ...], int, list[str]]:
+    """The requests, how many decode steps fit the KV cache, and what there is to note. Raises TargetError."""
+    if steps < 1:
+        raise TargetError(f"steps is {steps}, expected at least 1")
+    cases = make_cases(processor, max_length)
+    longest = max(len(case.prompt.token_ids) for case in cases)
+    fitting = min(steps, max_length - longest)
+    notes = []
+    if fitting < steps:
+        notes.append(f"{fitting} decode steps instead of {steps}: the cache has {max_length} positions")
+    if problem := template_problem(processor):
+        notes.append(f"prompts were made without a chat template: {problem}")
+    return cases, fitting, notes
+
+
+def check_same_model(artifact: Artifact, against: Path) -> None:
     """Raises ConfigError or WeightError for a folder that is no whole checkpoint, ArtifactError for another model's."""
     if not (against / "config.json").is_file():
         raise ConfigError(f"{against}: no config.json there; --against wants the folder of the original checkpoint")

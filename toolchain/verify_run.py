@@ -31,6 +31,7 @@ from .verify_report import (
     Progress,
     VerifyReport,
     compare,
+    output_departs,
     second_opinion,
 )
 
@@ -101,7 +102,7 @@ class Run:
         if failed is not None:
             self._progress(f"looking for where {failed.graph} departs", self._total, self._total)
             departure, intermediates = self._locate(failed, known)
-            departure = departure or _output_departs(failed)
+            departure = departure or output_departs(failed)
         elif self.part.dtype != "fp32":
             departure, intermediates = self._check_intermediates(comparisons, known)
         self._progress("done", self._total, self._total)
@@ -298,15 +299,6 @@ class Run:
         if not np.isfinite(largest):
             return Departure(at.case, at.graph, at.step, title, None, limit, None)
         return Departure(at.case, at.graph, at.step, title, largest * size, limit, rms)
-
-
-def _output_departs(failed: Comparison) -> Departure:
-    """What to say where the intermediates do not explain a failure."""
-    gap = failed.token_gap
-    if gap is not None and gap > 2 * failed.limit and failed.max_error is not None and failed.max_error <= failed.limit:
-        title = "the choice of the next token, whose logit is not the largest"
-        return Departure(failed.case, failed.graph, failed.step, title, gap, 2 * failed.limit, failed.relative_rms)
-    return Departure(failed.case, failed.graph, failed.step, None, failed.max_error, failed.limit, failed.relative_rms)
 
 
 def _expected(each: _Known) -> Expected:
