@@ -236,9 +236,9 @@ def session_options(runtime: Any) -> Any:
 def _open(runtime: Any, artifact: Artifact, graph: OnnxGraph) -> Any:
     """A session of one model. Raises ArtifactError where a file is altered, replaced or refused."""
     artifact.check(graph.model)
-    path = artifact.path / graph.model.path
+    path, options = artifact.path / graph.model.path, session_options(runtime)
     try:
-        session = runtime.InferenceSession(path, session_options(runtime), providers=[PROVIDER])
+        session = runtime.InferenceSession(path, options, providers=[PROVIDER])
     except Exception as error:  # onnxruntime raises classes of its own that have no common base
         first = str(error).splitlines()[0]
         raise ArtifactError(

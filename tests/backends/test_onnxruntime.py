@@ -1,6 +1,10 @@
 """The ONNX models in onnxruntime, through the commands, against transformers on the same weights."""
 
 import json
+import re
+import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,6 +14,7 @@ import pytest
 from PIL import Image
 from typer.testing import CliRunner
 
+from qwen2vl_tc.artifacts.errors import ArtifactError, MissingDependencyError, RequestError, TargetError
 from qwen2vl_tc.runtime import Model, load
 from qwen2vl_tc.runtime.generate import Timings, prefill_prompt
 from qwen2vl_tc.runtime.prompt import Prompt
@@ -133,3 +138,157 @@ def test_fp32_models_agree_with_transformers(export: Export, tmp_path: Path, sha
             words += ["--image", tmp_path / f"{i}.png"]
         made = json.loads(run(*words))["token_ids"]
         assert made == list(expected.tokens[: len(made)])
+
+
+@pytest.mark.parametrize("options", [(), ("--standard-only",)], ids=["default", "standard"])
+def test_rows_of_a_batch_decode_as_they_would_alone(export: Export, options: tuple[str]) -> None:
+    _, artifact = export("tied", "--weights", "fp32", *options)
+    model = load(artifact)
+    requests = [
+        messages(pictures, text) for pictures, text in zip(CASES.values(), ("Hi.", QUESTION, "So?"), strict=True)
+    ]
+    alone = [model.generate(request, max_new_tokens=12).token_ids for request in requests]
+    assert [each.token_ids for each in model.generate_batch(requests, max_new_tokens=12)] == alone
+
+
+@pytest.mark.parametrize("options", [(), ("--standard-only",)], ids=["default", "standard"])
+def test_a_prompt_in_parts_is_the_prompt(export: Export, options: tuple[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Over a kept cache, and where a long prompt is run in parts, the cut inside a picture."""
+    _, artifact = export("tied", "--weights", "fp32", *options)
+    model = load(artifact)
+    backend = model.backend
+    prompt = model.processor.prepare(messages(CASES["one_image"]))
+    whole = logits(model, prompt, [])[0]
+    monkeypatch.setattr("qwen2vl_tc.runtime.backends.onnxruntime._PREFILL_TOKENS", 7)
+    assert np.abs(logits(model, prompt, [])[0] - whole).max() < TOLERANCE
+    monkeypatch.undo()
+    text = model.processor.prepare(messages([]))
+    whole = logits(model, text, [])[0]
+    for cut in (1, len(text.token_ids) // 2, len(text.token_ids) - 1):
+        cache, none = backend.allocate(1), np.zeros(0, np.int64)
+        for begin, end in ((0, cut), (cut, len(text.token_ids))):
+            ids, places = text.token_ids[begin:end], text.positions[:, begin:end]
+            step = backend.prefill(cache, 0, begin, ids, places, None, none)
+        assert np.abs(backend.logits(step)[0] - whole).max() < TOLERANCE
+
+
+def test_a_step_writes_its_own_position_of_the_cache_and_nothing_else(export: Export) -> None:
+    _, artifact = export("tied", "--weights", "int8")
+    backend: Any = load(artifact).backend
+    cache = backend.allocate(2)
+    none = np.zeros(0, np.int64)
+    ids, positions = np.arange(5), np.tile(np.arange(5), (3, 1))
+    backend.prefill(cache, 1, 0, ids, positions, None, none)
+    arrays = {name: (array.ctypes.data, array.copy()) for name, array in cache.arrays.items()}
+    at = np.array([0, 5])
+    backend.decode(cache, backend.begin(cache, np.array([3, 4]), at, at), [1, 6])
+    for name, (address, before) in arrays.items():
+        array = cache.arrays[name]
+        assert array.ctypes.data == address
+        changed = {(row, position) for row, _, position, _ in np.argwhere(array != before).tolist()}
+        assert changed == {(0, 0), (1, 5)}, name
+
+
+def test_quantized_models_stay_within_the_bounds_that_verify_states(export: Export) -> None:
+    for shape, weights in (("untied", "int8"), ("gqa7", "int4"), ("tied", "fp16")):
+        source, artifact = export(shape, "--weights", weights)
+        report = json.loads(run("verify", artifact, "--against", source, "--json"))
+        assert report["passed"] and report["dtype"] == weights and report["backend"] == "onnxruntime"
+        decode = [each for each in report["comparisons"] if each["graph"] == "decode"]
+        assert len(decode) == 3 * 16 and all(each["kl"] >= 0 for each in decode)
+
+
+def test_standard_operators_compute_what_the_others_do(export: Export) -> None:
+    _, fused = export("tied", "--weights", "int8")
+    _, standard = export("tied", "--weights", "int8", "--standard-only")
+    models = [load(path) for path in (fused, standard)]
+    prompt = models[0].processor.prepare(messages(CASES["one_image"]))
+    a, b = (np.stack(logits(model, prompt, [1, 2, 3])) for model in models)
+    # MatMulNBits rounds activations to 8 bits, DequantizeLinear and MatMul need not
+    assert np.abs(a - b).max() < 0.1 * b.std()
+
+
+NO_TORCH = """
+import sys
+from qwen2vl_tc.runtime import load
+model = load(sys.argv[1])
+question = [{"role": "user", "content": [{"type": "image", "image": sys.argv[2]}, {"type": "text", "text": "What?"}]}]
+print(model.backend.name, len(model.generate(question, max_new_tokens=3).token_ids))
+print(sorted({"torch", "torch_npu", "transformers", "onnx"} & set(sys.modules)))
+"""
+
+
+def test_no_torch_comes_into_the_process(export: Export, tmp_path: Path) -> None:
+    _, artifact = export("tied", "--weights", "int8")
+    CASES["one_image"][0].save(tmp_path / "picture.png")
+    words = [sys.executable, "-c", NO_TORCH, str(artifact), str(tmp_path / "picture.png")]
+    done = subprocess.run(words, capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines() == ["onnxruntime 3", "[]"]
+
+
+def test_the_documented_example_runs_with_onnxruntime_alone(export: Export, tmp_path: Path) -> None:
+    """docs/ONNX.md: numpy, onnxruntime and tokenizers, and none of our package."""
+    _, artifact = export("tied", "--weights", "int8")
+    text = (Path(__file__).parents[2] / "docs" / "ONNX.md").read_text(encoding="utf-8")
+    (code,) = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+    assert "qwen2vl_tc" not in code
+    words = [sys.executable, "-c", code, str(artifact), "Hello there"]
+    done = subprocess.run(words, capture_output=True, text=True, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip() == load(artifact).generate("Hello there", max_new_tokens=8).text.strip()
+
+
+def altered(artifact: Path, out: Path, relative: str) -> Path:
+    shutil.copytree(artifact, out)
+    data = bytearray((out / relative).read_bytes())
+    data[len(data) // 2] ^= 1
+    (out / relative).write_bytes(data)
+    return out
+
+
+def test_altered_and_missing_files_are_refused_by_name(export: Export, tmp_path: Path) -> None:
+    _, artifact = export("tied", "--weights", "int8")
+    with pytest.raises(ArtifactError, match=r"text\.onnx: blake3"):
+        load(altered(artifact, tmp_path / "model", "graphs/onnx/text.onnx"))
+    model = load(altered(artifact, tmp_path / "data", "graphs/onnx/text.onnx.data"))
+    with pytest.raises(ArtifactError, match=r"text\.onnx\.data: blake3"):
+        model.generate("Hello", max_new_tokens=1)
+    shutil.copytree(artifact, tmp_path / "missing")
+    (tmp_path / "missing/graphs/onnx/visual.onnx.data").unlink()
+    with pytest.raises(ArtifactError, match=r"visual\.onnx\.data is missing"):
+        load(tmp_path / "missing")
+
+
+def test_what_cannot_run_says_what_to_install(export: Export, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    import onnxruntime
+
+    _, artifact = export("tied", "--weights", "int8")
+    monkeypatch.setattr(onnxruntime, "__version__", "1.17.3")
+    with pytest.raises(MissingDependencyError, match=r"onnxruntime 1\.17\.3 is too old.*pip install 'onnxruntime>=1\."):
+        load(artifact)
+    monkeypatch.undo()
+    monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: ["CUDAExecutionProvider"])
+    with pytest.raises(MissingDependencyError, match=r"no CPUExecutionProvider.*pip install onnxruntime"):
+        load(artifact)
+    monkeypatch.undo()
+    monkeypatch.setenv("QWEN2VL_TC_THREADS", "many")
+    with pytest.raises(TargetError, match="QWEN2VL_TC_THREADS is 'many'"):
+        load(artifact)
+
+
+def test_load_takes_onnxruntime_before_the_reference_where_an_artifact_has_both(build: Any) -> None:
+    _, artifact = build("both", tiny_config(**SHAPES["tied"]))
+    assert load(artifact).backend.name == "reference"
+    run("compile", artifact, "--mode", "onnx", "--max-length", 128)
+    model = load(artifact)
+    assert (model.backend.name, model.max_length) == ("onnxruntime", 128)
+    assert load(artifact, backend="reference").max_length == 256
+
+
+def test_more_rows_or_tokens_than_fit_are_refused(export: Export) -> None:
+    _, artifact = export("tied", "--weights", "int8")
+    model = load(artifact)
+    with pytest.raises(RequestError, match="65 rows"):
+        model.backend.allocate(65)
+    with pytest.raises(RequestError, match="the artifact has 512"):
+        model.generate("Hello", max_new_tokens=513)
