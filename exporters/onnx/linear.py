@@ -190,6 +190,12 @@ class Linears:
             )
         return graph.node("Add", name, graph.node("Mul", f"{name}.by_token", product, token_scale), bias)
 
+    def swish(self, x: str, name: str, alpha: float = 1.0) -> str:
+        """x * sigmoid(alpha x). onnxruntime has a kernel for QuickGelu; the standard Swish it computes in three."""
+        if self.form.standard_only:
+            return self.graph.node("Swish", name, x, alpha=alpha)
+        return self.graph.node("QuickGelu", name, x, domain=MICROSOFT, alpha=alpha)
+
     def embedding(self, ids: str, parameter: str, name: str) -> str:
         """Rows of a table [vocabulary, width] by index, to [..., width]."""
         graph = self.graph

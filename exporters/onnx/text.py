@@ -111,7 +111,7 @@ class _Text:
         gate, up = graph.nodes(
             "Split", f"{name}.split", gate_up, outputs=(f"{name}.gate", f"{name}.up"), axis=-1, num_outputs=2
         )
-        swish = graph.node("Swish", f"{name}.swish", gate)
+        swish = self.linears.swish(gate, f"{name}.swish")
         product = graph.node("Mul", f"{name}.swiglu", swish, up)
         return self.linears.blocks(product, f"{parameter}.down_proj", f"{name}.down", bias=False)
 

@@ -70,7 +70,7 @@ class _Visual:
         x = graph.node("Add", f"{name}.attention.add", x, y)
         y = self._norm(x, f"{parameter}.norm2", f"{name}.mlp_norm")
         y = linears.rows(y, f"{parameter}.mlp.fc1", f"{name}.mlp.fc1")
-        y = graph.node("Swish", f"{name}.mlp.quick_gelu", y, alpha=_QUICK_GELU)
+        y = linears.swish(y, f"{name}.mlp.quick_gelu", _QUICK_GELU)
         y = linears.rows(y, f"{parameter}.mlp.fc2", f"{name}.mlp.fc2")
         return graph.node("Add", f"{name}.mlp.add", x, y)
 

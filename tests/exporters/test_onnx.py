@@ -1,0 +1,198 @@
+"""The ONNX models as files: what the standard's own tools say of them, and what is in them."""
+
+import re
+import subprocess
+import sys
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import pytest
+from typer.testing import CliRunner
+
+from qwen2vl_tc.artifacts.errors import MissingDependencyError, TargetError, WeightError
+from qwen2vl_tc.artifacts.store import read_manifest
+from qwen2vl_tc.exporters.onnx import quantize
+from qwen2vl_tc.exporters.onnx.rotary import frequencies
+from qwen2vl_tc.toolchain import onnx_export
+from qwen2vl_tc.toolchain.cli import app
+from qwen2vl_tc.toolchain.onnx_export import OnnxOptions, export_onnx
+from qwen2vl_tc.toolchain.synthetic import published, tiny_config, write_checkpoint
+
+LAYERS, BLOCKS = 2, 2
+EVERY_FORM = [(weights, standard) for weights in onnx_export.WEIGHTS for standard in (False, True)]
+
+Convert = Callable[..., Path]
+
+
+@pytest.fixture
+def convert(tmp_path: Path) -> Convert:
+    """convert(config, dtype=...) to a new artifact without graphs."""
+
+    def make(config: dict[str, Any] | None = None, dtype: str = "bf16") -> Path:
+        source = write_checkpoint(tmp_path / "hf", config or tiny_config(), dtype=dtype, tokenizer=True)
+        out = tmp_path / f"artifact{len(list(tmp_path.iterdir()))}"
+        result = CliRunner().invoke(app, ["convert", "--src", str(source), "--out", str(out), "--no-sync"])
+        assert result.exit_code == 0, result.output
+        return out
+
+    return make
+
+
+def models(artifact: Path) -> dict[str, onnx.ModelProto]:
+    return {
+        name: onnx.load(artifact / f"graphs/onnx/{name}.onnx", load_external_data=False) for name in ("visual", "text")
+    }
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_every_form_passes_the_checker_and_stays_inside_its_operator_set(convert: Convert, tied: bool) -> None:
+    artifact = convert(tiny_config(tie_word_embeddings=tied))
+    for weights, standard in EVERY_FORM:
+        export_onnx(artifact, OnnxOptions(weights, standard, 64), sync=False)
+        for name, model in models(artifact).items():
+            # by path: that is how external data is checked, too
+            onnx.checker.check_model(artifact / f"graphs/onnx/{name}.onnx")
+            domains = {each.domain: each.version for each in model.opset_import}
+            assert domains[""] == 24
+            assert not standard or set(domains) == {""}
+            assert {node.domain for node in model.graph.node} <= set(domains)
+            names = [node.name for node in model.graph.node]
+            assert all(names) and len(set(names)) == len(names)
+
+
+def test_operators_are_those_of_the_npu_graphs_one_by_one(convert: Convert) -> None:
+    artifact = convert()
+    export_onnx(artifact, OnnxOptions("int8", False, 64), sync=False)
+    text, visual = models(artifact)["text"].graph, models(artifact)["visual"].graph
+    ops = Counter(node.op_type for node in text.node)
+    # a layer: two norms, four products, one attention over the cache, one rotation each of q and k
+    assert ops["RMSNormalization"] == 2 * LAYERS + 1
+    assert ops["MatMulNBits"] == 4 * LAYERS + 1
+    assert ops["GroupQueryAttention"] == LAYERS and ops["RotaryEmbedding"] == 2 * LAYERS
+    assert "Transpose" not in ops and "Concat" in ops
+    ops = Counter(node.op_type for node in visual.node)
+    assert ops["LayerNormalization"] == 2 * BLOCKS + 1
+    assert ops["MatMulIntegerToFloat"] == 4 * BLOCKS + 2 and ops["Gemm"] == 1
+    assert ops["MultiHeadAttention"] == BLOCKS and "Transpose" not in ops
+    names = {node.name for node in text.node}
+    assert {"layer.1.attention", "layer.1.attention.qkv", "layer.0.mlp.down", "logits", "next_token"} <= names
+
+
+def test_two_exports_are_equal_byte_by_byte_and_carry_the_hash_of_what_they_were_made_from(convert: Convert) -> None:
+    artifact = convert()
+    first = export_onnx(artifact, OnnxOptions("int4", False, 64), sync=False)
+    again = export_onnx(artifact, OnnxOptions("int4", False, 64), sync=False)
+    assert first == again and first.onnx is not None
+    for model in models(artifact).values():
+        metadata = {entry.key: entry.value for entry in model.metadata_props}
+        assert metadata == {"manifest_hash": first.onnx.source, "weights": "int4"}
+    assert all(not Path(value).is_absolute() for value in re.findall(r"location.{2,4}?([\w./]+data)", str(model)))
+
+
+def test_a_tied_embedding_is_stored_once(convert: Convert) -> None:
+    # wide enough for the table to matter
+    sizes = {}
+    for tied in (True, False):
+        artifact = convert(tiny_config(tie_word_embeddings=tied, vocab_size=4096))
+        part = export_onnx(artifact, OnnxOptions("int8", False, 64), sync=False).onnx
+        assert part is not None
+        sizes[tied] = next(graph.data.bytes for graph in part.graphs if graph.name == "text")
+    assert sizes[False] - sizes[True] == pytest.approx(4096 * 64 * (1 + 4 / 64), rel=0.05)
+
+
+def test_other_parts_of_an_artifact_stay_and_new_weights_drop_the_models(build: Any, tmp_path: Path) -> None:
+    source, artifact = build("onnx_parts", tiny_config())
+    before = read_manifest(artifact)
+    after = export_onnx(artifact, OnnxOptions(max_length=64), sync=False)
+    assert (after.ge, after.weights, after.processor) == (before.ge, before.weights, before.processor)
+    assert read_manifest(artifact) == after
+    assert all((artifact / entry.path).stat().st_size == entry.bytes for entry in after.files())
+    result = CliRunner().invoke(app, ["convert", "--src", str(source), "--out", str(artifact), "--no-sync"])
+    assert result.exit_code == 0, result.output
+    assert read_manifest(artifact).onnx is None and not (artifact / "graphs/onnx").exists()
+
+
+def test_what_cannot_be_exported_says_why(convert: Convert, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    artifact = convert()
+
+    def said(*words: str) -> str:
+        result = CliRunner().invoke(app, ["compile", str(artifact), "--mode", "onnx", *words])
+        assert result.exit_code == 2
+        return " ".join(result.stderr.split())
+
+    assert "--weights int3: expected one of int8, int4, fp32, fp16" in said("--weights", "int3")
+    assert "--max-length 1: expected 2 to 32768" in said("--max-length", "1")
+    assert "nothing else" in said("--batch", "4")
+    result = CliRunner().invoke(app, ["compile", str(artifact), "--weights", "int4"])
+    assert result.exit_code == 2 and "are for --mode onnx" in result.stderr
+    monkeypatch.setattr(onnx_export, "planned_bytes", lambda config, weights: 1 << 60)
+    with pytest.raises(TargetError, match=r"fp32 ONNX needs .* GB free"):
+        export_onnx(artifact, OnnxOptions("fp32"))
+    assert not (artifact / "graphs").exists()
+    monkeypatch.setitem(sys.modules, "onnx", None)
+    with pytest.raises(MissingDependencyError, match=r"pip install 'qwen2vl-tc\[onnx\]'"):
+        export_onnx(artifact, OnnxOptions())
+
+
+def test_values_that_fp16_cannot_hold_are_refused(convert: Convert, monkeypatch: pytest.MonkeyPatch) -> None:
+    artifact = convert(dtype="fp32")
+    from qwen2vl_tc.exporters.onnx.source import Weights
+
+    chunks = Weights.chunks
+    monkeypatch.setattr(
+        Weights, "chunks", lambda self, name: ((i, rows * np.float32(1e6)) for i, rows in chunks(self, name))
+    )
+    with pytest.raises(WeightError, match="holds values that fp16 cannot represent"):
+        export_onnx(artifact, OnnxOptions("fp16"))
+
+
+@pytest.mark.parametrize("size", ["2b", "7b", "72b"])
+def test_frequencies_are_those_that_the_npu_tables_are_made_of(size: str) -> None:
+    import torch
+
+    config = published(size)
+    dim, theta = config["hidden_size"] // config["num_attention_heads"], config["rope_theta"]
+    expected = 1.0 / (theta ** (torch.arange(0, dim, 2, dtype=torch.float32) / dim))
+    # one unit in the last place: numpy's power and torch's need not round alike
+    assert np.abs(frequencies(dim, theta) / expected.numpy() - 1).max() < 1.3e-7
+
+
+@pytest.mark.parametrize(("bits", "bound"), [(8, 1 / 254), (4, 1 / 7)])
+def test_quantized_blocks_are_as_near_as_their_steps_allow(bits: int, bound: float) -> None:
+    rng = np.random.default_rng(0)
+    rows = rng.standard_normal((6, 96), dtype=np.float32)
+    rows[3, 10:20] *= 100
+    rows[5] = 0
+    q, scale = quantize.quantize_blocks(rows, bits, 32)
+    back = ((q.astype(np.float32) - 2 ** (bits - 1)).reshape(6, 3, 32) * scale[..., None]).reshape(6, 96)
+    largest = np.repeat(np.abs(rows).reshape(6, 3, 32).max(-1), 32, 1)
+    # int4 may cut off a sixth of the largest value where that serves the others
+    assert (np.abs(back - rows) <= largest * (bound if bits == 8 else 1 / 6) + 1e-7).all()
+    assert (back[5] == 0).all()
+    if bits == 4:
+        packed = quantize.pack_int4(q)
+        assert (packed & 15 == q[:, 0::2]).all() and (packed >> 4 == q[:, 1::2]).all()
+
+
+MEMORY = """
+import sys, resource
+from pathlib import Path
+from qwen2vl_tc.toolchain.onnx_export import OnnxOptions, export_onnx
+import onnx
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+export_onnx(Path(sys.argv[1]), OnnxOptions(sys.argv[2], max_length=64), sync=False)
+print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) << 10)
+"""
+
+
+@pytest.mark.parametrize("weights", ["int8", "int4"])
+def test_memory_of_an_export_does_not_grow_with_its_tensors(convert: Convert, weights: str) -> None:
+    # embedding and output layer of 34 MB each in bf16, 67 MB in fp32
+    artifact = convert(tiny_config(vocab_size=262144))
+    words = [sys.executable, "-c", MEMORY, str(artifact), weights]
+    used = int(subprocess.run(words, capture_output=True, text=True, check=True).stdout)
+    assert used < 40e6
