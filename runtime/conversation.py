@@ -10,9 +10,11 @@ from numpy.typing import NDArray
 
 from ..artifacts.errors import RequestError
 from .generate import Generation, Row, Timings, Token, run_out, texts
-from .messages import Message, VideoSource, given_items
+from .images import ImageSource
+from .messages import Message, given_items
+from .pictures import DEFAULT_VISION, VisionOptions
 from .prompt import CutPicture, Prompt
-from .vision import ImageSource
+from .video import VideoSource
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -38,8 +40,9 @@ class Conversation:
     time; each conversation holds a KV cache of one row.
     """
 
-    def __init__(self, model: "Model", system: str | None = None) -> None:
+    def __init__(self, model: "Model", system: str | None = None, vision: VisionOptions = DEFAULT_VISION) -> None:
         self._model = model
+        self._vision = vision
         self._system = system
         self._cache: Any = None
         self._answering = False
@@ -95,7 +98,8 @@ class Conversation:
         items = [*given_items("image", images), *given_items("video", videos)]
         said = {"type": "text", "text": text}
         content: list[dict[str, Any]] = [{"type": item.kind, item.kind: item.source} for item in items]
-        prompt = model.processor.prepare([*self.messages, {"role": "user", "content": [*content, said]}])
+        messages: list[Message] = [*self.messages, {"role": "user", "content": [*content, said]}]
+        prompt = model.processor.prepare(messages, vision=self._vision)
         found = model.settings(settings)
         try:
             row = model.row(prompt, found, self._kept(prompt))

@@ -1,24 +1,34 @@
 """Messages as Qwen's users write them: checked, and their pictures and clips listed in order."""
 
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, fields, replace
 from typing import Any, Literal
 
 from ..artifacts.errors import RequestError
-from .vision import ImageSource
+from .frames import FrameRequest
+from .images import ImageSource
+from .resize import SizeRequest
+from .video import VideoSource
 
 Kind = Literal["image", "video"]
 Message = Mapping[str, Any]
-VideoSource = Sequence[ImageSource]
 
 ROLES = ("system", "user", "assistant", "tool")
-_EXPECTED = '{"type": "text", "text": ...}, {"type": "image", "image": ...} or {"type": "video", "video": [frames]}'
+_EXPECTED = '{"type": "text", "text": ...}, {"type": "image", "image": ...} or {"type": "video", "video": ...}'
 _SOURCE_KEYS: dict[str, tuple[str, ...]] = {
     "image": ("image", "url", "path"),
     "image_url": ("image_url",),
     "video": ("video",),
 }
-_PIXEL_KEYS = ("min_pixels", "max_pixels")
+_SIZE_KEYS = ("min_pixels", "max_pixels", "resized_height", "resized_width")
+_FRAME_KEYS = tuple(each.name for each in fields(FrameRequest))
+# what qwen-vl-utils takes for a list of frames: rates, which Qwen2-VL does not look at
+_IGNORED_KEYS = ("sample_fps", "raw_fps")
+_KEYS: dict[str, tuple[str, ...]] = {
+    "image": _SIZE_KEYS,
+    "image_url": _SIZE_KEYS,
+    "video": (*_SIZE_KEYS, "total_pixels", *_FRAME_KEYS, *_IGNORED_KEYS),
+}
 
 
 @dataclass(frozen=True)
@@ -28,8 +38,8 @@ class VisionItem:
     kind: Kind
     source: Any
     where: str
-    min_pixels: int | None = None
-    max_pixels: int | None = None
+    size: SizeRequest = field(default_factory=SizeRequest)
+    frames: FrameRequest = field(default_factory=FrameRequest)
 
 
 def given_items(kind: Kind, sources: Sequence[Any]) -> list[VisionItem]:
@@ -116,8 +126,8 @@ def _check_text(text: Any, where: str, placeholders: Collection[str]) -> None:
 
 
 def _vision_item(kind: str, part: Mapping[str, Any], where: str) -> VisionItem:
-    """Read {"type": "image" | "image_url" | "video", its data, min_pixels, max_pixels}."""
-    known = (*_SOURCE_KEYS[kind], *_PIXEL_KEYS)
+    """Read {"type": "image" | "image_url" | "video", its data, its keys of _KEYS}."""
+    known = (*_SOURCE_KEYS[kind], *_KEYS[kind])
     if unknown := sorted(set(map(str, part)) - {"type", *known}):
         raise RequestError(f"{where}: unknown {', '.join(unknown)}; an item of type {kind} takes {', '.join(known)}")
     sources = [part[key] for key in _SOURCE_KEYS[kind] if part.get(key) is not None]
@@ -128,7 +138,9 @@ def _vision_item(kind: str, part: Mapping[str, Any], where: str) -> VisionItem:
     if kind == "image_url" and isinstance(source, Mapping):
         source = source.get("url")
     plain_kind: Kind = "video" if kind == "video" else "image"
-    return VisionItem(plain_kind, source, where, part.get("min_pixels"), part.get("max_pixels"))
+    size = SizeRequest(**{name: part.get(name) for name in (*_SIZE_KEYS, "total_pixels")})
+    frames = FrameRequest(**{name: part.get(name) for name in _FRAME_KEYS})
+    return VisionItem(plain_kind, source, where, size, frames)
 
 
 def _shape_of(part: Any) -> str:

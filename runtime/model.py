@@ -11,11 +11,13 @@ from ..artifacts.store import Artifact
 from .backends.base import Backend
 from .conversation import Conversation
 from .generate import Generation, Row, Timings, Token, generate_rows, run_out, texts
+from .images import ImageSource
 from .integrity import WeightCheck
-from .messages import Message, VideoSource
+from .messages import Message
+from .pictures import DEFAULT_VISION, VisionOptions
 from .prompt import Processor, Prompt
 from .settings import Settings, settings_for
-from .vision import ImageSource
+from .video import VideoSource
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -61,17 +63,18 @@ class Model:
         images: Sequence[ImageSource] = (),
         videos: Sequence[VideoSource] = (),
         *,
+        vision: VisionOptions = DEFAULT_VISION,
         on_token: OnToken | None = None,
         **settings: "Unpack[GivenSettings]",
     ) -> Generation:
         """Answer a request.
 
         request: messages as Qwen users know them, or a string that already went through a chat template. images and
-        videos fill the placeholders that name no source. on_token is called with every Token as it is made; what it
-        raises ends the generation.
+        videos fill the placeholders that name no source; vision holds for all of them. on_token is called with every
+        Token as it is made; what it raises ends the generation.
         """
         timings = Timings()
-        row = self.row(self.processor.prepare(request, images, videos), self.settings(settings))
+        row = self.row(self.processor.prepare(request, images, videos, vision=vision), self.settings(settings))
         timings.mark("preprocess")
         run_out(self.steps([row], timings), on_token)
         return row.generation(timings)
@@ -80,6 +83,7 @@ class Model:
         self,
         requests: Sequence[str | Sequence[Message]],
         *,
+        vision: VisionOptions = DEFAULT_VISION,
         on_token: OnToken | None = None,
         **settings: "Unpack[GivenSettings]",
     ) -> list[Generation]:
@@ -88,12 +92,13 @@ class Model:
         Rows end on their own. More requests than the artifact's largest decode graph has rows (`compile --batch`) are
         answered in groups of that size.
         """
-        return [answer for group in self.answer_groups(requests, on_token=on_token, **settings) for answer in group]
+        return [answer for group in self.answer_groups(requests, vision=vision, on_token=on_token, **settings) for answer in group]
 
     def answer_groups(
         self,
         requests: Sequence[str | Sequence[Message]],
         *,
+        vision: VisionOptions = DEFAULT_VISION,
         on_token: OnToken | None = None,
         **settings: "Unpack[GivenSettings]",
     ) -> Iterator[list[Generation]]:
@@ -107,7 +112,7 @@ class Model:
             rows = []
             for i, request in enumerate(requests[start : start + size], start):
                 try:
-                    rows.append(self.row(self.processor.prepare(request), found))
+                    rows.append(self.row(self.processor.prepare(request, vision=vision), found))
                 except RequestError as error:
                     raise RequestError(f"requests[{i}]: {error}") from error
             timings.mark("preprocess")
@@ -119,13 +124,15 @@ class Model:
         request: str | Sequence[Message],
         images: Sequence[ImageSource] = (),
         videos: Sequence[VideoSource] = (),
+        *,
+        vision: VisionOptions = DEFAULT_VISION,
         **settings: "Unpack[GivenSettings]",
     ) -> Generator[str, None, None]:
         """Like `generate`, but yields pieces of text as they come, never a broken character.
 
         Closing the iterator ends the generation.
         """
-        row = self.row(self.processor.prepare(request, images, videos), self.settings(settings))
+        row = self.row(self.processor.prepare(request, images, videos, vision=vision), self.settings(settings))
         return texts(self.steps([row], Timings()))
 
     async def astream(
@@ -133,10 +140,12 @@ class Model:
         request: str | Sequence[Message],
         images: Sequence[ImageSource] = (),
         videos: Sequence[VideoSource] = (),
+        *,
+        vision: VisionOptions = DEFAULT_VISION,
         **settings: "Unpack[GivenSettings]",
     ) -> AsyncIterator[str]:
         """`stream` for asyncio: each step runs in a thread, and a cancelled task ends the generation."""
-        prompt = await asyncio.to_thread(self.processor.prepare, request, images, videos)
+        prompt = await asyncio.to_thread(self.processor.prepare, request, images, videos, vision=vision)
         steps = self.steps([self.row(prompt, self.settings(settings))], Timings())
         running = None
         try:
@@ -154,9 +163,9 @@ class Model:
                 await asyncio.wait([running])
             steps.close()
 
-    def chat(self, system: str | None = None) -> Conversation:
-        """A conversation that keeps its KV cache, one row of its own, between turns."""
-        return Conversation(self, system)
+    def chat(self, system: str | None = None, vision: VisionOptions = DEFAULT_VISION) -> Conversation:
+        """A conversation that keeps its KV cache, one row of its own, between turns; vision holds for every turn."""
+        return Conversation(self, system, vision)
 
     def settings(self, given: "GivenSettings") -> Settings:
         """A request's settings, completed from the checkpoint's own. Raises RequestError."""

@@ -14,11 +14,14 @@ from ..artifacts.config import ModelConfig
 from ..artifacts.errors import ArtifactError, RequestError
 from ..artifacts.schema import parse_json
 from .defaults import GenerationDefaults, generation_defaults_from_hf
-from .messages import Kind, Message, VideoSource, VisionItem, given_items, vision_items, without_sources
+from .images import ImageSource
+from .messages import Kind, Message, VisionItem, given_items, vision_items, without_sources
+from .pictures import DEFAULT_VISION, VisionOptions, item_patches
 from .positions import rope_positions
 from .template import ChatTemplate
 from .text import TextStream
-from .vision import ImageSource, image_patches, image_settings_from_hf, load_image, video_patches
+from .video import VideoSource
+from .vision import image_settings_from_hf
 
 __all__ = ["GenerationDefaults", "Message", "Processor", "Prompt"]
 
@@ -145,12 +148,14 @@ class Processor:
         *,
         add_generation_prompt: bool = True,
         add_vision_id: bool = False,
+        vision: VisionOptions = DEFAULT_VISION,
     ) -> Prompt:
         """Turn one request into a Prompt.
 
         Messages: {"role": ..., "content": text or a list of {"type": "text", "text": ...}, {"type": "image", "image":
-        path, bytes, PIL image or array}, {"type": "video", "video": [frames]}}; images and videos take min_pixels and
-        max_pixels. One without its data takes the next of `images` or `videos`.
+        path, bytes, PIL image or array}, {"type": "video", "video": path, bytes or [frames]}}; images and videos take
+        what qwen-vl-utils lets them take (see SizeRequest and FrameRequest). One without its data takes the next of
+        `images` or `videos`. `vision` holds for all of them, where the messages do not say.
 
         A string: tokenised as it is, the chat template's tokens included; its placeholders take `images` and `videos`.
 
@@ -171,7 +176,7 @@ class Processor:
                 **self._template_variables,
             )
         ordered = self._in_order(text, items)
-        cut = [self._patches(item) for item in ordered]
+        cut = [self._patches(item, vision) for item in ordered]
         grids = np.array([grid for _, grid in cut], dtype=np.int64).reshape(-1, 3)
         kinds = tuple(item.kind for item in ordered)
         token_ids, slots = self._token_ids(text, grids)
@@ -211,18 +216,10 @@ class Processor:
         queues = {kind: iter(queue) for kind, queue in waiting.items()}
         return [next(queues[kind]) for kind in wanted]
 
-    def _patches(self, item: VisionItem) -> tuple[NDArray[np.uint8], tuple[int, int, int]]:
+    def _patches(self, item: VisionItem, options: VisionOptions) -> tuple[NDArray[np.uint8], tuple[int, int, int]]:
         if isinstance(item.source, CutPicture):
             return item.source.patches, item.source.grid
-        bounds = (item.min_pixels, item.max_pixels)
-        try:
-            if item.kind == "image":
-                return image_patches(load_image(item.source), self.settings, *bounds)
-            if not isinstance(item.source, list | tuple) and getattr(item.source, "ndim", 0) != 4:
-                raise RequestError("video files are not decoded here; give its frames: a list of pictures")
-            return video_patches(item.source, self.settings, *bounds)
-        except RequestError as error:
-            raise RequestError(f"{item.where}: {error}") from error
+        return item_patches(item, self.settings, options)
 
     def _token_ids(self, text: str, grids: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
         """Token ids with repeated placeholders, and where those stand."""

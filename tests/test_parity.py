@@ -16,6 +16,7 @@ from qwen2vl_tc.runtime.prompt import Prompt
 from qwen2vl_tc.runtime.vision import segment_ends, vision_positions
 from qwen2vl_tc.toolchain.cli import app
 from qwen2vl_tc.toolchain.execute_mode import EXECUTE_MODES, engine
+from qwen2vl_tc.toolchain.hf_processor import default_image_processor
 from qwen2vl_tc.toolchain.synthetic import tiny_config, write_checkpoint
 from qwen2vl_tc.toolchain.weights.convert import convert
 
@@ -76,10 +77,9 @@ class Transformers:
 
     def __init__(self, folder: Path, dtype: torch.dtype = torch.float32) -> None:
         from transformers import Qwen2VLForConditionalGeneration
-        from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
         self.model = Qwen2VLForConditionalGeneration.from_pretrained(folder, dtype=dtype, local_files_only=True).eval()
-        self.processor = Qwen2VLImageProcessorPil.from_pretrained(folder)
+        self.processor = default_image_processor(folder)
         self.image_token = json.loads((folder / "config.json").read_text())["image_token_id"]
 
     def inputs(self, prompt: Prompt, pictures: list[Image.Image]) -> dict[str, Any]:

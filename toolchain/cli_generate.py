@@ -9,15 +9,17 @@ import typer
 
 from ..artifacts.errors import RequestError
 from .cli_options import Artifact, ExecuteMode, examples
-from .cli_values import chat_messages, requests_file
+from .cli_values import chat_messages, requests_file, vision_options
 
 if TYPE_CHECKING:
     from ..runtime import Model
+    from ..runtime.pictures import VisionOptions
 
 GENERATE_EXAMPLES = examples(
     "qwen2vl-tc generate qwen2-vl-7b.artifact --image cat.jpg --prompt 'What is this?'",
     "qwen2vl-tc generate qwen2-vl-7b.artifact --image a.png --image b.png --prompt 'What differs?' --json",
     "qwen2vl-tc generate qwen2-vl-7b.artifact --prompt 'A poem.' --sample --top-k 50 --temperature 0.8 --seed 1",
+    "qwen2vl-tc generate qwen2-vl-7b.artifact --video clip.mp4 --prompt 'What happens?' --max-pixels 200704",
     "qwen2vl-tc generate qwen2-vl-7b.artifact --requests requests.jsonl",
 )
 CHAT_EXAMPLES = examples(
@@ -27,6 +29,26 @@ CHAT_EXAMPLES = examples(
 
 Image = Annotated[
     list[str] | None, typer.Option("--image", metavar="FILE", help="A picture; repeat it for several, in order.")
+]
+Video = Annotated[
+    list[str] | None, typer.Option("--video", metavar="FILE", help="A video; repeat it for several, in order.")
+]
+MinPixels = Annotated[
+    int | None, typer.Option("--min-pixels", metavar="N", help="Least area of a resized picture or frame.")
+]
+MaxPixels = Annotated[
+    int | None, typer.Option("--max-pixels", metavar="N", help="Largest area of a resized picture or frame.")
+]
+VideoSampling = Annotated[
+    str,
+    typer.Option(
+        "--video-sampling",
+        metavar="qwen|transformers",
+        help="Which frames: as qwen-vl-utils takes them (2 a second), or as transformers does (all).",
+    ),
+]
+AllowHttp = Annotated[
+    bool, typer.Option("--allow-http", help="Fetch pictures and videos from http(s) URLs. For requests you trust.")
 ]
 System = Annotated[
     str | None, typer.Option("--system", metavar="TEXT", help="Replaces the chat template's own system message.")
@@ -70,6 +92,7 @@ def generate(
     artifact: Artifact,
     prompt: Annotated[str | None, typer.Option("--prompt", metavar="TEXT", help="What to ask.")] = None,
     image: Image = None,
+    video: Video = None,
     system: System = None,
     requests: Annotated[
         Path | None,
@@ -86,6 +109,10 @@ def generate(
     repetition_penalty: RepetitionPenalty = None,
     seed: Seed = None,
     stop: Stop = None,
+    min_pixels: MinPixels = None,
+    max_pixels: MaxPixels = None,
+    video_sampling: VideoSampling = "qwen",
+    allow_http: AllowHttp = False,
     backend: Backend = None,
     execute_mode: ExecuteMode = None,
     as_json: Annotated[
@@ -94,23 +121,24 @@ def generate(
 ) -> None:
     """Answer a prompt about pictures, or about nothing but text. The text comes to stdout as it is made."""
     settings = _settings(locals())
+    vision = vision_options(min_pixels, max_pixels, video_sampling, allow_http)
     from .console import result, result_json, write_text
 
     if (prompt is None) == (requests is None):
         raise RequestError("give --prompt TEXT, or --requests FILE for several requests at once")
-    if requests is not None and (image or system is not None):
-        raise RequestError("--requests holds whole messages: put pictures and system messages into the file")
+    if requests is not None and (image or video or system is not None):
+        raise RequestError("--requests holds whole messages: put pictures, videos and system messages into the file")
     batch = None if requests is None else requests_file(requests)
     model = _loaded(artifact, backend, execute_mode)
     if batch is not None:
-        _answer_batch(model, batch, settings, as_json)
+        _answer_batch(model, batch, vision, settings, as_json)
         return
-    messages = chat_messages(prompt or "", image or [], system)
+    messages = chat_messages(prompt or "", image or [], video or [], system)
     if as_json:
-        result_json(dataclasses.asdict(model.generate(messages, **settings)))
+        result_json(dataclasses.asdict(model.generate(messages, vision=vision, **settings)))
         return
     written = False
-    with closing(model.stream(messages, **settings)) as pieces:
+    with closing(model.stream(messages, vision=vision, **settings)) as pieces:
         try:
             for piece in pieces:
                 written = True
@@ -140,7 +168,9 @@ def _loaded(artifact: Path, backend: str | None, execute_mode: str | None) -> "M
     return model
 
 
-def _answer_batch(model: "Model", requests: list[Any], settings: dict[str, Any], as_json: bool) -> None:
+def _answer_batch(
+    model: "Model", requests: list[Any], vision: "VisionOptions", settings: dict[str, Any], as_json: bool
+) -> None:
     """One line of JSON, or one numbered text, for every request."""
     import json
 
@@ -148,7 +178,7 @@ def _answer_batch(model: "Model", requests: list[Any], settings: dict[str, Any],
 
     number = 0
     with token_progress("generate") as made:
-        for group in model.answer_groups(requests, on_token=lambda token: made(), **settings):
+        for group in model.answer_groups(requests, vision=vision, on_token=lambda token: made(), **settings):
             for answer in group:
                 if as_json:
                     result(json.dumps(dataclasses.asdict(answer), ensure_ascii=False))
@@ -170,11 +200,16 @@ def chat(
     repetition_penalty: RepetitionPenalty = None,
     seed: Seed = None,
     stop: Stop = None,
+    min_pixels: MinPixels = None,
+    max_pixels: MaxPixels = None,
+    video_sampling: VideoSampling = "qwen",
+    allow_http: AllowHttp = False,
     backend: Backend = None,
     execute_mode: ExecuteMode = None,
 ) -> None:
     """Talk with the model: every turn computes only what is new. /image FILE shows it a picture; /help says more."""
     settings = _settings(locals())
+    vision = vision_options(min_pixels, max_pixels, video_sampling, allow_http)
     from .chat import run_chat
 
-    run_chat(_loaded(artifact, backend, execute_mode).chat(system), image or [], settings)
+    run_chat(_loaded(artifact, backend, execute_mode).chat(system, vision), image or [], settings)

@@ -2,9 +2,12 @@
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ..artifacts.errors import ConfigError, RequestError, TargetError
+
+if TYPE_CHECKING:
+    from ..runtime.pictures import VisionOptions
 
 MODES = ("dynamo", "onnx", "air")
 DUMPS = ("pbtxt",)
@@ -56,11 +59,22 @@ def check_source(src: Path) -> None:
         raise ConfigError(f"{src}: is a file; --src is the checkpoint's folder")
 
 
-def chat_messages(prompt: str, images: list[str], system: str | None) -> list[dict[str, Any]]:
+def chat_messages(prompt: str, images: list[str], videos: list[str], system: str | None) -> list[dict[str, Any]]:
     """One question in the form that the runtime takes: pictures first, as the model was trained."""
-    content = [*({"type": "image", "image": path} for path in images), {"type": "text", "text": prompt}]
+    pictures = [*(("image", path) for path in images), *(("video", path) for path in videos)]
+    content = [*({"type": kind, kind: path} for kind, path in pictures), {"type": "text", "text": prompt}]
     question = {"role": "user", "content": content}
     return [question] if system is None else [{"role": "system", "content": system}, question]
+
+
+def vision_options(
+    min_pixels: int | None, max_pixels: int | None, video_sampling: str, allow_http: bool
+) -> "VisionOptions":
+    """Raises RequestError for an unknown sampling; the numbers are checked with each picture."""
+    from ..runtime.pictures import VisionOptions
+    from ..runtime.sources import HttpLimits
+
+    return VisionOptions(min_pixels, max_pixels, video_sampling, HttpLimits(allowed=allow_http))
 
 
 def requests_file(path: Path) -> list[Any]:

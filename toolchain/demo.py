@@ -154,7 +154,7 @@ def _answer(artifact: Path, picture: Path) -> "Generation":
     model = load(artifact)
     note(f"backend: {model.backend.name} ({model.reason})")
     try:
-        return model.generate(chat_messages(PROMPT, [str(picture)], None), max_new_tokens=NEW_TOKENS)
+        return model.generate(chat_messages(PROMPT, [str(picture)], [], None), max_new_tokens=NEW_TOKENS)
     finally:
         model.close()
 

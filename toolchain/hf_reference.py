@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from ..artifacts.errors import ConfigError
+from .hf_processor import default_image_processor
 from .transformers_import import import_transformers
 from .verify_cases import Case
 
@@ -206,13 +207,11 @@ def open_reference(folder: Path, dtype: torch.dtype) -> HfReference:
     Raises ConfigError when transformers cannot read what is there, MissingDependencyError without transformers.
     """
     transformers = import_transformers()
-    from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
-
     path = str(folder.resolve())
     with quiet():
         try:
             tokenizer = transformers.AutoTokenizer.from_pretrained(path, local_files_only=True)
-            image_processor = Qwen2VLImageProcessorPil.from_pretrained(path, local_files_only=True)
+            image_processor = default_image_processor(path)
             model = transformers.Qwen2VLForConditionalGeneration.from_pretrained(
                 path,
                 dtype=torch.float32,

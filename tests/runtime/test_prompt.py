@@ -9,13 +9,13 @@ import numpy as np
 import pytest
 from PIL import Image
 from transformers import AutoTokenizer, Qwen2VLProcessor
-from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 from transformers.processing_utils import ProcessorMixin
 
 from qwen2vl_tc.artifacts.config import ModelConfig, model_config_from_hf
 from qwen2vl_tc.artifacts.errors import ArtifactError, RequestError
+from qwen2vl_tc.runtime.patches import image_patches
 from qwen2vl_tc.runtime.prompt import Processor
-from qwen2vl_tc.runtime.vision import image_patches
+from qwen2vl_tc.toolchain.hf_processor import default_image_processor
 from qwen2vl_tc.toolchain.synthetic import tiny_config, write_checkpoint
 
 CONFIG = model_config_from_hf(tiny_config())
@@ -53,7 +53,7 @@ def processor(files) -> Processor:
 
 @pytest.fixture(scope="module")
 def original(folder) -> PicturesOnly:
-    pictures = Qwen2VLImageProcessorPil.from_pretrained(folder, do_rescale=False, do_normalize=False)
+    pictures = default_image_processor(folder, do_rescale=False, do_normalize=False)
     return PicturesOnly(pictures, AutoTokenizer.from_pretrained(folder))
 
 
@@ -126,7 +126,7 @@ def test_a_prompt_as_text_takes_its_images_in_order(processor, original):
 
 def test_pictures_and_clips_keep_their_order_of_appearance(processor):
     frames = [picture(56, 56, i) for i in range(3)]
-    clip = {"type": "video", "video": frames}
+    clip = {"type": "video", "video": frames, "min_pixels": 3136}
     prompt = processor.prepare([user(image(84, 56, 7), text("then"), clip, image(56, 84, 8))])
     assert prompt.vision_kinds == ("image", "video", "image")
     assert prompt.grids.tolist() == [[1, 4, 6], [2, 4, 4], [1, 6, 4]]
@@ -205,7 +205,7 @@ def test_pixel_bounds_stand_beside_each_picture(processor):
         ([user({"type": "image", "image": "absent.png"})], r"messages\[0\]\.content\[0\]: absent\.png"),
         ([user({"type": "image", "image": "https://example.com/cat.png"})], "download it"),
         ([user({**image(40, 40), "min_pixels": "many"})], "min_pixels"),
-        ([user({"type": "video", "video": "clip.mp4"})], "frames"),
+        ([user({"type": "video", "video": "absent.mp4"})], r"content\[0\]: absent\.mp4"),
         ([user({"type": "video", "video": []})], "no frames"),
         ([user(text("a <|image_pad|> of mine"), image(40, 40))], r"content\[0\].*<\|image_pad\|>"),
         ([{"role": "user", "content": "<|video_pad|>"}], r"content.*<\|video_pad\|>"),

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import typer
+from helpers.clips import write_clip
 
 from qwen2vl_tc.artifacts.config import model_config_from_hf
 from qwen2vl_tc.artifacts.errors import ArtifactError
@@ -35,14 +36,16 @@ SETTINGS = {
     *("--repetition-penalty", "--seed", "--stop"),
 }
 ENGINE = {"--backend", "--execute-mode"}
+VISION = {"--min-pixels", "--max-pixels", "--video-sampling", "--allow-http"}
+GENERATE = {*SETTINGS, *VISION}
 FROZEN = {
     "convert": {"--src", "--out", "--dtype", "--no-sync"},
     "compile": {"ARTIFACT", "--config", "--out", "--weights", "--standard-only", *COMPILE_OPTIONS},
     "build": {"--src", "--out", "--no-verify", "--no-sync", *COMPILE_OPTIONS},
     "verify": {"ARTIFACT", "--against", "--json"},
     "inspect": {"ARTIFACT", "--json", "--tokens", "--patches", "--graph", "--dot", "--layer"},
-    "generate": {"ARTIFACT", "--image", "--prompt", "--system", "--requests", "--json", *ENGINE, *SETTINGS},
-    "chat": {"ARTIFACT", "--image", "--system", *ENGINE, *SETTINGS},
+    "generate": {"ARTIFACT", "--image", "--video", "--prompt", "--system", "--requests", "--json", *ENGINE, *GENERATE},
+    "chat": {"ARTIFACT", "--image", "--system", *ENGINE, *GENERATE},
     "warm": {"ARTIFACT"},
     "doctor": {"ARTIFACT", "--json"},
     "demo": {"--out", "--keep", "--no-keep"},
@@ -300,10 +303,28 @@ def test_generate_takes_several_pictures_none_and_a_system_message(run: Run, bui
     assert len(prompt_tokens("--system", "z")) < len(prompt_tokens()), "it replaces the template's own"
 
 
+def test_generate_shows_a_video_within_given_bounds(run: Run, built: Path, tmp_path: Path) -> None:
+    clip = write_clip(tmp_path / "clip.mp4", frames=48)
+    words = ("generate", built, "--prompt", "a", "--max-new-tokens", "1", "--json", "--video", clip)
+    bounds = ("--min-pixels", "3136", "--max-pixels", "16000")
+
+    def video_tokens(*more: str) -> int:
+        tokens: list[int] = json.loads(run(*words, *bounds, *more).stdout)["prompt_token_ids"]
+        return tokens.count(TINY["video_token_id"])
+
+    # 160 x 96 pixels are 6 x 3 merged patches; 2 s are 4 frames, two to a patch
+    assert video_tokens() == 2 * 18
+    assert "prompt has" in run(*words, *bounds, "--video-sampling", "transformers").stderr, "all of its frames"
+
+
 @pytest.mark.parametrize(
     ("words", "said"),
     [
         (["--image", "absent.png"], "absent.png: cannot be opened"),
+        (["--image", "http://localhost:9/a.png"], "--allow-http"),
+        (["--image", "http://localhost:9/a.png", "--allow-http"], "http://localhost:9/a.png: cannot be fetched"),
+        (["--video", "absent.mp4"], "absent.mp4: cannot be opened"),
+        (["--video-sampling", "all"], "'all': expected qwen or transformers"),
         (["--max-new-tokens", "0"], "max_new_tokens is 0"),
         (["--max-new-tokens", "9999"], "--max-length"),
         (["--backend", "npu"], "backend npu: "),

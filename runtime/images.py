@@ -1,0 +1,107 @@
+"""Pictures from wherever they are to RGB pixels, as transformers' load_image and convert_to_rgb make them."""
+
+import os
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image, ImageOps
+
+from ..artifacts.errors import RequestError
+from .sources import LOCAL_ONLY, HttpLimits, describe, readable
+
+# also any tensor that numpy can read, such as torch's: uint8 [height, width, 3] or [3, height, width]
+ImageSource = str | os.PathLike[str] | bytes | Image.Image | NDArray[np.uint8]
+
+# Pillow's own threshold for a decompression bomb; kept here because a program may switch Pillow's check off
+MAX_IMAGE_PIXELS = 178_956_970
+# Named, so that a picture cannot reach decoders that start other programs (EPS runs Ghostscript). JPEG covers MPO.
+# AVIF last: Pillow stops at the first name it was built without.
+IMAGE_FORMATS = ("JPEG", "PNG", "GIF", "BMP", "PPM", "WEBP", "TIFF", "JPEG2000", "ICO", "AVIF")
+
+
+def load_image(source: ImageSource, http: HttpLimits = LOCAL_ONLY) -> Image.Image:
+    """Open a picture as RGB, each kind of source as transformers 5.23 treats it; of an animation, the first frame.
+
+    A path, file:// URL, data: URI, bytes or, where `http` allows it, an http(s) URL: EXIF orientation applied,
+    transparency dropped (image_utils.load_image). A PIL image: transparency laid over white, orientation left to the
+    caller (image_transforms.convert_to_rgb). An array or tensor, uint8 [height, width, 3] or [3, height, width]: as is;
+    where both fit, the latter (image_utils.infer_channel_dimension_format).
+
+    Raises RequestError naming the source when it is missing, no picture, damaged, empty, too large or an http(s) URL
+    that is not allowed or does not come.
+    """
+    name = describe_image(source)
+    if isinstance(source, Image.Image):
+        check_area(name, *source.size)
+        return _decode(name, source, _over_white)
+    if isinstance(source, str | bytes | os.PathLike):
+        return _open(name, source, http)
+    if hasattr(source, "__array__"):
+        return Image.fromarray(_rgb_array(name, source))
+    raise RequestError(f"{name}: not an image; give a path, bytes, a PIL image or a uint8 array [height, width, 3]")
+
+
+def describe_image(source: object) -> str:
+    """How an error names a picture: its path, or what kind of thing was given."""
+    if isinstance(source, Image.Image):
+        return f"PIL image {getattr(source, 'filename', '') or source.size}"
+    return describe(source, "image")
+
+
+def check_area(name: str, width: int, height: int) -> None:
+    """Raises RequestError for a picture or frame without pixels, or with more than any honest one has."""
+    if width <= 0 or height <= 0:
+        raise RequestError(f"{name}: has no pixels ({width} x {height})")
+    if width * height > MAX_IMAGE_PIXELS:
+        raise RequestError(f"{name}: {width} x {height} pixels, at most {MAX_IMAGE_PIXELS} in all; scale it down first")
+
+
+def _open(name: str, source: str | bytes | os.PathLike[str], http: HttpLimits) -> Image.Image:
+    try:
+        opened = Image.open(readable(name, source, http), formats=IMAGE_FORMATS)
+    except RequestError:
+        raise
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
+        raise RequestError(f"{name}: too large: {error}") from error
+    except Exception as error:  # decoders raise whatever damaged bytes make them raise
+        raise RequestError(f"{name}: not a picture that can be read; readable: {', '.join(IMAGE_FORMATS)}") from error
+    with opened:
+        check_area(name, *opened.size)
+        return _decode(name, opened, _upright)
+
+
+def _decode(name: str, image: Image.Image, to_rgb: Callable[[Image.Image], Image.Image]) -> Image.Image:
+    try:
+        return to_rgb(image)
+    except Exception as error:  # as above: the pixels are decoded only now
+        raise RequestError(f"{name}: damaged or cut off: {error}") from error
+
+
+def _upright(image: Image.Image) -> Image.Image:
+    # in place and without a copy of what is RGB: a picture of 10,000 x 10,000 takes 400 MB each time
+    ImageOps.exif_transpose(image, in_place=True)
+    image.load()
+    return image if image.mode == "RGB" else image.convert("RGB")
+
+
+def _over_white(image: Image.Image) -> Image.Image:
+    if "A" not in image.getbands() and image.info.get("transparency") is None:
+        image.load()
+        return image if image.mode == "RGB" else image.convert("RGB")
+    white = Image.new("RGBA", image.size, (255, 255, 255, 255))
+    return Image.alpha_composite(white, image.convert("RGBA")).convert("RGB")
+
+
+def _rgb_array(name: str, source: Any) -> NDArray[np.uint8]:
+    try:
+        pixels = np.asarray(source)
+    except (TypeError, ValueError, RuntimeError) as error:  # a tensor on a device, or one that needs a gradient
+        raise RequestError(f"{name}: numpy cannot read it: {error}") from error
+    if pixels.dtype != np.uint8 or pixels.ndim != 3 or 3 not in (pixels.shape[0], pixels.shape[2]):
+        raise RequestError(f"{name}: expected a uint8 array [height, width, 3] or [3, height, width]")
+    if pixels.shape[0] == 3:
+        pixels = pixels.transpose(1, 2, 0)
+    check_area(name, pixels.shape[1], pixels.shape[0])
+    return np.ascontiguousarray(pixels)

@@ -1,0 +1,172 @@
+"""How large a picture or frame becomes, and making it so: bit for bit torch's antialiased bicubic on uint8.
+
+That is the resize of transformers' default processors and of qwen-vl-utils' videos. It runs in cykooz.resizer, which is
+as fast and takes no second to import; torch does it where that has no wheel.
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache
+from importlib.util import find_spec
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+from ..artifacts.errors import MissingDependencyError, RequestError
+from ..artifacts.process import prepare_process
+from .images import MAX_IMAGE_PIXELS
+from .vision import ImageSettings
+
+_MAX_ASPECT_RATIO = 200
+# rows are resized in strips of about so many bytes: they stay in the cache, and a huge picture is never copied whole
+_STRIP_BYTES = 1 << 20
+# qwen-vl-utils 0.0.14, vision_process.py: merge windows of one frame, and of all frames of a video
+_FRAME_MIN_TOKENS, _FRAME_MAX_TOKENS = 128, 768
+_VIDEO_TOKENS = 128_000 * 0.9
+
+# (pixels uint8 [height, width, 3] as bytes, width, height, new width, new height), of which one changes, to pixels
+Pass = Callable[[bytes, int, int, int, int], bytes]
+
+
+@dataclass(frozen=True)
+class SizeRequest:
+    """What a request says of a picture's or clip's size; None leaves it to the settings.
+
+    min_pixels and max_pixels bound the area of a resized picture or frame, total_pixels that of all frames of a clip
+    together. resized_height and resized_width (both) replace the size of the source.
+    """
+
+    min_pixels: int | None = None
+    max_pixels: int | None = None
+    total_pixels: int | None = None
+    resized_height: int | None = None
+    resized_width: int | None = None
+
+
+def smart_resize(height: int, width: int, factor: int, min_pixels: float, max_pixels: float) -> tuple[int, int]:
+    """The (height, width) a picture is resized to: multiples of factor, area within bounds, aspect ratio about kept.
+
+    The formula, Python's round-half-even included, is that of transformers' smart_resize. Very long pictures may exceed
+    max_pixels, since no side gets shorter than factor. Raises RequestError for empty or too long pictures.
+    """
+    if height <= 0 or width <= 0:
+        raise RequestError(f"image of {width} x {height} pixels: has no pixels")
+    ratio = max(height, width) / min(height, width)
+    if ratio > _MAX_ASPECT_RATIO:
+        raise RequestError(
+            f"image of {width} x {height} pixels: aspect ratio {ratio:.1f}, at most {_MAX_ASPECT_RATIO}; crop it first"
+        )
+    rows, columns = round(height / factor) * factor, round(width / factor) * factor
+    if rows * columns > max_pixels:
+        shrink = math.sqrt(height * width / max_pixels)
+        rows = max(factor, math.floor(height / shrink / factor) * factor)
+        columns = max(factor, math.floor(width / shrink / factor) * factor)
+    elif rows * columns < min_pixels:
+        grow = math.sqrt(min_pixels / (height * width))
+        rows = math.ceil(height * grow / factor) * factor
+        columns = math.ceil(width * grow / factor) * factor
+    return rows, columns
+
+
+def image_size(height: int, width: int, wanted: SizeRequest, settings: ImageSettings) -> tuple[int, int]:
+    """The (height, width) that a picture is resized to. Raises RequestError for sizes and bounds that make no sense."""
+    if (given := _given_size(wanted)) is not None:
+        return smart_resize(*given, settings.factor, settings.min_pixels, settings.max_pixels)
+    least = _pixels("min_pixels", wanted.min_pixels, settings.min_pixels)
+    most = _pixels("max_pixels", wanted.max_pixels, settings.max_pixels)
+    _check_order(least, most)
+    return smart_resize(height, width, settings.factor, least, most)
+
+
+def frame_size(height: int, width: int, frames: int, wanted: SizeRequest, settings: ImageSettings) -> tuple[int, int]:
+    """The (height, width) that each of a clip's frames is resized to, by qwen-vl-utils' fetch_video.
+
+    The clip's pixel budget is shared between the pairs of frames. Raises RequestError as image_size does.
+    """
+    if (given := _given_size(wanted)) is not None:
+        return smart_resize(*given, settings.factor, settings.min_pixels, settings.max_pixels)
+    area = settings.factor**2
+    least = _pixels("min_pixels", wanted.min_pixels, _FRAME_MIN_TOKENS * area)
+    budget = _pixels("total_pixels", wanted.total_pixels, _VIDEO_TOKENS * area, most=math.inf)
+    limit = max(min(_FRAME_MAX_TOKENS * area, budget / frames * settings.temporal_patch_size), int(least * 1.05))
+    most = min(_pixels("max_pixels", wanted.max_pixels, limit), limit)
+    _check_order(least, most)
+    return smart_resize(height, width, settings.factor, least, most)
+
+
+def _pixels(name: str, value: Any, default: float, most: float = MAX_IMAGE_PIXELS) -> float:
+    if value is None:
+        return default
+    if type(value) is not int or not 0 < value <= most:
+        limit = f"from 1 to {most}" if most < math.inf else "of at least 1"
+        raise RequestError(f"{name} is {value!r}, expected an integer {limit}")
+    return value
+
+
+def _check_order(least: float, most: float) -> None:
+    if least > most:
+        raise RequestError(f"min_pixels {least} is above max_pixels {most:g}; give both with the image or video")
+
+
+def _given_size(wanted: SizeRequest) -> tuple[int, int] | None:
+    height, width = wanted.resized_height, wanted.resized_width
+    if height is None and width is None:
+        return None
+    if type(height) is not int or type(width) is not int or min(height, width) <= 0:
+        raise RequestError(f"resized_height, resized_width are {height!r}, {width!r}; expected two positive integers")
+    return height, width
+
+
+def resize(pixels: Image.Image | NDArray[np.uint8], height: int, width: int) -> NDArray[np.uint8]:
+    """An RGB picture, or uint8 [rows, columns, 3], as uint8 [height, width, 3]; what fits already keeps its bits.
+
+    Columns first, rounded to uint8, then rows, as torch.nn.functional.interpolate(mode="bicubic", antialias=True) does.
+    """
+    rows, columns = (pixels.height, pixels.width) if isinstance(pixels, Image.Image) else pixels.shape[:2]
+    step = max(1, _STRIP_BYTES // (3 * columns)) if columns != width else rows
+    strips = []
+    for start in range(0, rows, step):
+        count = min(step, rows - start)
+        strip = _strip(pixels, start, count)
+        strips.append(strip if columns == width else _engine()(strip, columns, count, width, count))
+    data = strips[0] if len(strips) == 1 else b"".join(strips)
+    del strips
+    if rows != height:
+        data = _engine()(data, width, rows, width, height)
+    return np.frombuffer(data, np.uint8).reshape(height, width, 3)
+
+
+def _strip(pixels: Image.Image | NDArray[np.uint8], start: int, count: int) -> bytes:
+    if isinstance(pixels, Image.Image):
+        return pixels.crop((0, start, pixels.width, start + count)).tobytes()
+    return pixels[start : start + count].tobytes()
+
+
+@cache
+def _engine() -> Pass:
+    if find_spec("cykooz_resizer") is not None:
+        return _cykooz_pass()
+    if find_spec("torch") is not None:
+        prepare_process()
+        from .backends.resize import torch_pass
+
+        return torch_pass
+    raise MissingDependencyError("resizing pictures needs cykooz.resizer (x86-64) or torch; pip install cykooz.resizer")
+
+
+def _cykooz_pass() -> Pass:
+    from cykooz_resizer import FilterType, ImageData, PixelType, ResizeAlg, ResizeOptions, Resizer
+
+    # Catmull-Rom is the bicubic with a = -0.5 that torch and Pillow use when they antialias
+    options = ResizeOptions(resize_alg=ResizeAlg.convolution(FilterType.catmull_rom), use_alpha=False)
+
+    def one_pass(data: bytes, width: int, height: int, new_width: int, new_height: int) -> bytes:
+        resized = ImageData(new_width, new_height, PixelType.U8x3)
+        Resizer().resize(ImageData(width, height, PixelType.U8x3, data), resized, options)
+        made: bytes = resized.get_buffer()
+        return made
+
+    return one_pass

@@ -1,0 +1,246 @@
+"""Video files through FFmpeg (PyAV): decodes what the sampled frames need, and makes RGB of those alone."""
+
+import io
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import ExitStack, suppress
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ..artifacts.errors import MissingDependencyError, RequestError
+from .images import MAX_IMAGE_PIXELS, check_area
+from .video import FramesMissing
+
+if TYPE_CHECKING:
+    import av
+    from av.container import InputContainer
+    from av.video.codeccontext import VideoCodecContext
+    from av.video.frame import VideoFrame
+    from av.video.stream import VideoStream
+
+# Containers that hold their own data. Playlists and scripts (hls, dash, concat, image2) name other files and hosts.
+_FORMATS = (
+    "mov,mp4,m4a,3gp,3g2,mj2,matroska,webm,avi,mpegts,mpeg,mpegvideo,flv,asf,ogg,ivf,gif,apng,webp_anim,rm,nut,mxf,"
+    "h264,hevc,m4v,mjpeg,av1,obu,dv,y4m,yuv4mpegpipe"
+)
+# Codecs whose bitstream says of each frame whether any other refers to it, so that FFmpeg can leave it out exactly
+_SKIPPABLE = ("h264",)
+
+
+@dataclass(frozen=True)
+class _Packet:
+    """One packet in decoding order. What a file says twice (the times of broken streams) is not trusted."""
+
+    pts: int
+    dts: int | None
+    is_key: bool
+    is_shown: bool
+
+
+class AvReader:
+    """A video file. See runtime.video.VideoReader.
+
+    Raises RequestError for what is no video, and MissingDependencyError without PyAV.
+    """
+
+    def __init__(self, source: str | io.BytesIO, threads: int = 0) -> None:
+        """threads: FFmpeg's decoding threads; 0 takes as many as the machine has, at most 16."""
+        try:
+            import av
+        except ImportError as error:
+            raise MissingDependencyError(
+                "video files need PyAV; pip install 'qwen2vl-tc[video]', or give the frames as a list"
+            ) from error
+        self._av = av
+        self._source = source
+        self._threads = threads
+        self._container, self._stream = self._open()
+        try:
+            codec = self._stream.codec_context
+            if codec.width and codec.height:
+                check_area("video", codec.width, codec.height)
+            # None where packets' times are no guide: frames are then counted by decoding them
+            self._packets = self._scan()
+            if self._packets is None:
+                self._count()
+            else:
+                self._places = {packet.pts: position for position, packet in enumerate(self._packets)}
+                self._shown = sorted(packet.pts for packet in self._packets if packet.is_shown)
+                self.frames = len(self._shown)
+            self.fps = self._rate()
+        except BaseException:
+            self.close()
+            raise
+
+    def close(self) -> None:
+        self._container.close()
+
+    def read(self, indices: Sequence[int]) -> Iterator[NDArray[np.uint8]]:
+        """See VideoReader.read."""
+        if self._packets is None:
+            yield from self._counted(indices)
+            return
+        wanted = [self._shown[index] for index in indices]
+        found = self._timed(self._packets, set(wanted))
+        held: dict[int, NDArray[np.uint8]] = {}
+        for pts in wanted:
+            while pts not in held:
+                made = next(found, None)
+                if made is None:
+                    self._count()
+                    raise FramesMissing
+                held[made[0]] = made[1]
+            yield held[pts]
+            held = {later: pixels for later, pixels in held.items() if later >= pts}
+
+    def _open(self) -> tuple["InputContainer", "VideoStream"]:
+        options = {"format_whitelist": _FORMATS, "protocol_whitelist": "file", "max_pixels": str(MAX_IMAGE_PIXELS)}
+        if isinstance(self._source, io.BytesIO):
+            self._source.seek(0)
+        try:
+            container = self._av.container.open(self._source, "r", options=options, metadata_errors="replace")
+        except (self._av.error.FFmpegError, ValueError) as error:
+            raise RequestError(f"not a video that can be read: {getattr(error, 'strerror', None) or error}") from error
+        cover = self._av.stream.Disposition.attached_pic
+        streams = [stream for stream in container.streams.video if not stream.disposition & cover]
+        if not streams:
+            container.close()
+            raise RequestError("has no video stream")
+        streams[0].thread_type = "AUTO"
+        streams[0].codec_context.thread_count = self._threads
+        return container, streams[0]
+
+    def _scan(self) -> list[_Packet] | None:
+        """Every packet, read and not decoded; None when one has no time, two have the same, or none is whole."""
+        packets = []
+        for packet in self._demux(self._container, self._stream):
+            if packet.pts is None:
+                return None
+            is_shown = not packet.is_discard and not packet.is_corrupt
+            packets.append(_Packet(packet.pts, packet.dts, packet.is_keyframe, is_shown))
+        times = {packet.pts for packet in packets}
+        return packets if len(times) == len(packets) and any(packet.is_shown for packet in packets) else None
+
+    def _demux(self, container: "InputContainer", stream: "VideoStream") -> Iterator["av.Packet[Any]"]:
+        """Packets with data. A file that breaks off, or turns to nonsense, ends there."""
+        packets = container.demux(stream)
+        while True:
+            try:
+                packet = next(packets, None)
+            except self._av.error.FFmpegError:
+                return
+            if packet is None:
+                return
+            if packet.size:
+                yield packet
+
+    def _rate(self) -> float:
+        if rate := self._stream.average_rate or self._stream.guessed_rate:
+            return float(rate)
+        if self._packets is not None and self.frames > 1 and self._stream.time_base:
+            return (self.frames - 1) / float((self._shown[-1] - self._shown[0]) * self._stream.time_base)
+        raise RequestError("has no frame rate; give its frames as a list")
+
+    def _timed(self, packets: list[_Packet], wanted: set[int]) -> Iterator[tuple[int, NDArray[np.uint8]]]:
+        """The frames of these times, with them, in order but for those where two stretches meet."""
+        codec = self._stream.codec_context
+        for first, last in _stretches(packets, wanted):
+            codec.flush_buffers()
+            for position, packet in self._from(packets, first):
+                if codec.name in _SKIPPABLE:
+                    codec.skip_frame = "DEFAULT" if packet.pts in wanted else "NONREF"
+                yield from self._chosen(self._decode(codec, packet), wanted)
+                if position == last:
+                    break
+            yield from self._chosen(self._decode(codec, None), wanted)
+
+    def _from(self, packets: list[_Packet], first: int) -> Iterator[tuple[int, "av.Packet[Any]"]]:
+        """Packets from position `first` on, with their positions."""
+        start = packets[first]
+        with ExitStack() as opened:
+            with suppress(self._av.error.FFmpegError):
+                self._container.seek(start.pts if start.dts is None else start.dts, stream=self._stream)
+            found = self._demux(self._container, self._stream)
+            packet = next(found, None)
+            place = None if packet is None or packet.pts is None else self._places.get(packet.pts)
+            position = 0 if place is None else place
+            if place is None or place > first:
+                # without an index, some containers are sought past the place or not at all
+                container, stream = self._open()
+                opened.enter_context(container)
+                found = self._demux(container, stream)
+                position = 0
+                packet = next(found, None)
+            while packet is not None:
+                if position >= first:
+                    yield position, packet
+                packet, position = next(found, None), position + 1
+
+    def _chosen(self, frames: Iterable["VideoFrame"], wanted: set[int]) -> Iterator[tuple[int, NDArray[np.uint8]]]:
+        for frame in frames:
+            if frame.pts is not None and frame.pts in wanted and not frame.is_corrupt:
+                yield frame.pts, self._rgb(frame)
+
+    def _count(self) -> None:
+        """Count the frames by decoding them all: the file's times or its data are damaged."""
+        self._packets = None
+        self.frames = sum(1 for _ in self._every_frame())
+        if not self.frames:
+            raise RequestError("none of its frames can be decoded")
+
+    def _counted(self, indices: Sequence[int]) -> Iterator[NDArray[np.uint8]]:
+        frames = enumerate(self._every_frame())
+        index, pixels = -1, np.empty(0, np.uint8)
+        for wanted in indices:
+            while index < wanted:
+                index, frame = next(frames)
+                if index == wanted:
+                    pixels = self._rgb(frame)
+            yield pixels
+
+    def _every_frame(self) -> Iterator["VideoFrame"]:
+        container, stream = self._open()
+        with container:
+            for packet in (*self._demux(container, stream), None):
+                yield from (frame for frame in self._decode(stream.codec_context, packet) if not frame.is_corrupt)
+
+    def _decode(self, codec: "VideoCodecContext", packet: "av.Packet[Any] | None") -> Iterator["VideoFrame"]:
+        """Frames that are ready after a packet or, for None, the delayed ones. A damaged packet has none."""
+        try:
+            yield from codec.decode(packet)
+        except self._av.error.FFmpegError:
+            return
+
+    def _rgb(self, frame: "VideoFrame") -> NDArray[np.uint8]:
+        check_area("frame", frame.width, frame.height)
+        turns, rest = divmod(frame.rotation, 90)
+        if rest:
+            raise RequestError(f"is turned by {frame.rotation} degrees; only multiples of 90 can be undone")
+        pixels: NDArray[np.uint8] = frame.to_ndarray(format="rgb24").astype(np.uint8, copy=False)
+        return np.ascontiguousarray(np.rot90(pixels, turns)) if turns % 4 else pixels
+
+
+def _stretches(packets: list[_Packet], wanted: set[int]) -> Iterator[tuple[int, int]]:
+    """First and last position, in decoding order, of each run of packets that the wanted frames need.
+
+    A frame needs what lies between it and the last key frame shown no later than it is.
+    """
+    keys = sorted((packet.pts, position) for position, packet in enumerate(packets) if packet.is_key)
+    starts = np.array([pts for pts, _ in keys], dtype=np.int64)
+    runs: list[tuple[int, int]] = []
+    for position, packet in enumerate(packets):
+        if packet.pts in wanted:
+            before = int(np.searchsorted(starts, packet.pts, side="right")) - 1
+            runs.append((min(keys[before][1], position) if before >= 0 else 0, position))
+    runs.sort()
+    while runs:
+        first, last = runs.pop(0)
+        while runs and runs[0][0] <= last + 1:
+            last = max(last, runs.pop(0)[1])
+        yield first, last
+
+
+def _reason(error: Exception) -> str:
+    return getattr(error, "strerror", None) or str(error)

@@ -1,0 +1,48 @@
+"""Small videos for tests, and what decoding every one of their frames gives."""
+
+from collections.abc import Iterable
+from fractions import Fraction
+from pathlib import Path
+from typing import Any
+
+import av
+import numpy as np
+
+
+def moving_frame(index: int, width: int, height: int) -> np.ndarray:
+    """A smooth pattern that moves: rows, columns and time all differ."""
+    y, x = np.mgrid[0:height, 0:width]
+    planes = [x * 2 + 5 * index, y * 3 - 4 * index, x + y + 7 * index]
+    return (127 + 110 * np.sin(np.stack(planes, -1) / 23)).astype(np.uint8)
+
+
+def write_clip(
+    path: Path,
+    frames: int = 60,
+    width: int = 160,
+    height: int = 96,
+    codec: str = "libx264",
+    rate: int = 24,
+    times: Iterable[int] | None = None,
+    **options: str,
+) -> Path:
+    """times: pts of each frame in units of 1 / (1000 * rate) s, for a variable frame rate."""
+    with av.open(str(path), "w") as container:
+        stream: Any = container.add_stream(codec, rate=rate)
+        stream.width, stream.height, stream.pix_fmt, stream.options = width, height, "yuv420p", options
+        stream.codec_context.thread_count = 1
+        if times is not None:
+            stream.codec_context.time_base = Fraction(1, 1000 * rate)
+        for index, pts in enumerate(times or range(frames)):
+            frame = av.VideoFrame.from_ndarray(moving_frame(index, width, height), format="rgb24")
+            if times is not None:
+                frame.pts, frame.time_base = pts, Fraction(1, 1000 * rate)
+            container.mux(stream.encode(frame))
+        container.mux(stream.encode())
+    return path
+
+
+def every_frame(path: Path) -> list[np.ndarray]:
+    """All frames as RGB, in order of display: what picking frames afterwards picks from."""
+    with av.open(str(path)) as container:
+        return [frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)]

@@ -1,0 +1,338 @@
+"""Videos: frames sampled as the libraries sample them, with the pixels of a full decode, in bounded memory."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import av
+import numpy as np
+import pytest
+from helpers.clips import every_frame, moving_frame, write_clip
+from PIL import Image
+
+from qwen2vl_tc.artifacts.errors import MissingDependencyError, RequestError
+from qwen2vl_tc.runtime.frames import FrameRequest, sample_frames
+from qwen2vl_tc.runtime.patches import image_patches
+from qwen2vl_tc.runtime.resize import SizeRequest, frame_size
+from qwen2vl_tc.runtime.sources import LOCAL_ONLY
+from qwen2vl_tc.runtime.video import FramesMissing, VideoRequest, video_patches
+from qwen2vl_tc.runtime.video_av import AvReader
+from qwen2vl_tc.runtime.vision import ImageSettings
+
+PUBLISHED = ImageSettings(min_pixels=3136, max_pixels=12845056, patch_size=14, temporal_patch_size=2, merge_size=2)
+RECORDED = json.loads((Path(__file__).parent / "video_sampling.json").read_text())
+SMALL = SizeRequest(min_pixels=3136, max_pixels=20_000)
+
+
+def patches_of(source, rule="qwen", size=SMALL, **wanted):
+    return video_patches(source, PUBLISHED, VideoRequest(FrameRequest(**wanted), size, rule), LOCAL_ONLY, AvReader)
+
+
+@pytest.mark.parametrize("rule", ["qwen", "transformers"])
+def test_frames_are_sampled_as_the_libraries_sample_them(rule):
+    compared = 0
+    for case in RECORDED["sampling"]:
+        if rule not in case:
+            continue
+        given = (FrameRequest(**case["given"]), rule, case["total"], case["video_fps"], 2)
+        if case[rule] is None:
+            with pytest.raises(RequestError):
+                sample_frames(*given)
+        else:
+            assert sample_frames(*given) == case[rule], case["given"]
+            compared += 1
+    assert compared >= 50
+
+
+def test_frames_are_sized_as_qwen_vl_utils_sizes_them():
+    sized = 0
+    for case in RECORDED["sizes"]:
+        frames, height, width = case["shape"]
+        given = (height, width, frames, SizeRequest(**case["given"]), PUBLISHED)
+        if case["size"] is None:
+            with pytest.raises(RequestError):
+                frame_size(*given)
+        else:
+            # its smart_resize starts from one merge window where transformers' starts from none
+            assert frame_size(*given) == tuple(case["size"]), case
+            sized += 1
+    assert sized >= 100
+
+
+@pytest.mark.parametrize(
+    ("wanted", "said"),
+    [
+        ({"fps": 2.0, "nframes": 4}, "keep one"),
+        ({"fps": 0}, "fps"),
+        ({"fps": "2"}, "fps"),
+        ({"nframes": 2.5}, "nframes"),
+        ({"nframes": 100}, "of 50 frames"),
+        ({"max_frames": True}, "max_frames"),
+        ({"video_start": float("nan")}, "video_start"),
+        ({"video_start": 1.0, "video_end": 0.5}, "no frames"),
+    ],
+)
+def test_a_sampling_that_makes_no_sense_is_refused(wanted, said):
+    with pytest.raises(RequestError, match=said):
+        sample_frames(FrameRequest(**wanted), "qwen", 50, 25.0, 2)
+
+
+# key frames every 12, open groups, references among B-frames, no B-frames, other codecs and containers
+FORMS = {
+    "default.mp4": {},
+    "short.mp4": {"g": "12", "bf": "3"},
+    "open.mp4": {"x264-params": "open-gop=1:keyint=12:bframes=3:b-pyramid=normal:scenecut=0"},
+    "open.ts": {"x264-params": "open-gop=1:keyint=12:bframes=3:scenecut=0"},
+    "plain.mkv": {"bf": "0", "g": "10"},
+    "intra.mp4": {"g": "1"},
+    "refresh.mp4": {"x264-params": "intra-refresh=1:keyint=12"},
+    "hevc.mp4": {"codec": "libx265", "x265-params": "keyint=12:log-level=none"},
+    "mpeg4.avi": {"codec": "mpeg4", "g": "12", "bf": "2"},
+    "vp9.webm": {"codec": "libvpx-vp9", "g": "12", "deadline": "realtime", "cpu-used": "8"},
+    "raw.h264": {"g": "12"},
+}
+
+
+@pytest.fixture(scope="module")
+def clips(tmp_path_factory):
+    folder, made = tmp_path_factory.mktemp("clips"), {}
+
+    def clip(name: str) -> Path:
+        if name not in made:
+            made[name] = write_clip(folder / name, **FORMS[name])
+        return made[name]
+
+    return clip
+
+
+def read(reader: AvReader, chosen: list[int]) -> list[np.ndarray]:
+    try:
+        return list(reader.read(chosen))
+    except FramesMissing:
+        # pictures that refresh bit by bit have key frames that nothing can start from
+        return list(reader.read(chosen))
+
+
+@pytest.mark.parametrize("name", FORMS)
+@pytest.mark.parametrize("threads", [1, 3])
+def test_sampled_frames_are_those_of_a_full_decode(clips, name, threads):
+    expected = every_frame(clips(name))
+    assert len(expected) == 60
+    for chosen in ([0, 59], [7, 8, 9], [59], [5, 5, 30], list(range(0, 60, 7)), [13, 47], list(range(60))):
+        reader = AvReader(str(clips(name)), threads)
+        assert reader.frames == 60
+        assert reader.fps == pytest.approx(25 if name == "raw.h264" else 24)  # a bare stream has a default rate
+        found = read(reader, chosen)
+        reader.close()
+        assert len(found) == len(chosen)
+        for index, pixels in zip(chosen, found, strict=True):
+            np.testing.assert_array_equal(pixels, expected[index], err_msg=f"frame {index} of {chosen}")
+
+
+def test_only_what_sampled_frames_need_is_decoded_and_only_those_become_rgb(clips, monkeypatch):
+    reader = AvReader(str(clips("short.mp4")))
+    decoded, converted = [], []
+    decode, rgb = AvReader._decode, AvReader._rgb
+    monkeypatch.setattr(
+        AvReader, "_decode", lambda self, *given: (decoded.append(f) or f for f in decode(self, *given))
+    )
+    monkeypatch.setattr(AvReader, "_rgb", lambda self, frame: converted.append(frame) or rgb(self, frame))
+    assert len(list(reader.read([2, 50]))) == 2
+    assert len(converted) == 2
+    assert len(decoded) < 12
+
+
+@pytest.mark.parametrize("rule", ["qwen", "transformers"])
+def test_a_video_becomes_the_patches_of_its_sampled_frames(clips, rule):
+    path = clips("short.mp4")
+    wanted = {"fps": 4.0}
+    indices = sample_frames(FrameRequest(**wanted), rule, 60, 24.0, 2)
+    patches, (t, h, w) = patches_of(str(path), rule, **wanted)
+    assert t == len(indices) // 2
+    pixels = patches.reshape(t, h * w, 3, 2, 196)
+    frames = every_frame(path)
+    for i, index in enumerate(indices):
+        # test_vision_pictures compares these with transformers
+        expected, grid = image_patches(Image.fromarray(frames[index]), PUBLISHED, SMALL)
+        assert grid == (1, h, w)
+        np.testing.assert_array_equal(pixels[i // 2, :, :, i % 2], expected.reshape(h * w, 3, 2, 196)[:, :, 0])
+
+
+def test_transformers_rule_takes_every_frame_and_fills_up_an_odd_count(tmp_path):
+    path = write_clip(tmp_path / "odd.mp4", frames=7)
+    patches, (t, _, _) = patches_of(path, "transformers")
+    assert t == 4
+    pixels = patches.reshape(t, -1, 3, 2, 196)
+    np.testing.assert_array_equal(pixels[3, :, :, 0], pixels[3, :, :, 1])
+    for unknown in ({"video_end": 0.1}, {"size": SizeRequest(total_pixels=10**6)}):
+        with pytest.raises(RequestError, match="transformers' sampling has no"):
+            patches_of(path, "transformers", **unknown)
+
+
+@pytest.mark.parametrize("count", [1, 2, 5, 8])
+def test_a_list_of_frames_is_taken_whole(count):
+    frames = [moving_frame(i, 100, 70) for i in range(count)]
+    patches, (t, h, w) = patches_of(frames, fps=1.0)
+    assert t == (count + 1) // 2
+    pixels = patches.reshape(t, h * w, 3, 2, 196)
+    for i in range(2 * t):
+        # an odd clip ends with its last frame twice
+        expected, _ = image_patches(Image.fromarray(frames[min(i, count - 1)]), PUBLISHED, SMALL)
+        np.testing.assert_array_equal(pixels[i // 2, :, :, i % 2], expected.reshape(h * w, 3, 2, 196)[:, :, 0])
+    np.testing.assert_array_equal(patches_of(np.stack(frames))[0], patches)
+
+
+def test_a_list_of_frames_that_is_no_clip_is_refused():
+    for frames, said in (
+        ([], "no frames"),
+        ([moving_frame(0, 50, 50), moving_frame(1, 50, 51)], "frame 1 is 50 x 51"),
+        ([moving_frame(0, 50, 50), "absent.png"], r"frame 1: absent\.png"),
+        (3, "int: not a video"),
+    ):
+        with pytest.raises(RequestError, match=said):
+            patches_of(frames)
+    with pytest.raises(RequestError, match="nframes: a list of frames is taken whole"):
+        patches_of([moving_frame(0, 50, 50)] * 4, nframes=2)
+
+
+def test_a_variable_frame_rate_is_sampled_by_frame_with_its_mean_rate(tmp_path):
+    times = np.cumsum([1000, 3000, 500, 2500] * 10).tolist()
+    path = write_clip(tmp_path / "vfr.mkv", times=times)
+    reader = AvReader(str(path))
+    assert reader.frames == 40
+    expected = every_frame(path)
+    for index, pixels in zip([3, 20, 39], reader.read([3, 20, 39]), strict=True):
+        np.testing.assert_array_equal(pixels, expected[index])
+
+
+@pytest.mark.parametrize("angle", [90, 180, 270, -90])
+def test_a_video_taken_sideways_is_turned_upright(tmp_path, angle):
+    plain = write_clip(tmp_path / "plain.mp4", frames=4)
+    # the matrix in the track's header (ISO 14496-12, 8.3.2): a, b, u, c, d, v, x, y, w
+    cos, sin = {90: (0, 1), 180: (-1, 0), 270: (0, -1), -90: (0, -1)}[angle]
+    identity, matrix = (
+        b"".join((n << 16).to_bytes(4, "big", signed=True) for n in (a, b, 0, -b, a, 0, 0, 0, 1 << 14))
+        for a, b in ((1, 0), (cos, sin))
+    )
+    data = plain.read_bytes()
+    at = data.index(identity, data.index(b"tkhd"))
+    turned = tmp_path / "turned.mp4"
+    turned.write_bytes(data[:at] + matrix + data[at + len(identity) :])
+    upright = every_frame(plain)[0]
+    found = next(AvReader(str(turned)).read([0]))
+    # the matrix turns clockwise by `angle`
+    np.testing.assert_array_equal(found, np.rot90(upright, -angle // 90))
+
+
+def test_a_file_that_ends_early_is_sampled_over_the_frames_it_has(tmp_path):
+    whole = write_clip(tmp_path / "whole.mkv", g="12")
+    (tmp_path / "cut.mkv").write_bytes(whole.read_bytes()[: whole.stat().st_size // 2])
+    reader = AvReader(str(tmp_path / "cut.mkv"))
+    assert 10 < reader.frames < 50
+    found = list(reader.read(list(range(0, reader.frames - 1, 3))))
+    for i, pixels in enumerate(found):
+        np.testing.assert_array_equal(pixels, every_frame(whole)[3 * i])
+    patches, _ = patches_of(str(tmp_path / "cut.mkv"))
+    assert len(patches)
+
+
+def test_where_packets_lie_frames_are_counted_by_decoding(clips, tmp_path):
+    data = bytearray(clips("short.mp4").read_bytes())
+    start = data.index(b"mdat") + len(data[data.index(b"mdat") :]) // 2
+    data[start : start + 1500] = bytes(1500)
+    path = tmp_path / "hole.mp4"
+    path.write_bytes(data)
+    patches, grid = patches_of(str(path), fps=24.0)
+    assert len(patches) == np.prod(grid)
+
+
+def no_video(folder: Path) -> Path:
+    path = folder / "sound.mp4"
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("aac", rate=44100)
+        frame = av.AudioFrame.from_ndarray(np.zeros((1, 1024), np.float32), format="fltp", layout="mono")
+        frame.sample_rate = 44100
+        container.mux(stream.encode(frame))
+        container.mux(stream.encode())
+    return path
+
+
+def playlist(folder: Path) -> Path:
+    path = folder / "list.m3u8"
+    path.write_text("#EXTM3U\n#EXTINF:1,\nhttp://127.0.0.1:9/x.ts\n#EXT-X-ENDLIST\n")
+    return path
+
+
+def script(folder: Path) -> Path:
+    path = folder / "list.ffconcat"
+    path.write_text("ffconcat version 1.0\nfile /etc/hostname\n")
+    return path
+
+
+def text_file(folder: Path) -> Path:
+    path = folder / "notes.mp4"
+    path.write_text("not a video")
+    return path
+
+
+def empty_file(folder: Path) -> Path:
+    path = folder / "empty.mp4"
+    path.write_bytes(b"")
+    return path
+
+
+@pytest.mark.parametrize("make", [no_video, playlist, script, text_file, empty_file], ids=lambda f: f.__name__)
+def test_what_is_no_video_is_refused_by_name_and_the_next_one_works(clips, tmp_path, make):
+    path = make(tmp_path)
+    with pytest.raises(RequestError, match=f"{path.name}: (not a video|has no video)"):
+        patches_of(path)
+    assert len(patches_of(clips("short.mp4").read_bytes())[0])
+
+
+@pytest.mark.parametrize("source", ["http://example.com/a.mp4", "absent.mp4", "data:video/mp4;base64,??", ""])
+def test_what_is_no_local_video_is_refused(source):
+    with pytest.raises(RequestError):
+        patches_of(source)
+
+
+def test_a_video_too_large_for_memory_is_refused_before_it_is_decoded(tmp_path):
+    path = write_clip(tmp_path / "long.mp4", frames=200, width=64, height=64)
+    with pytest.raises(RequestError, match=r"long\.mp4: 200 frames .* GiB"):
+        patches_of(path, "transformers", SizeRequest(min_pixels=12_000_000, max_pixels=12_800_000))
+
+
+def test_without_pyav_the_way_out_is_named(monkeypatch, clips):
+    path = clips("short.mp4")
+    monkeypatch.setitem(sys.modules, "av", None)
+    with pytest.raises(MissingDependencyError, match=r"qwen2vl-tc\[video\]"):
+        patches_of(path)
+
+
+MEMORY = """
+import resource, sys
+from qwen2vl_tc.runtime.frames import FrameRequest
+from qwen2vl_tc.runtime.resize import SizeRequest
+from qwen2vl_tc.runtime.sources import LOCAL_ONLY
+from qwen2vl_tc.runtime.video import VideoRequest, video_patches
+from qwen2vl_tc.runtime.video_av import AvReader
+from qwen2vl_tc.runtime.vision import ImageSettings
+settings = ImageSettings(3136, 12845056, 14, 2, 2)
+wanted = VideoRequest(FrameRequest(), SizeRequest(), "qwen")
+patches, grid = video_patches(sys.argv[1], settings, wanted, LOCAL_ONLY, AvReader)
+assert "torch" not in sys.modules and "transformers" not in sys.modules
+print(grid[0], patches.nbytes, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
+"""
+
+
+@pytest.mark.slow
+def test_ten_minutes_of_1080p_stay_under_one_gigabyte(tmp_path):
+    # few frames a second to encode, as many sampled frames as any rate gives
+    path = write_clip(
+        tmp_path / "long.mp4", 1200, 1920, 1080, rate=2, preset="ultrafast", **{"x264-params": "keyint=48"}
+    )
+    done = subprocess.run([sys.executable, "-c", MEMORY, str(path)], capture_output=True, text=True, check=True)
+    steps, held, peak = map(int, done.stdout.split())
+    assert steps == 384
+    assert held > 500e6
+    assert peak < 1e9
