@@ -113,6 +113,8 @@ def main() -> None:
         opened.close()
         rows, columns = frame_size(HEIGHT, WIDTH, len(chosen), SizeRequest(), PUBLISHED)
 
+        per_frame = Qwen2VLImageProcessorPil(min_pixels=PUBLISHED.min_pixels, max_pixels=rows * columns)
+
         def open_reader(source: Any) -> AvReader:
             return AvReader(source, threads)
 
@@ -131,7 +133,7 @@ def main() -> None:
 
         def their_patches() -> None:
             for frame in read_video():
-                processor(Image.fromarray(frame), max_pixels=rows * columns, return_tensors="np")
+                per_frame(Image.fromarray(frame), return_tensors="np")
 
         wanted = VideoRequest(FrameRequest(), SizeRequest(), "qwen")
 

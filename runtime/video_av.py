@@ -104,10 +104,11 @@ class AvReader:
         except (self._av.error.FFmpegError, ValueError) as error:
             raise RequestError(f"not a video that can be read: {getattr(error, 'strerror', None) or error}") from error
         cover = self._av.stream.Disposition.attached_pic
-        streams = [stream for stream in container.streams.video if not stream.disposition & cover]
+        # without a decoder for it, a stream has no codec context
+        streams = [each for each in container.streams.video if not each.disposition & cover and each.codec_context]
         if not streams:
             container.close()
-            raise RequestError("has no video stream")
+            raise RequestError("has no video stream that can be decoded")
         streams[0].thread_type = "AUTO"
         streams[0].codec_context.thread_count = self._threads
         return container, streams[0]
@@ -192,11 +193,14 @@ class AvReader:
 
     def _counted(self, indices: Sequence[int]) -> Iterator[NDArray[np.uint8]]:
         frames = enumerate(self._every_frame())
-        index, pixels = -1, np.empty(0, np.uint8)
-        for wanted in indices:
-            while index < wanted:
-                index, frame = next(frames)
-                if index == wanted:
+        at, pixels = -1, np.empty(0, np.uint8)
+        for index in indices:
+            while at < index:
+                # a damaged file may have fewer the second time: decoding threads differ in what they give up
+                at, frame = next(frames, (index, None))
+                if frame is None:
+                    return
+                if at == index:
                     pixels = self._rgb(frame)
             yield pixels
 
