@@ -92,7 +92,11 @@ class Model:
         Rows end on their own. More requests than the artifact's largest decode graph has rows (`compile --batch`) are
         answered in groups of that size.
         """
-        return [answer for group in self.answer_groups(requests, vision=vision, on_token=on_token, **settings) for answer in group]
+        return [
+            answer
+            for group in self.answer_groups(requests, vision=vision, on_token=on_token, **settings)
+            for answer in group
+        ]
 
     def answer_groups(
         self,

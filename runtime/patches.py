@@ -8,7 +8,7 @@ from PIL import Image
 
 from ..artifacts.errors import RequestError
 from .images import load_image
-from .resize import SizeRequest, image_size, resize
+from .resize import SizeRequest, image_size, resized_bands
 from .vision import ImageSettings
 
 Grid = tuple[int, int, int]
@@ -27,6 +27,7 @@ class PatchGrid:
         """
         self._settings = settings
         self._frames = frames
+        self._size = height, width
         patch, merge = settings.patch_size, settings.merge_size
         self.grid: Grid = (-(-frames // settings.temporal_patch_size), height // patch, width // patch)
         size = self.grid[0] * settings.temporal_patch_size * height * width * 3
@@ -42,16 +43,17 @@ class PatchGrid:
             (self.grid[0], *windows, merge, merge, 3, settings.temporal_patch_size, patch), dtype=self._row
         )
 
-    def write(self, index: int, pixels: NDArray[np.uint8]) -> None:
-        """Cut frame `index`, uint8 [height, width, 3]; the last one also fills the places behind it."""
+    def write(self, index: int, pixels: Image.Image | NDArray[np.uint8]) -> None:
+        """Resize and cut frame `index`, RGB or uint8 [rows, columns, 3]; the last one also fills what is behind it."""
         patch, merge, factor = self._settings.patch_size, self._settings.merge_size, self._settings.factor
         t, k = divmod(index, self._settings.temporal_patch_size)
         target = self._rows[t]
-        for i in range(len(target)):
-            # [channel, row in window, row in patch, window column, column in window]
-            strip = np.ascontiguousarray(pixels[factor * i : factor * (i + 1)].transpose(2, 0, 1)).view(self._row)
-            strip = strip.reshape(3, merge, patch, -1, merge)
-            target[i, ..., k, :] = strip.transpose(3, 1, 4, 0, 2)
+        for x, band in resized_bands(pixels, *self._size, factor):
+            planes = np.ascontiguousarray(band.transpose(2, 0, 1)).view(self._row)
+            # [channel, window row, row in window, row in patch, window column, column in window]
+            planes = planes.reshape(3, len(target), merge, patch, -1, merge)
+            windows = slice(x // factor, x // factor + planes.shape[4])
+            target[:, windows, ..., k, :] = planes.transpose(1, 4, 2, 5, 0, 3)
         if index == self._frames - 1:
             target[..., k + 1 :, :] = target[..., k : k + 1, :]
 
@@ -70,7 +72,7 @@ def image_patches(
     image = load_image(image)
     height, width = image_size(image.height, image.width, wanted or SizeRequest(), settings)
     cut = PatchGrid(1, height, width, settings)
-    cut.write(0, resize(image, height, width))
+    cut.write(0, image)
     return cut.patches(), cut.grid
 
 
@@ -86,17 +88,17 @@ def clip_patches(
     different sizes.
     """
     cut: PatchGrid | None = None
-    first = target = (0, 0)
+    first = (0, 0)
     for i, frame in enumerate(frames):
         shape = (frame.height, frame.width) if isinstance(frame, Image.Image) else frame.shape[:2]
         if cut is None:
-            first, target = shape, size(*shape)
-            cut = PatchGrid(count, *target, settings)
+            first = shape
+            cut = PatchGrid(count, *size(*shape), settings)
         if shape != first:
             raise RequestError(
                 f"frame {i} is {shape[1]} x {shape[0]}, frame 0 is {first[1]} x {first[0]}; frames must have one size"
             )
-        cut.write(i, resize(frame, *target))
+        cut.write(i, frame)
     if cut is None:
         raise RequestError("has no frames")
     if i + 1 != count:

@@ -5,7 +5,7 @@ as fast and takes no second to import; torch does it where that has no wheel.
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cache
 from importlib.util import find_spec
@@ -21,8 +21,7 @@ from .images import MAX_IMAGE_PIXELS
 from .vision import ImageSettings
 
 _MAX_ASPECT_RATIO = 200
-# rows are resized in strips of about so many bytes: they stay in the cache, and a huge picture is never copied whole
-_STRIP_BYTES = 1 << 20
+_PIECE_BYTES = 1 << 20
 # qwen-vl-utils 0.0.14, vision_process.py: merge windows of one frame, and of all frames of a video
 _FRAME_MIN_TOKENS, _FRAME_MAX_TOKENS = 128, 768
 _VIDEO_TOKENS = 128_000 * 0.9
@@ -125,18 +124,33 @@ def resize(pixels: Image.Image | NDArray[np.uint8], height: int, width: int) -> 
 
     Columns first, rounded to uint8, then rows, as torch.nn.functional.interpolate(mode="bicubic", antialias=True) does.
     """
+    return np.concatenate([band for _, band in resized_bands(pixels, height, width, 1)], axis=1)
+
+
+def resized_bands(
+    pixels: Image.Image | NDArray[np.uint8], height: int, width: int, multiple: int
+) -> Iterator[tuple[int, NDArray[np.uint8]]]:
+    """What resize returns, as bands of columns [height, columns, 3] behind their first column, each in `multiple`s.
+
+    Never holds more than small pieces beside the picture: larger ones would leave the cache, and go back to the system
+    and be asked for again with every picture, at twice the time.
+    """
     rows, columns = (pixels.height, pixels.width) if isinstance(pixels, Image.Image) else pixels.shape[:2]
-    step = max(1, _STRIP_BYTES // (3 * columns)) if columns != width else rows
+    step = max(1, _PIECE_BYTES // (3 * columns))
     strips = []
     for start in range(0, rows, step):
         count = min(step, rows - start)
         strip = _strip(pixels, start, count)
-        strips.append(strip if columns == width else _engine()(strip, columns, count, width, count))
-    data = strips[0] if len(strips) == 1 else b"".join(strips)
-    del strips
-    if rows != height:
-        data = _engine()(data, width, rows, width, height)
-    return np.frombuffer(data, np.uint8).reshape(height, width, 3)
+        if columns != width:
+            strip = _engine()(strip, columns, count, width, count)
+        strips.append(np.frombuffer(strip, np.uint8).reshape(count, width, 3))
+    step = max(1, _PIECE_BYTES // (3 * max(rows, height) * multiple)) * multiple
+    for x in range(0, width, step):
+        band = np.concatenate([strip[:, x : x + step] for strip in strips])
+        if rows != height:
+            data = _engine()(band.tobytes(), band.shape[1], rows, band.shape[1], height)
+            band = np.frombuffer(data, np.uint8).reshape(height, -1, 3)
+        yield x, band
 
 
 def _strip(pixels: Image.Image | NDArray[np.uint8], start: int, count: int) -> bytes:

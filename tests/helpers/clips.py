@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable
 from fractions import Fraction
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,7 @@ import av
 import numpy as np
 
 
+@lru_cache(maxsize=64)
 def moving_frame(index: int, width: int, height: int) -> np.ndarray:
     """A smooth pattern that moves: rows, columns and time all differ."""
     y, x = np.mgrid[0:height, 0:width]
@@ -22,11 +24,12 @@ def write_clip(
     width: int = 160,
     height: int = 96,
     codec: str = "libx264",
-    rate: int = 24,
+    rate: int | Fraction = 24,
     times: Iterable[int] | None = None,
+    period: int = 10**6,
     **options: str,
 ) -> Path:
-    """times: pts of each frame in units of 1 / (1000 * rate) s, for a variable frame rate."""
+    """times: pts of each frame in units of 1 / (1000 * rate) s, for a variable rate; it repeats after `period`."""
     with av.open(str(path), "w") as container:
         stream: Any = container.add_stream(codec, rate=rate)
         stream.width, stream.height, stream.pix_fmt, stream.options = width, height, "yuv420p", options
@@ -34,7 +37,7 @@ def write_clip(
         if times is not None:
             stream.codec_context.time_base = Fraction(1, 1000 * rate)
         for index, pts in enumerate(times or range(frames)):
-            frame = av.VideoFrame.from_ndarray(moving_frame(index, width, height), format="rgb24")
+            frame = av.VideoFrame.from_ndarray(moving_frame(index % period, width, height), format="rgb24")
             if times is not None:
                 frame.pts, frame.time_base = pts, Fraction(1, 1000 * rate)
             container.mux(stream.encode(frame))
