@@ -31,7 +31,7 @@ from qwen2vl_tc.toolchain.transformers_import import import_transformers
 # preprocessor_config.json of Qwen2-VL-7B-Instruct
 PUBLISHED = ImageSettings(min_pixels=3136, max_pixels=12845056, patch_size=14, temporal_patch_size=2, merge_size=2)
 FPS, SECONDS, WIDTH, HEIGHT = 24, 5, 2048, 1024
-ROUNDS = 5
+ROUNDS = 3
 
 
 def timed(*calls: Callable[[], Any], rounds: int = ROUNDS) -> list[float]:
