@@ -34,7 +34,8 @@ def load(path: str | Path, backend: BackendChoice = None, *, observer: "Observer
     observer(graph, operator's name, its outputs), with the reference backend only, is handed every intermediate of
     every graph that runs: keep them by name to see where numbers depart.
     `model.load_ms` says where the time went: manifest (every file opened), imports (the engine's), weights (mapped),
-    graphs (hashed, read, compiled by GE), weight_check (waiting for the hashes), device (weights placed), processor.
+    graphs (hashed, read, compiled by GE; onnxruntime opens models and weights at once), weight_check (waiting for the
+    hashes), device (weights placed), processor.
     Raises ArtifactError for a damaged or unfit artifact, TargetError when it cannot run on this machine and
     MissingDependencyError when an engine is not installed.
     """

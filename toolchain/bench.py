@@ -17,7 +17,7 @@ import numpy as np
 from PIL import Image
 
 from ..artifacts.errors import RequestError
-from .machine import Machine, device_name, engine_versions, on_npu, this_machine
+from .machine import Machine, compute_threads, device_name, engine_versions, on_npu, this_machine, weights_dtype
 
 if TYPE_CHECKING:
     from ..runtime import Generation, Model
@@ -76,7 +76,7 @@ class Memory:
 class Bench:
     """One artifact's speed. Times are medians of the runs, in milliseconds; visual and prefill add up all rows.
 
-    first_step_ms: ViT and prefill. threads: what torch computes with, on CPU. decode is None where only one token was
+    first_step_ms: ViT and prefill. dtype: of the weights. threads: on CPU. decode is None where only one token was
     made.
     """
 
@@ -140,16 +140,15 @@ def bench(model: "Model", options: BenchOptions, progress: "StepProgress") -> Be
     def phase(*names: str) -> float:
         return round(median(sum(answer.timings_ms.get(name, 0.0) for name in names) for answer in answers), 3)
 
-    part = model.manifest.ge
-    npu = on_npu(model.backend)
+    device = _device_peak() if on_npu(model.backend) else None
     return Bench(
         artifact=str(model.artifact.path),
         model=model.manifest.name,
-        dtype=part.dtype if part else "unknown",
+        dtype=weights_dtype(model.manifest, model.backend.name),
         backend=model.backend.name,
         execute_mode="eager" if model.backend.name == "eager" else "dynamo",
         device=model.backend.device,
-        threads=None if npu else sys.modules["torch"].get_num_threads(),
+        threads=compute_threads(model.backend),
         input=stated,
         batch=options.batch,
         patches=patches,
@@ -162,7 +161,7 @@ def bench(model: "Model", options: BenchOptions, progress: "StepProgress") -> Be
         prefill_ms=phase("prefill"),
         first_step_ms=phase("visual", "prefill"),
         decode=_decode([ms for answer in answers for ms in answer.token_ms], options.batch),
-        memory=Memory(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss << 10, _device_peak() if npu else None),
+        memory=Memory(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss << 10, device),
         versions=engine_versions(model.backend),
         machine=this_machine(device_name(model.backend)),
     )

@@ -15,7 +15,7 @@ from ..artifacts.manifest import MANIFEST_NAME
 from ..artifacts.store import read_manifest, real_path
 from . import page_cache
 from .bench import BenchOptions, bench_messages
-from .machine import Machine, this_machine
+from .machine import Machine, this_machine, weights_dtype
 
 if TYPE_CHECKING:
     from .console import StepProgress
@@ -96,11 +96,10 @@ def cold_start(
             if number:
                 runs.append(ColdRun(resident, **told))
     progress("done", options.runs + 1, options.runs + 1)
-    dtype = manifest.ge.dtype if manifest.ge else "unknown"
     return ColdStart(
         artifact=str(path),
         model=manifest.name,
-        dtype=dtype,
+        dtype=weights_dtype(manifest, engine["backend"]),
         backend=engine["backend"],
         input=stated,
         cache=COLD if cold else WARM,

@@ -7,10 +7,13 @@ import sys
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from ..artifacts.manifest import Manifest
 from ..artifacts.process import driver_version
 
 if TYPE_CHECKING:
     from ..runtime.backends.base import Backend
+
+ONNXRUNTIME = "onnxruntime"
 
 
 @dataclass(frozen=True)
@@ -57,7 +60,7 @@ def versions(*packages: str) -> dict[str, str]:
 def engine_versions(backend: "Backend") -> dict[str, str]:
     """Of all that takes part where this engine runs."""
     if not on_npu(backend):
-        return versions("torch")
+        return versions("onnxruntime" if backend.name == ONNXRUNTIME else "torch")
     torch_npu: Any = sys.modules["torch_npu"]
     more = {"cann": str(torch_npu.npu.utils.get_cann_version()), "driver": driver_version() or "unknown"}
     return versions("torch", "torch-npu") | more
@@ -66,6 +69,24 @@ def engine_versions(backend: "Backend") -> dict[str, str]:
 def device_name(backend: "Backend") -> str | None:
     """The NPU that this engine runs on; None on CPU."""
     return str(sys.modules["torch_npu"].npu.get_device_name(0)) if on_npu(backend) else None
+
+
+def compute_threads(backend: "Backend") -> int | None:
+    """What the engine computes with on CPU; None on an NPU."""
+    if on_npu(backend):
+        return None
+    if backend.name == ONNXRUNTIME:
+        from ..runtime.backends.onnxruntime import threads
+
+        return threads()
+    return int(sys.modules["torch"].get_num_threads())
+
+
+def weights_dtype(manifest: Manifest, backend: str) -> str:
+    """What the weights are that this engine runs on: fp32, bf16, int8, ..."""
+    if backend == ONNXRUNTIME and manifest.onnx:
+        return manifest.onnx.weights
+    return manifest.ge.dtype if manifest.ge else "unknown"
 
 
 def on_npu(backend: "Backend") -> bool:

@@ -44,11 +44,13 @@ def test_a_moved_artifact_gives_the_same_answer(model: Model, artifact: Path, tm
 # All that loading and answering may import from outside the standard library; torch brings the last four.
 PACKAGES = {"PIL", "blake3", "google", "jinja2", "markupsafe", "numpy", "tokenizers", "torch"}
 PACKAGES |= {"mpmath", "torchgen", "tqdm", "typing_extensions"}
+OF_ONNXRUNTIME = {"onnxruntime", "flatbuffers", "packaging"}
 NOT_OF_TORCH = ("torch._dynamo", "torch._inductor", "torch.onnx", "sympy")
 GE = ("bound", "operators", "attention", "graph", "proto")
 BACKENDS = {
     "reference": {"base", "ge", "reference", *(f"ge.{name}" for name in (*GE, "executor"))},
     "npu": {"base", "ge", "npu", *(f"ge.{name}" for name in GE)},
+    "onnxruntime": {"base", "onnxruntime"},
 }
 
 
@@ -92,6 +94,14 @@ import qwen2vl_tc.runtime.backends.npu
     assert packages <= PACKAGES
     assert own == BACKENDS["npu"]
     assert of_torch == []
+
+
+def test_the_onnxruntime_backend_brings_neither_torch_nor_another_engine() -> None:
+    packages, own, _ = imported(
+        "from qwen2vl_tc.runtime.backends.onnxruntime import import_onnxruntime; import_onnxruntime()"
+    )
+    assert packages <= PACKAGES - {"torch", "torchgen", "tqdm"} | OF_ONNXRUNTIME
+    assert own == BACKENDS["onnxruntime"]
 
 
 def test_the_runtime_itself_imports_no_engine() -> None:

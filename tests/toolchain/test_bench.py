@@ -1,6 +1,7 @@
 """bench and bench cold-start: figures that come from the run, and all that they depend on beside them."""
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -134,6 +135,21 @@ def test_on_an_npu_device_memory_and_versions_are_stated(
     assert measured.machine.device == "Ascend910B2"
     assert {"torch", "torch-npu", "cann", "driver"} <= set(measured.versions)
     assert "peak device memory" in markdown(measured)
+
+
+def test_onnx_models_are_measured_like_graphs(run: Run, built: Path, tmp_path: Path) -> None:
+    artifact = shutil.copytree(built, tmp_path / "artifact")
+    made = run("compile", artifact, "--mode", "onnx", "--weights", "int8", "--max-length", "256")
+    assert made.exit_code == 0, made.output
+    words = ("--size", "112x84", "--backend", "onnxruntime", "--runs", "1", "--json")
+    speed = json.loads(run("bench", artifact, *words, "--max-new-tokens", "4").stdout)
+    assert (speed["dtype"], speed["backend"]) == ("int8", "onnxruntime")
+    assert "onnxruntime" in speed["versions"]
+    assert speed["threads"] > 0
+    cold = json.loads(run("bench", "cold-start", artifact, *words).stdout)
+    assert cold["backend"] == "onnxruntime"
+    assert list(cold["phases_ms"]) == PHASES
+    assert sum(cold["phases_ms"].values()) <= cold["first_token_ms"]
 
 
 def test_a_wrong_size_is_refused(run: Run, built: Path) -> None:
