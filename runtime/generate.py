@@ -1,6 +1,5 @@
 """The generation loop: prefill each row, then decode all rows together, over whatever engine is loaded."""
 
-import time
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from contextlib import closing
@@ -12,6 +11,7 @@ import numpy as np
 
 from ..artifacts.errors import RequestError
 from .backends.base import Backend, Ints, Step
+from .phases import Phases
 from .prompt import Processor, Prompt
 from .sampling import Sampler
 from .settings import Settings
@@ -54,15 +54,10 @@ class Generation:
 
 
 @dataclass
-class Timings:
-    """Milliseconds by phase; `mark` adds the time since the last mark."""
+class Timings(Phases):
+    """What an answer took: phases, and from each token to the next."""
 
-    phases: dict[str, float] = field(default_factory=dict)
     token_ms: list[float] = field(default_factory=list)
-    _last: float = field(default_factory=time.perf_counter)
-
-    def mark(self, phase: str) -> None:
-        self.phases[phase] = self.phases.get(phase, 0.0) + self._since_last()
 
     def mark_token(self) -> None:
         """A token after the first has come."""
@@ -71,11 +66,6 @@ class Timings:
     def skip(self) -> None:
         """What passed since the last mark was the caller's."""
         self._since_last()
-
-    def _since_last(self) -> float:
-        now = time.perf_counter()
-        passed, self._last = (now - self._last) * 1e3, now
-        return passed
 
     def summary(self) -> dict[str, float]:
         """The phases in milliseconds, with the sums that Generation names."""

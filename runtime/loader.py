@@ -13,6 +13,7 @@ from .backends.base import Backend
 from .integrity import WeightCheck
 from .memory import check_fits, soc_memory
 from .model import Model
+from .phases import Phases
 from .prompt import Processor
 
 if TYPE_CHECKING:
@@ -32,9 +33,13 @@ def load(path: str | Path, backend: BackendChoice = None, *, observer: "Observer
     open artifact, whose weights are hashed beside it: it need not do so.
     observer(graph, operator's name, its outputs), with the reference backend only, is handed every intermediate of
     every graph that runs: keep them by name to see where numbers depart.
+    `model.load_ms` says where the time went: manifest (every file opened), imports (the engine's), weights (mapped),
+    graphs (hashed, read, compiled by GE; onnxruntime opens models and weights at once), weight_check (waiting for the
+    hashes), device (weights placed), processor.
     Raises ArtifactError for a damaged or unfit artifact, TargetError when it cannot run on this machine and
     MissingDependencyError when an engine is not installed.
     """
+    loading = Phases()
     prepare_process()
     artifact = open_artifact(path)
     try:
@@ -51,13 +56,17 @@ def load(path: str | Path, backend: BackendChoice = None, *, observer: "Observer
             raise ArtifactError(
                 f"{path}: its verification failed, see reports/{report}.json; build it again, or verify it again"
             )
+        loading.mark("manifest")
+        # before the engine's imports, which take a second or more: gigabytes are read and hashed meanwhile
         check = WeightCheck(artifact, [graph.data for graph in part.graphs] if part else None)
         engine = _engine(choice, artifact, observer, check)
+        loading.include("imports", engine.loading)
         processor = open_processor(artifact)
+        loading.mark("processor")
     except BaseException:
         artifact.close()
         raise
-    return Model(artifact, processor, engine, reason, check)
+    return Model(artifact, processor, engine, reason, check, loading.phases)
 
 
 def open_processor(artifact: Artifact) -> Processor:

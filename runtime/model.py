@@ -2,7 +2,7 @@
 
 import asyncio
 import threading
-from collections.abc import AsyncIterator, Callable, Generator, Iterator, Sequence
+from collections.abc import AsyncIterator, Callable, Generator, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from ..artifacts.errors import RequestError
@@ -28,7 +28,7 @@ OnToken = Callable[[Token], None]
 
 
 class Model:
-    """An artifact, its processor and an engine. `reason` says why this engine was taken.
+    """An artifact, its processor and an engine. `reason` says why this engine was taken, `load_ms` what loading took.
 
     Settings, for every method that generates: see GivenSettings. Every method raises RequestError, before any compute,
     when a request cannot be served, and ArtifactError when the weights turn out to be altered.
@@ -37,12 +37,19 @@ class Model:
     """
 
     def __init__(
-        self, artifact: Artifact, processor: Processor, backend: Backend, reason: str, check: WeightCheck
+        self,
+        artifact: Artifact,
+        processor: Processor,
+        backend: Backend,
+        reason: str,
+        check: WeightCheck,
+        load_ms: Mapping[str, float],
     ) -> None:
         self.artifact = artifact
         self.processor = processor
         self.backend = backend
         self.reason = reason
+        self.load_ms = load_ms
         self._check = check
         self._turn = threading.Lock()
         # KV caches that nothing uses now, by rows: allocated once, not per request

@@ -13,7 +13,7 @@ import typer
 
 from ..artifacts.errors import ConfigError, TargetError
 from ..artifacts.process import prepare_process
-from . import cli_generate
+from . import cli_bench, cli_generate
 from .cli_errors import FAILED, Commands
 from .cli_options import (
     Artifact,
@@ -351,6 +351,8 @@ def inspect(
 
 app.command(epilog=cli_generate.GENERATE_EXAMPLES)(cli_generate.generate)
 app.command(epilog=cli_generate.CHAT_EXAMPLES)(cli_generate.chat)
+app.command(epilog=cli_bench.BENCH_EXAMPLES)(cli_bench.bench)
+app.command("bench cold-start", epilog=cli_bench.COLD_START_EXAMPLES)(cli_bench.cold_start)
 
 
 @app.command(epilog=examples("qwen2vl-tc warm qwen2-vl-7b.artifact"))

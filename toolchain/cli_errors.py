@@ -21,6 +21,11 @@ BROKEN_PIPE = 141  # 128 + SIGPIPE
 class Commands(TyperGroup):
     """Runs a command and turns whatever it raises into one line on stderr and an exit code."""
 
+    def resolve_command(self, ctx: Any, args: list[str]) -> Any:
+        # "bench cold-start" is a command beside "bench", which takes an artifact where a group would take commands
+        two_words = " ".join(args[:2])
+        return super().resolve_command(ctx, [two_words, *args[2:]] if two_words in self.commands else args)
+
     def invoke(self, ctx: Any) -> Any:
         debug = bool(ctx.params.get("debug"))
         try:

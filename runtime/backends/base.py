@@ -2,10 +2,15 @@
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
+
+from ..phases import Phases
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 Ints = NDArray[np.int64]
 
@@ -45,6 +50,15 @@ class Backend(ABC):
     max_rows: int = 1
     # whether a cache that served one request may serve the next as it is
     reuses_caches: bool = True
+
+    # what making the engine took
+    loading: Phases
+
+    def __new__(cls, *args: Any, **options: Any) -> "Self":
+        backend = super().__new__(cls)
+        # the clock starts before any subclass's constructor does
+        backend.loading = Phases()
+        return backend
 
     @abstractmethod
     def allocate(self, rows: int) -> Any:

@@ -55,19 +55,23 @@ class NpuBackend(GeBackend):
     ) -> None:
         self._before_placing = before_placing
         self._torch_npu = vendor_modules()
+        self.loading.mark("imports")
         # torchair compiles for the current device: tensors and graphs must agree on it
         self._torch_npu.npu.set_device(DEVICE)
         cann = _check_graphs(self._torch_npu, artifact)
         _check_model(self._torch_npu, artifact)
         self.cache_folder = compile_cache(artifact, self._torch_npu, cann)
         self._graphs: dict[str, Any] = {}
+        self.loading.mark("device")
         super().__init__(artifact, check_weights)
         for name in self._bound:
             self._compile(name)
+        self.loading.mark("graphs")
 
     def place(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
         if self._before_placing is not None:
             self._before_placing()
+            self.loading.mark("weight_check")
         # Parameter(t.npu()), not Parameter(t).npu(): the address must stay what GE was told
         return {name: torch.nn.Parameter(t.to(self.device), requires_grad=False) for name, t in tensors.items()}
 

@@ -59,12 +59,14 @@ class OnnxBackend(Backend):
         self.max_length = self._part.max_length
         self._model = artifact.manifest.model
         runtime = import_onnxruntime()
+        self.loading.mark("imports")
         graphs = {graph.name: graph for graph in self._part.graphs}
         if missing := sorted({"visual", "text"} - graphs.keys()):
             raise ArtifactError(
                 f"{artifact.path}: has no ONNX model {missing[0]}; run `qwen2vl-tc compile {artifact.path} --mode onnx`"
             )
         self._visual, self._text = (_open(runtime, artifact, graphs[name]) for name in ("visual", "text"))
+        self.loading.mark("graphs")
 
     def allocate(self, rows: int) -> Cache:
         if not 1 <= rows <= self.max_rows:

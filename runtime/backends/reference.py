@@ -3,6 +3,7 @@
 Slower than an engine built for CPUs, and the measure of what the graphs compute: no tracing, no vendor package.
 """
 
+import ctypes
 from collections.abc import Callable
 
 from torch import Tensor
@@ -13,6 +14,9 @@ from .ge.executor import Executor
 from .ge.graph import read_graph
 
 Observer = Callable[[str, str, tuple[Tensor, ...]], None]
+# mallopt's parameters, from glibc's malloc.h
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
+_KEPT_BYTES = 256 << 20
 
 
 class ReferenceBackend(GeBackend):
@@ -24,6 +28,7 @@ class ReferenceBackend(GeBackend):
     def __init__(self, artifact: Artifact, check_weights: bool = True, observer: Observer | None = None) -> None:
         self.observer = observer
         self._executors: dict[str, Executor] = {}
+        _keep_freed_memory()
         super().__init__(artifact, check_weights)
 
     def place(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -37,3 +42,15 @@ class ReferenceBackend(GeBackend):
         if observer is None:
             return self._executors[name].run(inputs)
         return self._executors[name].run(inputs, lambda operator, outputs: observer(name, operator, outputs))
+
+
+def _keep_freed_memory() -> None:
+    """Let malloc reuse blocks up to 256 MB, and keep as much, for the whole process.
+
+    glibc gives every block above 32 MB back to the kernel; a picture's activations are larger, and having their pages
+    made anew for every operator takes longer than most operators. Other C libraries have no such setting.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is not None:
+        mallopt(_M_MMAP_THRESHOLD, _KEPT_BYTES)
+        mallopt(_M_TRIM_THRESHOLD, _KEPT_BYTES)

@@ -84,7 +84,8 @@ def load_on_npu(path: Path) -> Model:
 
     artifact = open_artifact(path)
     check = WeightCheck(artifact)
-    return Model(artifact, open_processor(artifact), NpuBackend(artifact, check_weights=False), "emulated", check)
+    backend = NpuBackend(artifact, check_weights=False)
+    return Model(artifact, open_processor(artifact), backend, "emulated", check, {})
 
 
 class EmulatedKernels(TorchDispatchMode):

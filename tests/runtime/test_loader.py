@@ -41,19 +41,78 @@ def test_a_moved_artifact_gives_the_same_answer(model: Model, artifact: Path, tm
     assert moved.generate(QUESTION, max_new_tokens=8).token_ids == model.generate(QUESTION, max_new_tokens=8).token_ids
 
 
-def test_the_runtime_needs_neither_vendor_packages_nor_transformers_nor_a_tracer(artifact: Path) -> None:
-    code = """
-import json, sys
-from qwen2vl_tc.runtime import load
-model = load(sys.argv[1])
-answer = model.generate([{"role": "user", "content": "Hello"}], max_new_tokens=4)
-unwanted = ("torch_npu", "torchair", "transformers", "torchvision", "torch._dynamo", "torch._inductor", "onnx")
-print(json.dumps([answer.finish_reason, [name for name in unwanted if name in sys.modules]]))
+# All that loading and answering may import from outside the standard library; torch brings the last four.
+PACKAGES = {"PIL", "blake3", "google", "jinja2", "markupsafe", "numpy", "tokenizers", "torch"}
+PACKAGES |= {"mpmath", "torchgen", "tqdm", "typing_extensions"}
+OF_ONNXRUNTIME = {"onnxruntime", "flatbuffers", "packaging"}
+NOT_OF_TORCH = ("torch._dynamo", "torch._inductor", "torch.onnx", "sympy")
+GE = ("bound", "operators", "attention", "graph", "proto")
+BACKENDS = {
+    "reference": {"base", "ge", "reference", *(f"ge.{name}" for name in (*GE, "executor"))},
+    "npu": {"base", "ge", "npu", *(f"ge.{name}" for name in GE)},
+    "onnxruntime": {"base", "onnxruntime"},
+}
+
+
+def imported(code: str, *words: str) -> tuple[set[str], set[str], list[str]]:
+    """What a fresh process imports: packages from outside, modules of runtime.backends, what is unwanted of torch."""
+    script = f"""
+import sys
+before = {{name.partition(".")[0] for name in sys.modules}}
+{code}
+import json
+names = [name for name, module in sys.modules.items() if module is not None]
+print(json.dumps([sorted({{name.partition(".")[0] for name in names}} - before - sys.stdlib_module_names), names]))
 """
-    done = subprocess.run([sys.executable, "-c", code, str(artifact)], capture_output=True, text=True, check=True)
-    reason, loaded = json.loads(done.stdout)
-    assert reason in ("stop", "length")
-    assert loaded == []
+    done = subprocess.run([sys.executable, "-c", script, *words], capture_output=True, text=True, check=True)
+    packages, names = json.loads(done.stdout)
+    prefix = "qwen2vl_tc.runtime.backends."
+    own = {name.removeprefix(prefix) for name in names if name.startswith(prefix)}
+    return set(packages) - {"qwen2vl_tc", "__mp_main__"}, own, [name for name in NOT_OF_TORCH if name in names]
+
+
+def test_answering_on_the_cpu_imports_these_modules_and_no_others(artifact: Path) -> None:
+    code = """
+from PIL import Image
+from qwen2vl_tc.runtime import load
+content = [{"type": "image", "image": Image.new("RGB", (56, 56))}, {"type": "text", "text": "Hello"}]
+load(sys.argv[1], "reference").generate([{"role": "user", "content": content}], max_new_tokens=4)
+"""
+    packages, own, of_torch = imported(code, str(artifact))
+    assert packages <= PACKAGES, "no transformers, torchvision, torch_npu, torchair"
+    assert own == BACKENDS["reference"]
+    assert of_torch == []
+
+
+def test_the_npu_backend_brings_no_module_of_another_and_the_vendors_only_when_it_is_made() -> None:
+    code = """
+from qwen2vl_tc.artifacts.process import prepare_process
+prepare_process()
+import qwen2vl_tc.runtime.backends.npu
+"""
+    packages, own, of_torch = imported(code)
+    assert packages <= PACKAGES
+    assert own == BACKENDS["npu"]
+    assert of_torch == []
+
+
+def test_the_onnxruntime_backend_brings_neither_torch_nor_another_engine() -> None:
+    packages, own, _ = imported(
+        "from qwen2vl_tc.runtime.backends.onnxruntime import import_onnxruntime; import_onnxruntime()"
+    )
+    assert packages <= PACKAGES - {"torch", "torchgen", "tqdm"} | OF_ONNXRUNTIME
+    assert own == BACKENDS["onnxruntime"]
+
+
+def test_the_runtime_itself_imports_no_engine() -> None:
+    packages, own, _ = imported("import qwen2vl_tc.runtime")
+    assert packages <= PACKAGES - {"torch", "torchgen", "tqdm"}
+    assert own == {"base"}
+
+
+def test_loading_says_where_its_time_went(model: Model) -> None:
+    assert list(model.load_ms) == ["manifest", "imports", "weights", "graphs", "device", "processor"]
+    assert all(ms >= 0 for ms in model.load_ms.values())
 
 
 def test_the_model_says_which_backend_it_took_and_why(model: Model) -> None:

@@ -38,6 +38,7 @@ SETTINGS = {
 ENGINE = {"--backend", "--execute-mode"}
 VISION = {"--min-pixels", "--max-pixels", "--video-sampling", "--allow-http"}
 GENERATE = {*SETTINGS, *VISION}
+BENCH_OPTIONS = {"--image", "--video", "--size", "--runs", "--backend", "--execute-mode", "--json"}
 FROZEN = {
     "convert": {"--src", "--out", "--dtype", "--no-sync"},
     "compile": {"ARTIFACT", "--config", "--out", "--weights", "--standard-only", *COMPILE_OPTIONS},
@@ -47,6 +48,8 @@ FROZEN = {
     "generate": {"ARTIFACT", "--image", "--video", "--prompt", "--system", "--requests", "--json", *ENGINE, *GENERATE},
     "chat": {"ARTIFACT", "--image", "--system", *ENGINE, *GENERATE},
     "warm": {"ARTIFACT"},
+    "bench": {"ARTIFACT", "--max-new-tokens", "--batch", "--warmup", *BENCH_OPTIONS},
+    "bench cold-start": {"ARTIFACT", "--cold", *BENCH_OPTIONS},
     "doctor": {"ARTIFACT", "--json"},
     "demo": {"--out", "--keep", "--no-keep"},
 }
@@ -71,7 +74,7 @@ def test_the_commands_and_their_options_are_the_ones_that_scripts_rely_on() -> N
     assert found == FROZEN
 
 
-@pytest.mark.parametrize("words", [[], *([name] for name in FROZEN)], ids=lambda words: " ".join(words) or "root")
+@pytest.mark.parametrize("words", [[], *(name.split() for name in FROZEN)], ids=lambda words: " ".join(words) or "root")
 def test_every_help_text_ends_with_examples_that_start_with_the_program(words: list[str], run: Run) -> None:
     result = run(*words, "--help")
     assert result.exit_code == 0

@@ -171,10 +171,13 @@ class ModelBackend(Backend):
         tensors: dict[str, Tensor] | None = None
         if artifact.manifest.weights is not None:
             tensors = {**load_weights(artifact, check_weights), **mapped_tensors(artifact, part.constants, check=True)}
+        self.loading.mark("weights")
         self.prepare(artifact, tensors)
+        self.loading.mark("graphs")
         # from here on the device's memory is taken: whatever can be refused has been
         if tensors is not None:
             tensors = self.place(tensors)
+            self.loading.mark("device")
             self._embedding = tensors["model.embed_tokens.weight"]
             self._max_side = tensors["vision_rope"].shape[0]
             self.bind(tensors)

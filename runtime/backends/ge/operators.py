@@ -6,6 +6,7 @@ are Scatter and ScatterNdUpdate, whose first input is updated in place: that is 
 """
 
 from collections.abc import Callable
+from functools import cache
 from typing import Any
 
 import torch
@@ -29,8 +30,16 @@ TORCH_DTYPES = {
 Outputs = tuple[Tensor, ...]
 Operator = Callable[..., Outputs]
 # Fewer rows than this are bound by reading the weight: then the half-precision kernel reads half the bytes. More rows
-# are bound by arithmetic, which CPUs without bf16 units do several times faster in fp32.
+# are bound by arithmetic, which CPUs without units for the dtype do several times faster in fp32.
 _GEMV_ROWS = 8
+# Values of an elementwise operator's temporaries: few enough to stay in the cache.
+_BLOCK_VALUES = 1 << 18
+
+
+@cache
+def _bf16_units() -> bool:
+    """Whether this CPU multiplies bf16 matrices itself, accumulating in fp32 and rounding once, like the NPU."""
+    return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
 
 
 def _attribute_dtype(node: Node, name: str) -> torch.dtype:
@@ -49,9 +58,8 @@ def mat_mul(node: Node, x1: Tensor, x2: Tensor, bias: Tensor | None = None, *res
     if node.attributes.get("transpose_x1"):
         x1 = x1.t()
     weight = x2 if node.attributes.get("transpose_x2") else x2.t()
-    if x1.dtype == torch.float32:
-        return (F.linear(x1, weight, bias),)
-    if x1.shape[0] < _GEMV_ROWS and (bias is None or bias.dtype == x1.dtype):
+    native = x1.dtype == torch.float32 or x1.shape[0] < _GEMV_ROWS or (x1.dtype == torch.bfloat16 and _bf16_units())
+    if native and (bias is None or bias.dtype == x1.dtype):
         return (F.linear(x1, weight, bias),)
     return (F.linear(x1.float(), weight.float(), None if bias is None else bias.float()).to(x1.dtype),)
 
@@ -72,12 +80,9 @@ def add_rms_norm(node: Node, x1: Tensor, x2: Tensor, gamma: Tensor) -> Outputs:
 
 def layer_norm(node: Node, x: Tensor, normalized_shape: Tensor, gamma: Tensor, beta: Tensor) -> Outputs:
     """LayerNormV4 over the trailing normalized_shape; mean and rstd in fp32."""
-    shape = _ints(normalized_shape)
-    axes = list(range(x.dim() - len(shape), x.dim()))
-    wide = x.float()
-    variance, mean = torch.var_mean(wide, axes, correction=0, keepdim=True)
-    rstd = torch.rsqrt(variance + node.attributes["epsilon"])
-    y = F.layer_norm(wide, shape, gamma.float(), beta.float(), node.attributes["epsilon"])
+    y, mean, rstd = torch.native_layer_norm(
+        x.float(), _ints(normalized_shape), gamma.float(), beta.float(), node.attributes["epsilon"]
+    )
     return y.to(x.dtype), mean, rstd
 
 
@@ -108,8 +113,11 @@ def swi_glu(node: Node, x: Tensor) -> Outputs:
 
 def fast_gelu(node: Node, x: Tensor) -> Outputs:
     """FastGelu: x / (1 + exp(-1.702 |x|)) * exp(0.851 (x - |x|)), which is x * sigmoid(1.702 x)."""
-    wide = x.float()
-    return ((wide * torch.sigmoid(1.702 * wide)).to(x.dtype),)
+    y = torch.empty_like(x, memory_format=torch.contiguous_format)
+    for part, out in zip(x.reshape(-1).split(_BLOCK_VALUES), y.view(-1).split(_BLOCK_VALUES), strict=True):
+        wide = part.float()
+        out.copy_(torch.sigmoid(1.702 * wide).mul_(wide))
+    return (y,)
 
 
 def gelu(node: Node, x: Tensor) -> Outputs:
