@@ -6,7 +6,10 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: demo test lint setup
+# kills of `make torture`, and mutations of `make fuzz`
+RUNS ?=
+
+.PHONY: demo test lint setup torture fuzz
 
 demo: $(READY)
 	$(BIN)/qwen2vl-tc demo
@@ -18,6 +21,14 @@ lint: $(READY)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy -p qwen2vl_tc
+
+# Kills, starves and races the commands that write artifacts.
+torture: $(READY)
+	OMP_NUM_THREADS=1 PYTHONPATH=tests $(BIN)/python -m torture.runner $(if $(RUNS),--runs $(RUNS))
+
+# Loads artifacts with damaged and hostile files.
+fuzz: $(READY)
+	OMP_NUM_THREADS=1 PYTHONPATH=tests $(BIN)/python -m fuzz.runner $(if $(RUNS),--runs $(RUNS))
 
 setup: $(READY)
 

@@ -1,12 +1,15 @@
 """The shape of a Qwen2-VL model: one form, whichever of the two config.json layouts it came from."""
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 from .errors import ConfigError
 
 SUPPORTED_MODEL_TYPES = ("qwen2_vl",)
+# far above any model; without a limit a config of a few bytes could ask for weeks of work
+_MOST_LAYERS = 4096
+_LARGEST_SIZE = 1 << 31
 
 
 @dataclass(frozen=True)
@@ -130,19 +133,10 @@ def _text(text: dict[str, Any], whole: dict[str, Any]) -> TextConfig:
         ),
         max_position_embeddings=_positive(text, "max_position_embeddings", 32768),
     )
-    if config.hidden_size % config.num_heads or config.num_heads % config.num_kv_heads:
-        raise ConfigError(
-            f"config.json: hidden_size {config.hidden_size}, num_attention_heads {config.num_heads} and "
-            f"num_key_value_heads {config.num_kv_heads} must each divide the one before"
-        )
-    if 2 * sum(config.mrope_section) != config.head_dim:
-        raise ConfigError(
-            f"config.json: mrope_section {section} sums to {sum(section)}, expected half of head_dim {config.head_dim}"
-        )
     return config
 
 
-def _vision(vision: dict[str, Any], text: TextConfig) -> VisionConfig:
+def _vision(vision: dict[str, Any]) -> VisionConfig:
     if _take(vision, "hidden_act", str, "quick_gelu") != "quick_gelu":
         raise ConfigError(f"config.json: vision hidden_act is {vision['hidden_act']!r}, expected 'quick_gelu'")
     embed_dim = _positive(vision, "embed_dim")
@@ -150,7 +144,7 @@ def _vision(vision: dict[str, Any], text: TextConfig) -> VisionConfig:
         depth=_positive(vision, "depth"),
         embed_dim=embed_dim,
         num_heads=_positive(vision, "num_heads"),
-        mlp_dim=int(embed_dim * _positive_float(vision, "mlp_ratio", 4)),
+        mlp_dim=int(min(embed_dim * _positive_float(vision, "mlp_ratio", 4), _LARGEST_SIZE)),
         # the published files write in_chans, transformers saves in_channels
         in_channels=_positive(vision, "in_channels", vision.get("in_chans", 3)),
         patch_size=_positive(vision, "patch_size"),
@@ -158,18 +152,42 @@ def _vision(vision: dict[str, Any], text: TextConfig) -> VisionConfig:
         spatial_merge_size=_positive(vision, "spatial_merge_size", 2),
         hidden_size=_positive(vision, "hidden_size"),
     )
-    if config.embed_dim % config.num_heads or config.head_dim % 4:
-        raise ConfigError(
-            f"config.json: vision embed_dim {config.embed_dim} / num_heads {config.num_heads} must be a whole multiple "
-            "of 4 (2-D rotary embedding)"
-        )
-    if config.in_channels != 3:
-        raise ConfigError(f"config.json: vision in_channels is {config.in_channels}, expected 3 (RGB)")
-    if config.hidden_size != text.hidden_size:
-        raise ConfigError(
-            f"config.json: vision hidden_size {config.hidden_size} differs from the text model's {text.hidden_size}"
-        )
     return config
+
+
+def contradiction(config: ModelConfig) -> str | None:
+    """What is impossible about a model's shape, in the words of config.json; None for one that can be."""
+    text, vision = config.text, config.vision
+    if not (0 < text.num_layers <= _MOST_LAYERS and 0 < vision.depth <= _MOST_LAYERS):
+        return f"num_hidden_layers {text.num_layers} and vision depth {vision.depth}: expected 1 to {_MOST_LAYERS}"
+    for part, where in ((text, ""), (vision, "vision ")):
+        for field in fields(part):
+            value = getattr(part, field.name)
+            if type(value) is int and not 0 < value < _LARGEST_SIZE:
+                return f"{where}{field.name} is {value}, expected 1 to {_LARGEST_SIZE - 1}"
+            if type(value) is float and not 0 < value < math.inf:
+                return f"{where}{field.name} is {value}, expected a positive number"
+    if text.hidden_size % text.num_heads or text.num_heads % text.num_kv_heads:
+        return (
+            f"hidden_size {text.hidden_size}, num_attention_heads {text.num_heads} and "
+            f"num_key_value_heads {text.num_kv_heads} must each divide the one before"
+        )
+    section = list(text.mrope_section)
+    if min(section) <= 0 or 2 * sum(section) != text.head_dim:
+        return f"mrope_section {section} sums to {sum(section)}, expected half of head_dim {text.head_dim}"
+    if vision.embed_dim % vision.num_heads or vision.head_dim % 4:
+        return (
+            f"vision embed_dim {vision.embed_dim} / num_heads {vision.num_heads} must be a whole multiple of 4 "
+            "(2-D rotary embedding)"
+        )
+    if vision.in_channels != 3:
+        return f"vision in_channels is {vision.in_channels}, expected 3 (RGB)"
+    if vision.hidden_size != text.hidden_size:
+        return f"vision hidden_size {vision.hidden_size} differs from the text model's {text.hidden_size}"
+    for name in ("image_token_id", "video_token_id", "vision_start_token_id", "vision_end_token_id"):
+        if not 0 <= getattr(config, name) < text.vocab_size:
+            return f"{name} is {getattr(config, name)}, outside the vocabulary of {text.vocab_size}"
+    return None
 
 
 def model_config_from_hf(config: Any) -> ModelConfig:
@@ -198,16 +216,17 @@ def model_config_from_hf(config: Any) -> ModelConfig:
     def token(key: str, default: int) -> int:
         # transformers' own defaults for Qwen2-VL, where a nested config.json leaves the field out
         value: int = _take(config if key in config else text, key, int, default)
-        if not 0 <= value < text_config.vocab_size:
-            raise ConfigError(f"config.json: {key} is {value}, outside the vocabulary of {text_config.vocab_size}")
         return value
 
-    return ModelConfig(
+    found = ModelConfig(
         model_type=model_type,
         text=text_config,
-        vision=_vision(vision, text_config),
+        vision=_vision(vision),
         image_token_id=token("image_token_id", 151655),
         video_token_id=token("video_token_id", 151656),
         vision_start_token_id=token("vision_start_token_id", 151652),
         vision_end_token_id=token("vision_end_token_id", 151653),
     )
+    if problem := contradiction(found):
+        raise ConfigError(f"config.json: {problem}")
+    return found

@@ -16,14 +16,25 @@ from .manifest import FileEntry
 _PARALLEL_BYTES = 1 << 20
 _CHUNK_BYTES = 32 << 20
 _READ_BYTES = 4 << 20
+# The largest file that is read and not mapped is tokenizer.json, 7 MB; what is parsed grows to 20 or 40 times its size.
+_MAX_READ_BYTES = 16 << 20
 # Hashing goes on beside imports and prefill and leaves them half of the cores; more than 16 only wait for memory.
-_THREADS = max(min((os.cpu_count() or 1) // 2, 16), 1)
+_most_threads = max(min((os.cpu_count() or 1) // 2, 16), 1)
+
+
+def _without_threads() -> None:
+    """blake3's pool of threads does not survive a fork, and a child would wait for it for ever."""
+    global _most_threads
+    _most_threads = 1
+
+
+os.register_at_fork(after_in_child=_without_threads)
 
 
 def hash_bytes(data: "bytes | bytearray | memoryview | mmap.mmap") -> str:
     """The blake3 hash of a buffer as 64 hex digits."""
     view = memoryview(data)
-    hasher = blake3(max_threads=_THREADS if view.nbytes > _PARALLEL_BYTES else 1)
+    hasher = blake3(max_threads=_most_threads if view.nbytes > _PARALLEL_BYTES else 1)
     for begin in range(0, view.nbytes, _CHUNK_BYTES):
         hasher.update(view[begin : begin + _CHUNK_BYTES])
     view.release()
@@ -99,6 +110,11 @@ class OpenedFile:
 
     def read(self) -> bytes:
         """The file's bytes. Raises ArtifactError if they are not those that the manifest vouches for."""
+        if self.entry.bytes > _MAX_READ_BYTES:
+            raise ArtifactError(
+                f"{self._where}: {self.entry.path} has {self.entry.bytes} bytes, more than any such file; rebuild the "
+                "artifact"
+            )
         chunks, offset = [], 0
         while chunk := os.pread(self._fd, self.entry.bytes - offset, offset):
             chunks.append(chunk)
@@ -126,7 +142,7 @@ class OpenedFile:
             self._compare(hash_bytes(self._map))
             return
         # read, not mapped: pages of a mapping would count as this process's memory
-        hasher, offset = blake3(max_threads=_THREADS), 0
+        hasher, offset = blake3(max_threads=_most_threads), 0
         buffer = memoryview(bytearray(min(_READ_BYTES, self.entry.bytes)))
         while count := os.preadv(self._fd, [buffer], offset):
             hasher.update(buffer[:count])

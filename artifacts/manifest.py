@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Any
 
-from .config import ModelConfig
+from .config import ModelConfig, contradiction
 from .errors import ArtifactError
 from .schema import dump_json, from_plain, parse_json
 
@@ -222,4 +222,20 @@ def manifest_from_bytes(data: bytes, where: str) -> Manifest:
     paths = [entry.path for entry in manifest.files()]
     if len(set(paths)) != len(paths):
         raise ArtifactError(f"{where}: a file is listed twice")
+    problem = contradiction(manifest.model) or (manifest.ge and _impossible(manifest.ge))
+    if problem:
+        raise ArtifactError(f"{where}: {problem}; the artifact is damaged or hostile: rebuild it")
     return manifest
+
+
+def _impossible(part: GePart) -> str | None:
+    """What no `compile` writes."""
+    if part.dtype not in DTYPES:
+        return f"ge.dtype is {part.dtype!r}, expected one of {', '.join(DTYPES)}"
+    if not 2 <= part.max_length < 1 << 31:
+        return f"ge.max_length is {part.max_length}"
+    if not part.batches or len(set(part.batches)) != len(part.batches) or not all(1 <= b <= 256 for b in part.batches):
+        return f"ge.batches is {list(part.batches)[:16]}, expected different sizes from 1 to 256"
+    if part.constants.bytes > 1 << 32:
+        return f"ge.constants has {part.constants.bytes} bytes"
+    return None

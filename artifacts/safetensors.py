@@ -10,10 +10,12 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from .errors import ArtifactError
-from .schema import parse_json
+from .schema import parse_json, shown
 
 ALIGNMENT = 64
-MAX_HEADER_BYTES = 100_000_000
+# The library takes 100 MB; 72B with all its tensors has 0.1 MB, and JSON grows twentyfold when it is parsed.
+MAX_HEADER_BYTES = 8 << 20
+_MAX_DIMENSIONS = 16
 ITEM_BYTES = {
     **dict.fromkeys(("F64", "I64", "U64"), 8),
     **dict.fromkeys(("F32", "I32", "U32"), 4),
@@ -59,16 +61,19 @@ def header_bytes(tensors: Iterable[tuple[str, str, tuple[int, ...]]]) -> bytes:
 
 def _tensor(name: str, entry: object, start: int, where: str) -> TensorInfo:
     if not isinstance(entry, dict) or entry.keys() != {"dtype", "shape", "data_offsets"}:
-        raise ArtifactError(f"{where}: tensor {name}: expected dtype, shape and data_offsets, got {str(entry)[:80]}")
+        raise ArtifactError(f"{where}: tensor {name}: expected dtype, shape and data_offsets, got {shown(entry)}")
     dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
     if not isinstance(dtype, str) or dtype not in ITEM_BYTES:
-        raise ArtifactError(f"{where}: tensor {name}: unknown dtype {dtype!r}; known: {', '.join(ITEM_BYTES)}")
+        raise ArtifactError(f"{where}: tensor {name}: unknown dtype {shown(dtype)}; known: {', '.join(ITEM_BYTES)}")
     for field, value in (("shape", shape), ("data_offsets", offsets)):
         if not isinstance(value, list) or not all(type(n) is int and n >= 0 for n in value):
-            raise ArtifactError(f"{where}: tensor {name}: {field} {value!r} is not a list of sizes")
+            raise ArtifactError(f"{where}: tensor {name}: {field} {shown(value)} is not a list of sizes")
+    # with a 0 among them the product says nothing, and an engine still multiplies the others
+    if len(shape) > _MAX_DIMENSIONS or _size(dtype, tuple(max(n, 1) for n in shape)) >= 1 << 63:
+        raise ArtifactError(f"{where}: tensor {name}: shape {shown(shape)} of {dtype} is larger than any tensor")
     if len(offsets) != 2 or offsets[1] - offsets[0] != _size(dtype, tuple(shape)):
         raise ArtifactError(
-            f"{where}: tensor {name}: data_offsets {offsets} do not hold shape {shape} of {dtype}, "
+            f"{where}: tensor {name}: data_offsets {shown(offsets)} do not hold shape {shown(shape)} of {dtype}, "
             f"which takes {_size(dtype, tuple(shape))} bytes"
         )
     return TensorInfo(name, dtype, tuple(shape), start + offsets[0], start + offsets[1])

@@ -4,6 +4,9 @@ import collections
 import dataclasses
 import functools
 import json
+import math
+import re
+import reprlib
 import types
 import typing
 from collections.abc import Callable
@@ -13,9 +16,14 @@ from .errors import ArtifactError
 
 T = TypeVar("T")
 
+# far above every size, and a float still holds it
+_MAX_DIGITS = 100
+_SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")
+
 
 def parse_json(data: bytes, where: str) -> Any:
-    """Parse UTF-8 JSON; refuses duplicate keys, NaN and Infinity, and nesting too deep for the parser.
+    """Parse UTF-8 JSON; refuses duplicate keys, numbers that are not finite or have over 100 digits, halves of
+    surrogate pairs, and nesting too deep for the parser.
 
     Raises ArtifactError naming `where`.
     """
@@ -30,8 +38,29 @@ def parse_json(data: bytes, where: str) -> Any:
     def refuse(constant: str) -> None:
         raise ArtifactError(f"{where}: {constant} is not a JSON number")
 
+    def integer(text: str) -> int:
+        if len(text) > _MAX_DIGITS:
+            raise ArtifactError(f"{where}: an integer of {len(text)} digits")
+        return int(text)
+
+    def number(text: str) -> float:
+        value = float(text)
+        if not math.isfinite(value):
+            raise ArtifactError(f"{where}: {text[:20]} is too large for a number")
+        return value
+
     try:
-        return json.loads(data.decode("utf-8"), object_pairs_hook=unique, parse_constant=refuse)
+        value = json.loads(
+            data.decode("utf-8"),
+            object_pairs_hook=unique,
+            parse_constant=refuse,
+            parse_int=integer,
+            parse_float=number,
+        )
+        if _SURROGATE.search(data):
+            # what cannot be written as UTF-8 can neither be a path nor be printed
+            json.dumps(value, ensure_ascii=False).encode("utf-8")
+        return value
     except (ValueError, RecursionError) as error:
         raise ArtifactError(f"{where}: not valid JSON: {error}") from error
 
@@ -40,6 +69,11 @@ def dump_json(value: Any) -> bytes:
     """Canonical bytes of a dataclass or plain value: two equal values give equal files."""
     plain = dataclasses.asdict(value) if dataclasses.is_dataclass(value) and not isinstance(value, type) else value
     return (json.dumps(plain, indent=1, ensure_ascii=False, allow_nan=False) + "\n").encode("utf-8")
+
+
+def shown(value: Any) -> str:
+    """A value from a file as an error quotes it: short, however large or deep it is."""
+    return reprlib.repr(value)
 
 
 class _MismatchError(Exception):
@@ -62,7 +96,7 @@ def _inside(step: str, decode: Decoder, value: Any) -> Any:
 
 
 def _mismatch(value: Any, expected: str) -> _MismatchError:
-    return _MismatchError(f"got {type(value).__name__} {str(value)[:60]!r}, expected {expected}")
+    return _MismatchError(f"got {type(value).__name__} {shown(value)}, expected {expected}")
 
 
 @functools.cache

@@ -1,8 +1,8 @@
 """Writing an artifact: a complete tree is staged beside it, then put in its place in one step.
 
-Beside `artifact` a build uses, all hidden: `.artifact.lock` (one build at a time), `.artifact.staging` (the new tree)
-and, only where the file system cannot exchange two folders, `.artifact.old` for an instant. What a killed build leaves
-is used or removed by the next one.
+Beside `artifact` a build uses, all hidden: `.artifact.lock` (one build at a time), `.artifact.staging` (the new tree),
+`.artifact.resume` (a killed conversion's tree, while another command stages its own) and, only where the file system
+cannot exchange two folders, `.artifact.old` for an instant. What a killed build leaves is used or removed by the next.
 """
 
 import ctypes
@@ -20,7 +20,8 @@ from .errors import ArtifactError, ConfigError, TargetError, WeightError
 from .integrity import check_relative, hash_bytes
 from .manifest import MANIFEST_NAME, FileEntry, Manifest
 from .schema import dump_json, parse_json
-from .store import Artifact, leftover, open_artifact, read_manifest, real_path
+from .signing import SIGNATURE_NAME, Signer
+from .store import Artifact, is_signed, leftover, open_artifact, read_manifest, real_path
 
 # marks a staged tree as unfinished, and holds what a killed build may resume from; removed by the commit
 JOURNAL_NAME = "staging.json"
@@ -148,15 +149,21 @@ class Staging:
         """The staged tree as an artifact, for verification before the commit."""
         return open_artifact(self.path)
 
-    def commit(self, manifest: Manifest) -> None:
+    def commit(self, manifest: Manifest, sign: Signer | None = None) -> None:
         """Put the staged tree in the target's place: readers see the old artifact or the new one, both whole.
 
-        Files that the manifest does not list are dropped. Raises ArtifactError if one that it lists is not there.
+        Files that the manifest does not list are dropped, also the present artifact's signature unless the manifest
+        stays as it is; `sign` makes a new one. Raises ArtifactError if a file that the manifest lists is not there.
         """
         self.write_manifest(manifest)
         with self.open():
             pass  # every file is there with its size
-        self._prune({entry.path for entry in manifest.files()} | {MANIFEST_NAME, JOURNAL_NAME})
+        listed = {entry.path for entry in manifest.files()} | {MANIFEST_NAME, JOURNAL_NAME}
+        signature = sign(manifest.to_bytes()) if sign else self._still_signed(manifest)
+        if signature is not None:
+            self._write(SIGNATURE_NAME, signature)
+            listed.add(SIGNATURE_NAME)
+        self._prune(listed)
         if self.sync:
             for folder, _, names in os.walk(self.path, topdown=False):
                 for name in names:
@@ -174,6 +181,12 @@ class Staging:
         for old in (self.path, leftover(self.target)):
             if old.is_dir():
                 remove_tree(old)
+
+    def _still_signed(self, manifest: Manifest) -> bytes | None:
+        """The present artifact's signature, where it is also one of the new manifest."""
+        if not is_signed(self.target) or (self.target / MANIFEST_NAME).read_bytes() != manifest.to_bytes():
+            return None
+        return (self.target / SIGNATURE_NAME).read_bytes()
 
     def _check_unchanged(self) -> None:
         """What stands at the target is deleted by the commit: it must be what stood there at the start."""
@@ -222,7 +235,7 @@ def _refuse_strangers(target: Path, manifest: Manifest | None) -> None:
 
     Without a manifest that can be read, everything in an artifact's own folders counts as its own.
     """
-    listed = {MANIFEST_NAME, *(entry.path for entry in manifest.files())} if manifest else {MANIFEST_NAME}
+    listed = {MANIFEST_NAME, SIGNATURE_NAME, *(entry.path for entry in (manifest.files() if manifest else ()))}
     for folder, _, names in os.walk(target):
         for name in names:
             relative = Path(folder, name).relative_to(target).as_posix()
@@ -235,6 +248,11 @@ def _refuse_strangers(target: Path, manifest: Manifest | None) -> None:
 def staging_path(target: Path) -> Path:
     """Where the next artifact for `target` is staged."""
     return target.parent / f".{target.name}.staging"
+
+
+def _set_aside(target: Path) -> Path:
+    """Where a tree to resume from waits while a command that does not resume stages its own."""
+    return target.parent / f".{target.name}.resume"
 
 
 def _is_same_file(fd: int, path: Path) -> bool:
@@ -292,6 +310,10 @@ def _recover(target: Path) -> None:
     # without a journal it is an old artifact that was swapped out and not deleted to the end
     if staged.is_dir() and _read_journal(staged) is None:
         remove_tree(staged)
+    if _set_aside(target).is_dir():
+        if staged.is_dir():
+            remove_tree(staged)
+        os.rename(_set_aside(target), staged)
 
 
 def _present(target: Path, whole: bool) -> Manifest | None:
@@ -315,11 +337,11 @@ def _present(target: Path, whole: bool) -> Manifest | None:
 
 
 @contextmanager
-def stage(out: "Path | str", *, sync: bool = True, whole: bool = False) -> Iterator[Staging]:
+def stage(out: "Path | str", *, sync: bool = True, whole: bool = False, resumes: bool = True) -> Iterator[Staging]:
     """Stage the next artifact for `out`: fill it, then `commit(manifest)` once.
 
     sync: wait until everything is on the disk before the commit. whole: every part is replaced, so that the present
-    artifact need not be readable.
+    artifact need not be readable. resumes: go on with what a killed build left; otherwise that is set aside meanwhile.
     Leaving without a commit keeps the staged tree if its journal has something to resume from, and deletes it
     otherwise; it is always deleted when the source was refused (ConfigError, WeightError). The present artifact stays.
     Raises ArtifactError if `out` is something else than an artifact, or if another build holds it.
@@ -327,13 +349,21 @@ def stage(out: "Path | str", *, sync: bool = True, whole: bool = False) -> Itera
     target = real_path(out)
     with _locked(target):
         _recover(target)
-        staging = Staging(target, _present(target, whole), sync)
+        base = _present(target, whole)
+        staged, aside = staging_path(target), _set_aside(target)
+        if not resumes and staged.is_dir() and _read_journal(staged):
+            os.rename(staged, aside)
         refused = False
         try:
-            yield staging
-        except (ConfigError, WeightError):
-            refused = True
-            raise
+            staging = Staging(target, base, sync)
+            try:
+                yield staging
+            except (ConfigError, WeightError):
+                refused = True
+                raise
+            finally:
+                if not staging.committed and (refused or not staging.journal):
+                    staging.discard()
         finally:
-            if not staging.committed and (refused or not staging.journal):
-                staging.discard()
+            if aside.is_dir() and not staged.exists():
+                os.rename(aside, staged)

@@ -2,14 +2,17 @@
 
 import mmap
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
 
 from .errors import ArtifactError
 from .integrity import OpenedFile, hash_bytes, open_inside
 from .manifest import MANIFEST_NAME, FileEntry, GePart, Manifest, OnnxPart, manifest_from_bytes
+from .signing import MAX_SIGNATURE_BYTES, SIGNATURE_NAME, check_signature, public_keys
 
-_MAX_MANIFEST_BYTES = 64 << 20
+# 72B with ten batch sizes has 0.5 MB; JSON grows twentyfold when it is parsed
+_MAX_MANIFEST_BYTES = 8 << 20
 _REPLACED_TRIES = 5
 
 
@@ -40,13 +43,28 @@ def _open_folder(path: Path) -> int:
         raise ArtifactError(f"{path}: cannot open: {error.strerror}") from error
 
 
-def _read_manifest_bytes(folder_fd: int, path: Path) -> bytes:
-    fd = open_inside(folder_fd, MANIFEST_NAME, str(path))
+def _read_small(folder_fd: int, path: Path, name: str, most: int) -> bytes:
+    fd = open_inside(folder_fd, name, str(path))
     with open(fd, "rb") as file:
-        data = file.read(_MAX_MANIFEST_BYTES + 1)
-    if len(data) > _MAX_MANIFEST_BYTES:
-        raise ArtifactError(f"{path}/{MANIFEST_NAME}: larger than {_MAX_MANIFEST_BYTES} bytes; not a manifest")
+        data = file.read(most + 1)
+    if len(data) > most:
+        raise ArtifactError(f"{path}/{name}: larger than {most} bytes; not an artifact's")
     return data
+
+
+def _read_manifest_bytes(folder_fd: int, path: Path) -> bytes:
+    return _read_small(folder_fd, path, MANIFEST_NAME, _MAX_MANIFEST_BYTES)
+
+
+def _read_signature(folder_fd: int, path: Path) -> bytes | None:
+    if SIGNATURE_NAME not in os.listdir(folder_fd):
+        return None
+    return _read_small(folder_fd, path, SIGNATURE_NAME, MAX_SIGNATURE_BYTES)
+
+
+def is_signed(path: "Path | str") -> bool:
+    """Whether a signature lies beside the manifest, whoever's and of whatever."""
+    return (real_path(path) / SIGNATURE_NAME).is_file()
 
 
 class Artifact:
@@ -106,8 +124,10 @@ class Artifact:
         self.close()
 
 
-def _open_all(folder_fd: int, path: Path) -> Artifact:
+def _open_all(folder_fd: int, path: Path, trusted: frozenset[str] | None) -> Artifact:
     data = _read_manifest_bytes(folder_fd, path)
+    if trusted is not None:
+        check_signature(data, _read_signature(folder_fd, path), trusted, str(path))
     manifest = manifest_from_bytes(data, f"{path}/{MANIFEST_NAME}")
     files: dict[str, OpenedFile] = {}
     try:
@@ -120,16 +140,19 @@ def _open_all(folder_fd: int, path: Path) -> Artifact:
     return Artifact(path, manifest, hash_bytes(data), files)
 
 
-def open_artifact(path: "Path | str") -> Artifact:
+def open_artifact(path: "Path | str", trusted_keys: "Sequence[str | Path] | None" = None) -> Artifact:
     """Open an artifact: manifest parsed, every file present with the right size; hashes are checked on use.
 
-    Raises ArtifactError: no artifact, another schema, a file that is missing, has a wrong size, or is no plain file.
+    trusted_keys: PEM files of public keys, one of which must have signed the artifact; None asks for no signature.
+    Raises ArtifactError: no artifact, another schema, a file that is missing, has a wrong size, or is no plain file;
+    not signed, altered since, or signed by another. TargetError for a key that cannot be read.
     """
     resolved = real_path(path)
+    trusted = None if trusted_keys is None else public_keys(trusted_keys)
     for _ in range(_REPLACED_TRIES):
         folder_fd = _open_folder(resolved)
         try:
-            return _open_all(folder_fd, resolved)
+            return _open_all(folder_fd, resolved, trusted)
         except ArtifactError:
             # a build may have put a new artifact there and be deleting the one that is open here
             if not _was_replaced(folder_fd, resolved):
@@ -167,6 +190,12 @@ def ge_part(manifest: Manifest, path: Path) -> GePart:
     if manifest.weights is not None and manifest.weights.dtype != part.dtype:
         raise ArtifactError(
             f"{path}: weights are {manifest.weights.dtype}, graphs {part.dtype}; run `qwen2vl-tc compile {path}`"
+        )
+    expected = ["visual", "prefill", *(f"decode_b{batch}" for batch in part.batches)]
+    if (names := [graph.name for graph in part.graphs]) != expected:
+        raise ArtifactError(
+            f"{path}: {MANIFEST_NAME}: has the graphs {', '.join(names)}, expected {', '.join(expected)}; run "
+            f"`qwen2vl-tc compile {path}`"
         )
     return part
 

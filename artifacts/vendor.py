@@ -10,6 +10,7 @@ import threading
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from types import FrameType
 
 # Printed by torch-npu where CANN is absent: of no use to whoever works without it on purpose.
 _NOISE = ("ASCEND_HOME_PATH environment variable is not set", "require processing for 32 padding size")
@@ -77,3 +78,27 @@ def _without_noise() -> Iterator[None]:
             for line in text.splitlines():
                 if not any(noise in line for noise in _NOISE):
                     print(line, file=sys.stderr)
+
+
+@contextmanager
+def no_lost_interrupt() -> Iterator[None]:
+    """Raise KeyboardInterrupt at the end if one came and was lost: Python drops what is raised inside a finaliser, and
+    torch runs thousands of those while it traces."""
+    before = signal.getsignal(signal.SIGINT)
+    if threading.current_thread() is not threading.main_thread() or not callable(before):
+        yield
+        return
+    came = False
+
+    def remember(number: int, frame: FrameType | None) -> None:
+        nonlocal came
+        came = True
+        before(number, frame)
+
+    signal.signal(signal.SIGINT, remember)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+    if came:
+        raise KeyboardInterrupt

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from ..artifacts.errors import RequestError
+from ..artifacts.errors import ArtifactError, RequestError
 from .backends.base import Backend, Ints, Step
 from .phases import Phases
 from .prompt import Processor, Prompt
@@ -110,6 +110,7 @@ class Row:
         self.settings = settings
         self.cached_tokens = cached_tokens
         self.limit = tokens_to_make(len(prompt.token_ids), settings, max_length)
+        self._vocab_size = processor.config.text.vocab_size
         self.made: list[int] = []
         self.texts: list[str] = []
         self.finish_reason: str | None = None
@@ -131,7 +132,9 @@ class Row:
         return self._sampler.choose(logits, self._seen, len(self.made))
 
     def take(self, token: int, row: int) -> Token:
-        """Note a token that was made; the row may have ended with it."""
+        """Note a token that was made; the row may have ended with it. Raises ArtifactError if it can be none."""
+        if not 0 <= token < self._vocab_size:
+            raise ArtifactError(f"a graph gave the token {token}, outside the vocabulary of {self._vocab_size}")
         self.made.append(token)
         self._seen.add(token)
         text = self._stream.feed(token)

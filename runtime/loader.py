@@ -1,7 +1,7 @@
 """load(): from an artifact's folder to a model that generates."""
 
 import importlib.util
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -25,7 +25,13 @@ EngineMaker = Callable[[Artifact], Backend]
 BackendChoice = str | EngineMaker | None
 
 
-def load(path: str | Path, backend: BackendChoice = None, *, observer: "Observer | None" = None) -> Model:
+def load(
+    path: str | Path,
+    backend: BackendChoice = None,
+    *,
+    observer: "Observer | None" = None,
+    trusted_keys: Sequence[str | Path] | None = None,
+) -> Model:
     """Open an artifact and make it ready to generate; nothing is traced and nothing in it is changed.
 
     backend: "npu" runs the GE graphs on NPU 0, "reference" on CPU; "onnxruntime" runs the ONNX models on CPU. None
@@ -36,12 +42,13 @@ def load(path: str | Path, backend: BackendChoice = None, *, observer: "Observer
     `model.load_ms` says where the time went: manifest (every file opened), imports (the engine's), weights (mapped),
     graphs (hashed, read, compiled by GE; onnxruntime opens models and weights at once), weight_check (waiting for the
     hashes), device (weights placed), processor.
+    trusted_keys: PEM files of ed25519 public keys; an artifact that none of them signed is refused.
     Raises ArtifactError for a damaged or unfit artifact, TargetError when it cannot run on this machine and
     MissingDependencyError when an engine is not installed.
     """
     loading = Phases()
     prepare_process()
-    artifact = open_artifact(path)
+    artifact = open_artifact(path, trusted_keys)
     try:
         # nothing else hands out intermediates
         choice, reason = _choose(artifact, "reference" if observer and backend is None else backend)

@@ -8,7 +8,6 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from tokenizers import Tokenizer
 
 from ..artifacts.config import ModelConfig
 from ..artifacts.errors import ArtifactError, RequestError
@@ -20,6 +19,7 @@ from .pictures import DEFAULT_VISION, VisionOptions, item_patches
 from .positions import rope_positions
 from .template import ChatTemplate
 from .text import TextStream
+from .tokenizer import open_tokenizer, refuse
 from .video import VideoSource
 from .vision import image_settings_from_hf
 
@@ -84,13 +84,7 @@ class Processor:
         for name in ("tokenizer.json", "preprocessor_config.json"):
             if name not in files:
                 raise ArtifactError(f"{name} is missing from the processor files; convert again")
-        try:
-            self.tokenizer: Tokenizer = Tokenizer.from_buffer(files["tokenizer.json"])
-        except Exception as error:  # the library raises nothing narrower
-            raise ArtifactError(f"tokenizer.json: cannot be read: {error}") from error
-        # a file may carry the limits of some training run; transformers resets them too
-        self.tokenizer.no_truncation()
-        self.tokenizer.no_padding()
+        self.tokenizer = open_tokenizer(files["tokenizer.json"])
         self.config = config
         self.settings = image_settings_from_hf(files["preprocessor_config.json"])
         vision = config.vision
@@ -229,9 +223,15 @@ class Processor:
             encoding = self.tokenizer.encode(text, add_special_tokens=not (bos and text.startswith(bos)))
         except Exception as error:  # lone surrogates; the library raises nothing narrower
             raise RequestError(f"the prompt cannot be tokenised: {error}") from error
+        except BaseException as error:
+            refuse(error, "tokenizer.json: failed on the prompt")
         ids = np.array(encoding.ids, dtype=np.int64)
         if not ids.size:
             raise RequestError("the prompt is empty")
+        if (largest := int(ids.max())) >= self.config.text.vocab_size:
+            raise ArtifactError(
+                f"tokenizer.json: gives the token {largest}, outside the vocabulary of {self.config.text.vocab_size}"
+            )
         placeholder_ids = [self.config.image_token_id, self.config.video_token_id]
         slots = np.flatnonzero(np.isin(ids, placeholder_ids))
         if len(slots) != len(grids):

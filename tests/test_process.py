@@ -136,3 +136,27 @@ def test_the_driver_s_version_is_read_where_its_installer_recorded_it(
     (tmp_path / folder / "driver").mkdir(parents=True)
     (tmp_path / folder / "driver/version.info").write_text(content)
     assert driver_version(tmp_path) == found
+
+
+def test_an_interrupt_that_a_finaliser_swallows_still_ends_the_work() -> None:
+    code = """
+import os, signal
+from qwen2vl_tc.artifacts.vendor import no_lost_interrupt
+
+class Finalised:
+    def __del__(self):
+        os.kill(os.getpid(), signal.SIGINT)
+        for _ in range(1000):  # the handler runs between two of these, and Python drops what it raises here
+            pass
+
+before = signal.getsignal(signal.SIGINT)
+try:
+    with no_lost_interrupt():
+        Finalised()
+        print("went on")
+except KeyboardInterrupt:
+    print("interrupted")
+print(signal.getsignal(signal.SIGINT) is before)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.stdout.split("\n") == ["went on", "interrupted", "True", ""]

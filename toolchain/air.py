@@ -22,7 +22,7 @@ def export_air(artifact: Path, progress: Progress | None = None, *, sync: bool =
     Needs neither a device nor torch: the GE graphs that are there are converted. Raises ArtifactError if there are no
     graphs or no weights, and naming the file or the tensor where one is missing, damaged or does not fit.
     """
-    with stage(artifact, sync=sync) as staging:
+    with stage(artifact, sync=sync, resumes=False) as staging:
         if staging.base is None:
             raise ArtifactError(
                 f"{artifact}: no artifact there; make one with `qwen2vl-tc build --src <hf_dir> --out {artifact}`"

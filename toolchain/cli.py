@@ -103,13 +103,14 @@ def convert(
     Streams: memory stays small whatever the model's size. A run that was stopped resumes.
     """
     from ..artifacts.store import read_manifest
-    from .cli_output import print_converted
+    from .cli_output import print_converted, warn_signed
     from .console import bytes_progress
     from .locate import default_artifact
     from .weights.convert import convert as convert_weights
 
     check_source(src)
     target = out or default_artifact(src)
+    warn_signed(target)
     with bytes_progress("convert") as progress:
         converted = convert_weights(src, target, dtype, progress=progress, sync=not no_sync)
     print_converted(converted, target, has_graphs=read_manifest(target).ge is not None)
@@ -150,7 +151,7 @@ def compile(
     Needs neither an NPU nor CANN.
     """
     from .air import export_air
-    from .cli_output import print_compiled, print_exported, print_onnx, print_written
+    from .cli_output import print_compiled, print_exported, print_onnx, print_written, warn_signed
     from .compile import CompileOptions, compile_artifact, compile_config
     from .console import step_progress
     from .locate import find_artifact
@@ -170,6 +171,7 @@ def compile(
     if (config is None) != (out is None) or (config is not None and artifact is not None):
         raise ConfigError("give either an artifact, or --config and --out together")
     target = out or artifact or find_artifact(Path())
+    warn_signed(target)
     onnx_options = OnnxOptions(weights, standard_only, max_length)
     if mode == "onnx":
         if options != CompileOptions(max_length=max_length) or config is not None:
@@ -228,7 +230,7 @@ def build(
     """
     from .build import Phases
     from .build import build as build_artifact
-    from .cli_output import print_compiled, print_written
+    from .cli_output import print_compiled, print_written, warn_signed
     from .compile import CompileOptions
     from .console import bytes_progress, fail, stdout, step_progress
 
@@ -248,6 +250,7 @@ def build(
         visual_attention=visual_attention,
         passes=passes(pass_names),
     )
+    warn_signed(out)
     phases = Phases(bytes_progress, step_progress)
     built = build_artifact(
         src, out, dtype=dtype, options=options, verify=not no_verify, sync=not no_sync, phases=phases
@@ -276,12 +279,14 @@ def verify(
     The exit code is 1 if it differs by more than the stated tolerance.
     """
     from ..artifacts.store import read_manifest
+    from .cli_output import warn_signed
     from .console import fail, result_json, stdout, step_progress
     from .onnx_verify import verify_onnx_artifact
     from .verify import verify_artifact
     from .verify_report import render
 
     check_source(against)
+    warn_signed(artifact)
     manifest = read_manifest(artifact)
     reports = []
     if manifest.ge is not None or manifest.onnx is None:
@@ -368,6 +373,27 @@ def warm(artifact: Artifact) -> None:
     with step_progress("warm") as progress:
         warmed = warm_artifact(artifact, progress)
     print_warmed(warmed, artifact)
+
+
+@app.command(epilog=examples("qwen2vl-tc sign qwen2-vl-7b.artifact --key key.pem"))
+def sign(
+    artifact: Artifact,
+    key: Annotated[
+        Path,
+        typer.Option(
+            "--key", metavar="PEM", help="An ed25519 private key: openssl genpkey -algorithm ed25519 -out key.pem"
+        ),
+    ],
+) -> None:
+    """Sign an artifact, so that `generate --trusted-key` and load(trusted_keys=...) can tell whose it is.
+
+    The public half: openssl pkey -in key.pem -pubout -out key.pub. What changes the artifact drops its signature.
+    """
+    from .console import result
+    from .sign import sign_artifact
+
+    sign_artifact(artifact, key)
+    result(f"signed {artifact}")
 
 
 @app.command(epilog=examples("qwen2vl-tc doctor", "qwen2vl-tc doctor qwen2-vl-7b.artifact", "qwen2vl-tc doctor --json"))

@@ -53,6 +53,12 @@ AllowHttp = Annotated[
 System = Annotated[
     str | None, typer.Option("--system", metavar="TEXT", help="Replaces the chat template's own system message.")
 ]
+TrustedKeys = Annotated[
+    list[Path] | None,
+    typer.Option(
+        "--trusted-key", metavar="PEM", help="Refuse what this public key has not signed; repeat it for several keys."
+    ),
+]
 Backend = Annotated[
     str | None,
     typer.Option(
@@ -115,6 +121,7 @@ def generate(
     allow_http: AllowHttp = False,
     backend: Backend = None,
     execute_mode: ExecuteMode = None,
+    trusted_key: TrustedKeys = None,
     as_json: Annotated[
         bool, typer.Option("--json", help="Print one JSON object instead; with --requests, one a line.")
     ] = False,
@@ -129,7 +136,7 @@ def generate(
     if requests is not None and (image or video or system is not None):
         raise RequestError("--requests holds whole messages: put pictures, videos and system messages into the file")
     batch = None if requests is None else requests_file(requests)
-    model = _loaded(artifact, backend, execute_mode)
+    model = _loaded(artifact, backend, execute_mode, trusted_key)
     if batch is not None:
         _answer_batch(model, batch, vision, settings, as_json)
         return
@@ -158,12 +165,13 @@ def _settings(options: dict[str, Any]) -> dict[str, Any]:
     return {**given, "stop": given["stop"] or None}
 
 
-def _loaded(artifact: Path, backend: str | None, execute_mode: str | None) -> "Model":
+def _loaded(artifact: Path, backend: str | None, execute_mode: str | None, trusted_keys: list[Path] | None) -> "Model":
     from ..runtime import load
     from .console import note
     from .execute_mode import engine
 
-    model = load(artifact, engine(execute_mode, backend))
+    # an option that may be repeated and was not is None or empty, by typer's version
+    model = load(artifact, engine(execute_mode, backend), trusted_keys=trusted_keys or None)
     note(f"backend: {model.backend.name} ({model.reason})")
     return model
 
@@ -206,10 +214,11 @@ def chat(
     allow_http: AllowHttp = False,
     backend: Backend = None,
     execute_mode: ExecuteMode = None,
+    trusted_key: TrustedKeys = None,
 ) -> None:
     """Talk with the model: every turn computes only what is new. /image FILE shows it a picture; /help says more."""
     settings = _settings(locals())
     vision = vision_options(min_pixels, max_pixels, video_sampling, allow_http)
     from .chat import run_chat
 
-    run_chat(_loaded(artifact, backend, execute_mode).chat(system, vision), image or [], settings)
+    run_chat(_loaded(artifact, backend, execute_mode, trusted_key).chat(system, vision), image or [], settings)

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 from ..artifacts.errors import TargetError
 from ..artifacts.manifest import GePart, Graph, Manifest
+from ..artifacts.store import is_signed
 from ..runtime.memory import check_fits, soc_memory
 from .console import format_bytes, result, stdout, warn
 
@@ -19,6 +20,12 @@ if TYPE_CHECKING:
 def command(*words: "str | Path") -> str:
     """A command line that can be copied into a shell."""
     return shlex.join(str(word) for word in words)
+
+
+def warn_signed(target: Path) -> None:
+    """Said before a command that may change the artifact."""
+    if is_signed(target):
+        warn(f"{target} is signed; a change drops the signature: sign it again with `qwen2vl-tc sign`")
 
 
 def print_converted(converted: "ConvertResult", out: Path, has_graphs: bool) -> None:

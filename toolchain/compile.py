@@ -13,6 +13,7 @@ from ..artifacts.parameters import FP32, parameters
 from ..artifacts.safetensors import GRAPH_DTYPE_NAMES, header_bytes
 from ..artifacts.schema import parse_json
 from ..artifacts.staging import Staging, stage
+from ..artifacts.vendor import no_lost_interrupt
 from .graphs.form import OPERATORS, VISUAL_ATTENTION, Form
 
 if TYPE_CHECKING:
@@ -66,7 +67,7 @@ def compile_artifact(
     artifact: Path, options: CompileOptions, progress: Progress | None = None, *, sync: bool = True
 ) -> Manifest:
     """Replace the GE graphs of the artifact at `artifact`; its weights and processor files stay as they are."""
-    with stage(artifact, sync=sync) as staging:
+    with stage(artifact, sync=sync, resumes=False) as staging:
         if staging.base is None:
             raise ArtifactError(
                 f"{artifact}: no artifact there; make one with `qwen2vl-tc convert --src <hf_dir> --out {artifact}`"
@@ -92,7 +93,7 @@ def compile_config(
     except ArtifactError as error:
         raise ConfigError(str(error)) from error
     config = model_config_from_hf(plain)
-    with stage(out, sync=sync) as staging:
+    with stage(out, sync=sync, resumes=False) as staging:
         base = staging.base or empty_manifest(Path(out).name.removesuffix(".artifact"), config)
         if base.model != config:
             raise ArtifactError(f"{out}: holds a model of another shape than {config_file}; use another --out")
@@ -134,7 +135,8 @@ def stage_graphs(
     notes: set[OperatorNote] = set()
     for traced in _trace_all(config, options, dtype):
         report(traced.name, 2 + len(graphs), total)
-        graph, found = traced.run(staging)
+        with no_lost_interrupt():
+            graph, found = traced.run(staging)
         graphs.append(graph)
         notes.update(found)
     report("done", total, total)

@@ -9,6 +9,7 @@ from ..artifacts.ge_ops import TRANSPOSES, count_kinds, device_ops_per_layer, in
 from ..artifacts.manifest import GePart, Graph, Manifest
 from ..artifacts.parameters import parameters
 from ..artifacts.store import Artifact, ge_part, open_artifact
+from ..runtime.backends.ge.checks import check_graph
 from ..runtime.backends.ge.graph import GeGraph, read_graph
 from ..runtime.memory import device_memory, soc_memory
 from .dot import Drawing, draw_layer
@@ -137,7 +138,9 @@ def _target(manifest: Manifest, part: GePart) -> TargetView:
 def _read(artifact: Artifact, graph: Graph) -> tuple[Binding, GeGraph, str]:
     where = f"{artifact.path}: {graph.graph.path}"
     binding = binding_from_bytes(artifact.read(graph.binding), f"{artifact.path}: {graph.binding.path}")
-    return binding, read_graph(artifact.read(graph.graph), where), where
+    parsed = read_graph(artifact.read(graph.graph), where)
+    check_graph(parsed, binding, where)
+    return binding, parsed, where
 
 
 def _graph(artifact: Artifact, graph: Graph, lengths: Lengths, assumed: Assumptions | None) -> GraphView:

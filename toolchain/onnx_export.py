@@ -56,7 +56,7 @@ def export_onnx(
     Raises ArtifactError without weights or for damaged ones, TargetError for too little disk, MissingDependencyError.
     """
     require_onnx()
-    with stage(artifact, sync=sync) as staging:
+    with stage(artifact, sync=sync, resumes=False) as staging:
         if staging.base is None:
             raise ArtifactError(
                 f"{artifact}: no artifact there; make one with `qwen2vl-tc convert --src <hf_dir> --out {artifact}`"

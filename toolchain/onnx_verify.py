@@ -34,7 +34,7 @@ def verify_onnx_artifact(
     with open_artifact(path) as artifact:
         report = verify_onnx(artifact, against, steps=steps, progress=progress)
         verified = artifact.manifest
-    with stage(path, sync=sync) as staging:
+    with stage(path, sync=sync, resumes=False) as staging:
         if staging.base != verified:
             raise ArtifactError(f"{path}: was replaced while it was being verified; verify it again")
         entry = staging.add(REPORT_PATH, dump_json(report))

@@ -42,13 +42,13 @@ def verify_artifact(
     the artifact was replaced meanwhile.
     """
     if store:
-        with stage(path, sync=sync):
+        with stage(path, sync=sync, resumes=False):
             pass  # minutes of work are not begun when the report could not be kept
     with open_artifact(path) as artifact:
         report = verify(artifact, against, steps=steps, progress=progress)
         verified = artifact.manifest
     if store:
-        with stage(path, sync=sync) as staging:
+        with stage(path, sync=sync, resumes=False) as staging:
             if staging.base != verified:
                 raise ArtifactError(f"{path}: was replaced while it was being verified; verify it again")
             manifest = store_report(staging, verified, report)

@@ -22,6 +22,7 @@ from ...artifacts.vendor import vendor_import
 from ..memory import check_fits, check_free
 from .base import Embeds, Ints, Step
 from .ge.bound import Cache, GeBackend
+from .ge.checks import check_graph
 from .ge.graph import INPUT_TYPES, read_graph
 from .ge.operators import operator
 
@@ -79,9 +80,11 @@ class NpuBackend(GeBackend):
         from torchair.ge._ge_graph import GeGraph
 
         # what the reference executor knows is what this toolchain emits; another operator may read any file
-        for node in read_graph(data, where).nodes:
+        graph = read_graph(data, where)
+        for node in graph.nodes:
             if node.op not in (*INPUT_TYPES, "Const", "NetOutput"):
                 operator(node, where)
+        check_graph(graph, self.binding(name), where)
         self._graphs[name] = GeGraph(serialized_model_def=data)
 
     def _compile(self, name: str) -> None:

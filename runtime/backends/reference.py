@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ...artifacts.store import Artifact
 from .ge.bound import GeBackend
+from .ge.checks import check_graph
 from .ge.executor import Executor
 from .ge.graph import read_graph
 
@@ -35,7 +36,9 @@ class ReferenceBackend(GeBackend):
         return tensors
 
     def load_graph(self, name: str, data: bytes, where: str) -> None:
-        self._executors[name] = Executor(read_graph(data, where), where)
+        graph = read_graph(data, where)
+        check_graph(graph, self.binding(name), where)
+        self._executors[name] = Executor(graph, where)
 
     def run_graph(self, name: str, inputs: list[Tensor]) -> list[Tensor]:
         observer = self.observer

@@ -2,6 +2,8 @@
 
 import dataclasses
 import os
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -133,3 +135,17 @@ def test_no_file_stays_open_after_a_refusal(tmp_path: Path) -> None:
         with pytest.raises(ArtifactError):
             open_artifact(tmp_path)
     assert len(os.listdir("/dev/fd")) == before
+
+
+def test_a_forked_process_can_hash_too() -> None:
+    code = """
+import os, signal
+from qwen2vl_tc.artifacts.integrity import hash_bytes
+data = bytes(8 << 20)
+before = hash_bytes(data)
+if (pid := os.fork()) == 0:
+    signal.alarm(20)  # ends the child if it waits for threads that it does not have
+    os._exit(0 if hash_bytes(data) == before else 1)
+raise SystemExit(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]))
+"""
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 0

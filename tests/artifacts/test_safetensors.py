@@ -65,7 +65,11 @@ HOSTILE = {
     "unknown dtype": (file_of({"a": entry(0, 4, dtype="F31")}, bytes(4)), "unknown dtype 'F31'"),
     "dtype is a list": (file_of({"a": {**entry(0, 4), "dtype": []}}, bytes(4)), "unknown dtype"),
     "extra field": (file_of({"a": {**entry(0, 4), "run": "me"}}, bytes(4)), "expected dtype, shape and data_offsets"),
-    "huge shape": (file_of({"a": entry(0, 4, shape=[1 << 62] * 30)}, bytes(4)), "do not hold shape"),
+    "huge shape": (file_of({"a": entry(0, 4, shape=[1 << 62] * 30)}, bytes(4)), "larger than any tensor"),
+    "huge shape beside a zero": (file_of({"a": entry(0, 0, shape=[0, 1 << 62, 4])}), "larger than any tensor"),
+    "a million dimensions": (file_of({"a": entry(0, 4, shape=[1] * 1000000)}, bytes(4)), "larger than any tensor"),
+    "deep header": (file_of(b'{"a":' + b"[" * 950 + b"]" * 950 + b"}"), "expected dtype, shape"),
+    "half a surrogate pair": (file_of(b'{"\\ud800": 1}'), "not valid JSON"),
 }
 
 

@@ -99,6 +99,50 @@ def test_what_can_be_resumed_survives_an_unrelated_error(tmp_path: Path) -> None
     assert sorted(p.name for p in (target / "processor").iterdir()) == ["0.json"]
 
 
+def test_a_command_that_resumes_nothing_leaves_what_another_may_resume_from(tmp_path: Path) -> None:
+    target = tmp_path / "artifact"
+    build(target, "old")
+
+    def interrupted() -> None:
+        with pytest.raises(KeyboardInterrupt), stage(target, sync=False) as staging:
+            fill(staging, "half")
+            staging.journal["weights"] = "done"
+            staging.save_journal()
+            raise KeyboardInterrupt
+
+    def journal() -> object:
+        with stage(target, sync=False) as staging:
+            return staging.journal.get("weights")
+
+    interrupted()
+    with stage(target, sync=False, resumes=False) as staging:
+        assert staging.journal == {} and not (staging.path / "processor").exists()
+        staging.commit(fill(staging, "new"))
+    assert contents(target) == {"new"} and journal() == "done"
+    with pytest.raises(TargetError), stage(target, sync=False, resumes=False) as staging:
+        raise TargetError("no compiler")
+    assert journal() == "done"
+    with pytest.raises(WeightError), stage(target, sync=False) as staging:
+        raise WeightError("the source is refused: there is nothing to resume")
+    assert hidden(target) == []
+
+
+def test_what_is_set_aside_when_a_command_is_killed_comes_back(tmp_path: Path) -> None:
+    target = tmp_path / "artifact"
+    with pytest.raises(KeyboardInterrupt), stage(target, sync=False) as staging:
+        staging.journal["weights"] = "done"
+        staging.save_journal()
+        raise KeyboardInterrupt
+    # as a kill leaves them: one tree aside, the other command's own half done
+    staging_path(target).rename(tmp_path / ".artifact.resume")
+    staging_path(target).mkdir()
+    (staging_path(target) / "staging.json").write_bytes(b"{}")
+    with stage(target, sync=False) as staging:
+        assert staging.journal == {"weights": "done"}
+        staging.commit(fill(staging, "new"))
+    assert contents(target) == {"new"} and hidden(target) == []
+
+
 def test_an_incomplete_tree_is_not_committed(tmp_path: Path) -> None:
     target = tmp_path / "artifact"
     build(target, "old")

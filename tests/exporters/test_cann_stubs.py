@@ -13,6 +13,7 @@ import pytest
 
 from qwen2vl_tc.artifacts.errors import MissingDependencyError, TargetError
 from qwen2vl_tc.exporters.torchair import device
+from qwen2vl_tc.exporters.torchair.cann_stubs import build
 from qwen2vl_tc.exporters.torchair.cann_stubs.build import MAIN_LIBRARY, build_stubs, cache_folder, known_socs
 from qwen2vl_tc.exporters.torchair.cann_stubs.elf import read_library
 
@@ -247,3 +248,24 @@ def test_a_damaged_library_is_one_clear_error(tmp_path: Path, cut: int) -> None:
     damaged.write_bytes(whole[:cut])
     with pytest.raises(TargetError, match=r"damaged\.so.*reinstall"):
         read_library(damaged)
+
+
+@pytest.mark.parametrize("how", ["others may write into it", "another user's", "a link"])
+def test_libraries_that_another_user_could_have_put_there_are_not_loaded(
+    how: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    folder = build.stubs_folder()
+    folder.parent.mkdir(parents=True)
+    (tmp_path / "made").mkdir(mode=0o700)
+    if how == "a link":
+        folder.symlink_to(tmp_path / "made")
+    else:
+        (tmp_path / "made").rename(folder)
+    if how == "others may write into it":
+        folder.chmod(0o777)
+    if how == "another user's":
+        owner = folder.stat().st_uid
+        monkeypatch.setattr(build, "_trusted_users", lambda: {owner + 1})
+    with pytest.raises(TargetError, match="others could have put code there; delete it, or set XDG_CACHE_HOME"):
+        build.build_stubs()

@@ -35,7 +35,7 @@ SETTINGS = {
     *("--max-new-tokens", "--min-new-tokens", "--sample", "--greedy", "--temperature", "--top-k", "--top-p"),
     *("--repetition-penalty", "--seed", "--stop"),
 }
-ENGINE = {"--backend", "--execute-mode"}
+ENGINE = {"--backend", "--trusted-key", "--execute-mode"}
 VISION = {"--min-pixels", "--max-pixels", "--video-sampling", "--allow-http"}
 GENERATE = {*SETTINGS, *VISION}
 BENCH_OPTIONS = {"--image", "--video", "--size", "--runs", "--backend", "--execute-mode", "--json"}
@@ -50,6 +50,7 @@ FROZEN = {
     "warm": {"ARTIFACT"},
     "bench": {"ARTIFACT", "--max-new-tokens", "--batch", "--warmup", *BENCH_OPTIONS},
     "bench cold-start": {"ARTIFACT", "--cold", *BENCH_OPTIONS},
+    "sign": {"ARTIFACT", "--key"},
     "doctor": {"ARTIFACT", "--json"},
     "demo": {"--out", "--keep", "--no-keep"},
 }

@@ -215,6 +215,22 @@ def test_an_artifact_with_right_hashes_and_wrong_numbers_fails_and_says_where(
     assert f"first departs at {report.departure.landmark}" in report.conclusion
 
 
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), 3e38], ids=["NaN", "infinity", "overflow"])
+def test_numbers_that_are_not_finite_fail_where_they_first_appear(
+    value: float, fp32: Path, source: Path, tmp_path: Path
+) -> None:
+    def change(tensors: Tensors, manifest: Manifest) -> None:
+        name = "model.layers.1.mlp.down_proj.weight"
+        if name in tensors:
+            tensors[name] = tensors[name].index_fill(0, torch.tensor(3), value)
+
+    report = verified(altered(fp32, tmp_path / "wrong", change), source)
+    assert not report.passed and report.departure is not None
+    assert report.departure.landmark == "layers.1.mlp.down_proj"
+    assert report.departure.max_error is None or report.departure.max_error > 1e30
+    assert "first departs at layers.1.mlp.down_proj" in report.conclusion
+
+
 def test_a_wrong_decode_graph_fails_where_prefill_is_right(fp32: Path, source: Path, tmp_path: Path) -> None:
     artifact = Path(shutil.copytree(fp32, tmp_path / "wrong"))
     manifest = read_manifest(artifact)

@@ -13,6 +13,7 @@ import platform
 import re
 import shlex
 import shutil
+import stat
 import subprocess
 import sys
 import tempfile
@@ -50,6 +51,7 @@ def build_stubs() -> Path:
     site = _site_packages()
     folder = stubs_folder()
     if folder.is_dir():
+        _check_owner(folder)
         return folder
     compiler = find_compiler()
     try:
@@ -64,7 +66,25 @@ def build_stubs() -> Path:
         _publish(work, folder)
     finally:
         shutil.rmtree(work, ignore_errors=True)
+    _check_owner(folder)
     return folder
+
+
+def _trusted_users() -> set[int]:
+    return {os.geteuid(), 0}
+
+
+def _check_owner(folder: Path) -> None:
+    """What is in there runs in this process: only this user, or root, may have put it there.
+
+    The folder is made by mkdtemp, so that nobody else can write into it.
+    """
+    found = folder.lstat()
+    if not stat.S_ISDIR(found.st_mode) or found.st_uid not in _trusted_users() or found.st_mode & 0o022:
+        raise TargetError(
+            f"{folder}: belongs to user {found.st_uid} with mode {stat.S_IMODE(found.st_mode):o}, so that others could "
+            "have put code there; delete it, or set XDG_CACHE_HOME to a folder of your own"
+        )
 
 
 def stubs_folder() -> Path:

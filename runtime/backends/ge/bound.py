@@ -20,6 +20,7 @@ from ....artifacts.parameters import FP32, parameters
 from ....artifacts.safetensors import GRAPH_DTYPE_NAMES, read_header
 from ....artifacts.store import Artifact, ge_part
 from ..base import Backend, Embeds, Ints, Step
+from .checks import check_binding
 from .operators import TORCH_DTYPES
 
 _SAFETENSORS_DTYPES = {stored: name for name, stored in GRAPH_DTYPE_NAMES.items()}
@@ -68,10 +69,13 @@ def load_weights(artifact: Artifact, check: bool) -> dict[str, Tensor]:
             f"--out {artifact.path}`"
         )
     found: dict[str, Tensor] = {}
+    wanted_names = {wanted.name for wanted in parameters(artifact.manifest.model)}
     for entry in part.files:
         for name, tensor in mapped_tensors(artifact, entry, check).items():
             if name in found:
                 raise ArtifactError(f"{artifact.path}: {entry.path}: tensor {name} is also in another file")
+            if name not in wanted_names:
+                raise ArtifactError(f"{artifact.path}: {entry.path}: tensor {name[:80]} is none of the model's")
             found[name] = tensor
     for wanted in parameters(artifact.manifest.model):
         tensor = found.get(wanted.name)  # type: ignore[assignment]
@@ -101,7 +105,8 @@ class BoundGraph:
         for i, bound in enumerate(binding.inputs):
             if bound.kind in (PARAMETER, CONSTANT):
                 tensor = tensors.get(bound.name)
-                if tensor is None or tuple(tensor.shape) != bound.shape or tensor.dtype != TORCH_DTYPES[bound.dtype]:
+                dtype = TORCH_DTYPES.get(bound.dtype)
+                if tensor is None or tuple(tensor.shape) != bound.shape or tensor.dtype != dtype:
                     got = "nothing" if tensor is None else f"{list(tensor.shape)} {tensor.dtype}"
                     raise ArtifactError(
                         f"graph {binding.graph}: {bound.kind} {bound.name}: got {got}, the graph was compiled for "
@@ -119,14 +124,21 @@ class BoundGraph:
         caches = {"keys": cache.keys, "values": cache.values} if cache else {}
         found: list[Tensor] = []
         for bound, fixed in zip(self.binding.inputs, self._fixed, strict=True):
-            if fixed is not None:
-                found.append(fixed)
-            elif bound.kind == CACHE:
-                found.append(caches[bound.name][bound.index])  # type: ignore[index]
-            elif bound.kind == LENGTHS:
-                found.append(self._fitting(bound, torch.tensor(lengths[bound.name], dtype=torch.int64)))
-            else:
-                found.append(self._fitting(bound, arguments[bound.name]))
+            try:
+                if fixed is not None:
+                    tensor = fixed
+                elif bound.kind == CACHE:
+                    tensor = caches[bound.name][bound.index]  # type: ignore[index]
+                elif bound.kind == LENGTHS:
+                    tensor = self._fitting(bound, torch.tensor(lengths[bound.name], dtype=torch.int64))
+                else:
+                    tensor = self._fitting(bound, arguments[bound.name])
+            except KeyError as error:
+                raise ArtifactError(
+                    f"graph {self.binding.graph}: takes {bound.kind} {bound.name}, which nothing feeds it; compile the "
+                    "artifact again"
+                ) from error
+            found.append(tensor)
         return found
 
     def examples(self, device: str) -> list[Tensor]:
@@ -171,6 +183,8 @@ class ModelBackend(Backend):
         tensors: dict[str, Tensor] | None = None
         if artifact.manifest.weights is not None:
             tensors = {**load_weights(artifact, check_weights), **mapped_tensors(artifact, part.constants, check=True)}
+            if "vision_rope" not in tensors or not tensors["vision_rope"].dim():
+                raise ArtifactError(f"{artifact.path}: {part.constants.path} has no table vision_rope; compile again")
         self.loading.mark("weights")
         self.prepare(artifact, tensors)
         self.loading.mark("graphs")
@@ -232,7 +246,8 @@ class ModelBackend(Backend):
                 zeros = torch.zeros(size, dtype=self._dtype)
                 sides = [tuple(zeros.clone().to(self.device) for _ in layers) for _ in range(2)]
         except RuntimeError as error:
-            if "out of memory" not in str(error).lower():
+            # the words of devices, and of the CPU
+            if not any(words in str(error).lower() for words in ("out of memory", "can't allocate memory")):
                 raise
             raise TargetError(
                 f"{self.device}: no memory for another KV cache of {size[0]} x {size[1]} tokens; end a conversation or "
@@ -323,7 +338,9 @@ class GeBackend(ModelBackend):
         self._bound: dict[str, BoundGraph] = {}
         for graph in self._part.graphs:
             where = f"{artifact.path}: {graph.binding.path}"
-            self._bound[graph.name] = BoundGraph(binding_from_bytes(artifact.read(graph.binding), where), tensors)
+            binding = binding_from_bytes(artifact.read(graph.binding), where)
+            check_binding(binding, graph.name, self._part, self._model, where)
+            self._bound[graph.name] = BoundGraph(binding, tensors)
             self.load_graph(graph.name, artifact.read(graph.graph), f"{artifact.path}: {graph.graph.path}")
 
     def bind(self, tensors: dict[str, Tensor]) -> None:

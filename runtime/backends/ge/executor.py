@@ -2,13 +2,12 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from ....artifacts.errors import ArtifactError, ToolchainError
-from .graph import INPUT_TYPES, GeGraph, Node
+from .graph import INPUT_TYPES, GeGraph, Node, written_by
 from .operators import TORCH_DTYPES, Operator, operator
 
 Observer = Callable[[str, tuple[Tensor, ...]], None]
@@ -25,7 +24,8 @@ class _Step:
 
 
 class Executor:
-    """One graph, ready to run. Raises ArtifactError at construction for an operator it does not know.
+    """One graph, ready to run. Raises ArtifactError at construction for an operator it does not know, and for one that
+    writes into a constant.
 
     constants: the tensors of its FileConstants, by name.
     """
@@ -34,6 +34,7 @@ class Executor:
         self.name = graph.name
         slots: dict[str, int] = {node.name: i for i, node in enumerate(graph.nodes)}
         self._inputs = [slots[node.name] for node in graph.inputs]
+        self._output = graph.output
         self._outputs = [(slots[e[0]], e[1]) for e in graph.output.inputs if e is not None and e[1] >= 0]
         self._constants = {
             slots[node.name]: (_constant_tensor(node),) for node in graph.nodes if node.constant is not None
@@ -64,6 +65,7 @@ class Executor:
             for node in running
         ]
         self._size = len(graph.nodes)
+        written_by(graph, where)  # refuses writing into constants
 
     def run(self, inputs: Sequence[Tensor], observer: Observer | None = None) -> list[Tensor]:
         """Execute the graph on `inputs`, in the order of its Data nodes; cache inputs are updated in place.
@@ -80,12 +82,13 @@ class Executor:
             values[slot] = (tensor,)
         with torch.inference_mode():
             for step in self._steps:
-                arguments: list[Any] = [values[e[0]][e[1]] if e else None for e in step.inputs]  # type: ignore[index]
+                arguments = [None if e is None else self._value(values, *e, step.node) for e in step.inputs]
                 try:
                     outputs = step.function(step.node, *arguments)
                 except ToolchainError:
                     raise
-                except (RuntimeError, TypeError, ValueError, IndexError, KeyError) as error:
+                # a graph may feed an operator anything, attributes included: torch and Python then raise anything
+                except Exception as error:
                     given = ", ".join("-" if x is None else f"{list(x.shape)} {x.dtype}" for x in arguments)
                     raise ArtifactError(
                         f"graph {self.name}: {step.node.where} cannot run on ({given}) with {step.node.attributes}: "
@@ -97,7 +100,17 @@ class Executor:
                 else:
                     for slot in step.dead:
                         values[slot] = None
-        return [values[slot][index] for slot, index in self._outputs]  # type: ignore[index]
+        return [self._value(values, slot, index, self._output) for slot, index in self._outputs]
+
+    def _value(self, values: Sequence[tuple[Tensor, ...] | None], slot: int, index: int, reader: Node) -> Tensor:
+        """One output of an operator that ran. Its description may claim more outputs than it has."""
+        found = values[slot]
+        if found is None or index >= len(found):
+            count = 0 if found is None else len(found)
+            raise ArtifactError(
+                f"graph {self.name}: {reader.where} reads output {index} of an operator that has {count}"
+            )
+        return found[index]
 
 
 def _constant_tensor(node: Node) -> Tensor:

@@ -1,10 +1,13 @@
 """A GE graph as plain data: nodes in execution order with resolved inputs, ready for an executor or for counting."""
 
+import math
+import re
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
 from ....artifacts.errors import ArtifactError
+from ....artifacts.ge_ops import WRITES
 from .proto import parse_graph
 
 # ge.proto.DataType: how descriptors and constants number their dtypes
@@ -22,6 +25,11 @@ PROTO_DTYPES = {
 ATTRIBUTE_DTYPES = {0: "fp32", 1: "fp16", 2: "int8", 3: "int32", 4: "uint8", 9: "int64", 12: "bool", 27: "bf16"}
 ITEM_BYTES = {"fp32": 4, "fp16": 2, "bf16": 2, "int8": 1, "uint8": 1, "int32": 4, "int64": 8, "bool": 1}
 INPUT_TYPES = ("Data", "RefData")
+_MAX_DIMENSIONS = 16
+# Their output may be the memory of their first input: on CPU by the reference backend, on the device by GE's choice.
+_SHARES_MEMORY = frozenset({"Cast", "Identity", "Reshape", "SplitV", "Squeeze", "Unsqueeze"})
+# a producer's name, and its output or -1: a control edge, an order and not a value
+_EDGE = re.compile(r"(.+):(-1|[0-9]{1,9})", re.DOTALL | re.ASCII)
 
 
 @dataclass(frozen=True)
@@ -92,26 +100,27 @@ def _constant(op: Any, where: str) -> Constant:
     if dtype is None:
         raise ArtifactError(f"{where}: constant {op.name} has the unsupported dtype {tensor.desc.dtype}")
     shape = tuple(tensor.desc.shape.dim)
-    count = 1
-    for size in shape:
-        if size < 0:
-            raise ArtifactError(f"{where}: constant {op.name} has the shape {list(shape)}")
-        count *= size
+    if len(shape) > _MAX_DIMENSIONS or any(size < 0 for size in shape):
+        raise ArtifactError(f"{where}: constant {op.name} has the shape {list(shape)[:_MAX_DIMENSIONS]}")
+    count = math.prod(shape)
     if count * ITEM_BYTES[dtype] != len(tensor.data):
         raise ArtifactError(
             f"{where}: constant {op.name} of shape {list(shape)} {dtype} has {len(tensor.data)} bytes, "
             f"expected {count * ITEM_BYTES[dtype]}"
         )
+    # with a 0 among them the product says nothing, and an engine still multiplies the others
+    if math.prod(max(size, 1) for size in shape) >= 1 << 60:
+        raise ArtifactError(f"{where}: constant {op.name} has the impossible shape {list(shape)}")
     return Constant(dtype, shape, tensor.data)
 
 
 def _edge(text: str, where: str, reader: str) -> tuple[str, int] | None:
     if not text:
         return None
-    producer, _, index = text.rpartition(":")
-    if not producer or not index.lstrip("-").isdigit():
+    match = _EDGE.fullmatch(text)
+    if match is None:
         raise ArtifactError(f"{where}: {reader}: malformed input {text[:80]!r}")
-    return producer, int(index)
+    return match[1], int(match[2])
 
 
 def _ordered(nodes: dict[str, Node], where: str) -> tuple[Node, ...]:
@@ -156,9 +165,32 @@ def read_graph(data: bytes, where: str) -> GeGraph:
             constant=_constant(op, where) if op.type == "Const" else None,
         )
     for node in nodes.values():
-        if node.op in INPUT_TYPES and not isinstance(node.attributes.get("index"), int):
+        if node.op in INPUT_TYPES and type(node.attributes.get("index")) is not int:
             raise ArtifactError(f"{where}: input {node.name!r} has no index")
         for edge in node.inputs:
+            if edge and edge[0] in nodes and nodes[edge[0]].op == "NetOutput":
+                raise ArtifactError(f"{where}: {node.where} reads the graph's output")
             if edge and edge[0] in nodes and edge[1] >= max(nodes[edge[0]].outputs, 1):
                 raise ArtifactError(f"{where}: {node.where} reads output {edge[1]} of {nodes[edge[0]].where}")
     return GeGraph(proto.name, _ordered(nodes, where))
+
+
+def written_by(graph: GeGraph, where: str) -> list[Node]:
+    """The inputs of the graph that its in-place operators write into.
+
+    Raises ArtifactError for one that writes into a constant: those may be read-only memory.
+    """
+    by_name = {node.name: node for node in graph.nodes}
+    found = []
+    for node in graph.nodes:
+        root = node
+        while root.op in WRITES or root.op in _SHARES_MEMORY:
+            edge = root.inputs[0] if root.inputs else None
+            if edge is None:
+                break
+            root = by_name[edge[0]]
+        if node.op in WRITES and root.op in INPUT_TYPES:
+            found.append(root)
+        elif node.op in WRITES and root.op in ("Const", "FileConstant"):
+            raise ArtifactError(f"{where}: {node.where} writes into the constant {root.name!r}; rebuild the artifact")
+    return found

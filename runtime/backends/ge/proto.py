@@ -66,6 +66,8 @@ FIELDS: dict[str, tuple[tuple[str, int, str, bool], ...]] = {
     ),
 }
 _PACKAGE = "ge.proto"
+# 72B with its 80 layers has 2 MB; empty operators of two bytes grow to 40 times that in memory
+_MAX_GRAPH_BYTES = 8 << 20
 
 
 def _add_field(message: Any, name: str, number: int, kind: str, repeated: bool) -> None:
@@ -105,6 +107,8 @@ def message_class(name: str) -> Any:
 
 def parse_graph(data: bytes, where: str) -> Any:
     """The one GraphDef of a serialized ge.proto.ModelDef. Raises ArtifactError naming `where`."""
+    if len(data) > _MAX_GRAPH_BYTES:
+        raise ArtifactError(f"{where}: {len(data)} bytes, more than any graph of this toolchain; rebuild the artifact")
     try:
         model = message_class("ModelDef").FromString(data)
     except (DecodeError, ValueError) as error:

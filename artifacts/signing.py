@@ -1,0 +1,109 @@
+"""Who made an artifact: an ed25519 signature of manifest.json, in a file beside it.
+
+The manifest names the hash of every file, so its signature covers them all. Keys are PEM files as OpenSSL makes them:
+`openssl genpkey -algorithm ed25519 -out key.pem` and `openssl pkey -in key.pem -pubout -out key.pub`.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from .errors import ArtifactError, MissingDependencyError, TargetError
+from .schema import dump_json, from_plain, parse_json
+
+SIGNATURE_NAME = "manifest.sig"
+MAX_SIGNATURE_BYTES = 4096
+_ALGORITHM = "ed25519"
+
+# signs manifest.json's bytes: what then stands in manifest.sig
+Signer = Callable[[bytes], bytes]
+
+
+@dataclass(frozen=True)
+class Signature:
+    """manifest.sig, as JSON: the public key and the signature of manifest.json's bytes (RFC 8032), in hexadecimal."""
+
+    algorithm: str
+    key: str
+    signature: str
+
+
+def _library() -> tuple[Any, Any]:
+    try:
+        from cryptography.hazmat.primitives import serialization
+        from cryptography.hazmat.primitives.asymmetric import ed25519
+    except ModuleNotFoundError as error:
+        raise MissingDependencyError("signatures need cryptography; pip install 'qwen2vl-tc[sign]'") from error
+    return serialization, ed25519
+
+
+def _read(path: "str | Path") -> bytes:
+    try:
+        return Path(path).read_bytes()
+    except OSError as error:
+        raise TargetError(
+            f"{path}: cannot read the key: {error.strerror}; make one with `openssl genpkey -algorithm ed25519 -out "
+            "key.pem`, and its public half with `openssl pkey -in key.pem -pubout -out key.pub`"
+        ) from error
+
+
+def signer(key_file: "str | Path") -> Signer:
+    """What signs with the private key in a PEM file. Raises TargetError for any other file, MissingDependencyError."""
+    serialization, ed25519 = _library()
+    try:
+        key = serialization.load_pem_private_key(_read(key_file), password=None)
+    except (ValueError, TypeError) as error:  # TypeError: the key wants a password
+        raise TargetError(f"{key_file}: not a private key in PEM form without a password: {error}") from error
+    if not isinstance(key, ed25519.Ed25519PrivateKey):
+        raise TargetError(f"{key_file}: is no ed25519 key; make one with `openssl genpkey -algorithm ed25519`")
+    public = key.public_key().public_bytes_raw().hex()
+    return lambda data: dump_json(Signature(_ALGORITHM, public, key.sign(data).hex()))
+
+
+def public_keys(keys: "Sequence[str | Path]") -> frozenset[str]:
+    """The keys in PEM files of public keys, in hexadecimal. Raises TargetError for any other file."""
+    if isinstance(keys, str | Path):
+        raise TargetError(f"trusted_keys is {str(keys)!r}, expected a list of files")
+    serialization, ed25519 = _library()
+    found = set()
+    for path in keys:
+        try:
+            key = serialization.load_pem_public_key(_read(path))
+        except ValueError as error:
+            raise TargetError(
+                f"{path}: not a public key in PEM form; make it with `openssl pkey -in key.pem -pubout -out key.pub`"
+            ) from error
+        if not isinstance(key, ed25519.Ed25519PublicKey):
+            raise TargetError(f"{path}: is no ed25519 key")
+        found.add(key.public_bytes_raw().hex())
+    return frozenset(found)
+
+
+def check_signature(manifest: bytes, signature: bytes | None, trusted: frozenset[str], where: str) -> None:
+    """Raises ArtifactError naming `where` unless one of the trusted keys signed these bytes of manifest.json."""
+    if signature is None:
+        raise ArtifactError(f"{where}: is not signed, and only signed artifacts are trusted here")
+    name = f"{where}/{SIGNATURE_NAME}"
+    found = from_plain(Signature, parse_json(signature, name), name)
+    if found.algorithm != _ALGORITHM:
+        raise ArtifactError(f"{name}: algorithm {found.algorithm[:40]!r}, expected {_ALGORITHM!r}")
+    try:
+        key, value = bytes.fromhex(found.key), bytes.fromhex(found.signature)
+    except ValueError as error:
+        raise ArtifactError(f"{name}: key and signature must be hexadecimal") from error
+    if (key.hex(), len(value)) != (found.key, 64):
+        raise ArtifactError(f"{name}: key and signature must be 64 and 128 hexadecimal digits, in lower case")
+    if found.key not in trusted:
+        raise ArtifactError(
+            f"{where}: is signed with the key {found.key[:16]}..., which is none of the {len(trusted)} trusted ones"
+        )
+    _, ed25519 = _library()
+    from cryptography.exceptions import InvalidSignature
+
+    try:
+        ed25519.Ed25519PublicKey.from_public_bytes(key).verify(value, manifest)
+    except InvalidSignature as error:
+        raise ArtifactError(
+            f"{where}: manifest.json was altered after it was signed with the key {found.key[:16]}...: copy it again"
+        ) from error

@@ -1,0 +1,185 @@
+"""Signed artifacts: only what a trusted key vouched for is loaded, and a change is never vouched for by accident."""
+
+import json
+import subprocess
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from cryptography.hazmat.primitives import serialization
+from cryptography.hazmat.primitives.asymmetric import ec, ed25519
+from helpers.schema_one import REQUESTS, unpack
+from typer.testing import CliRunner
+
+from qwen2vl_tc.artifacts.errors import ArtifactError, TargetError
+from qwen2vl_tc.artifacts.signing import signer
+from qwen2vl_tc.artifacts.staging import stage
+from qwen2vl_tc.artifacts.store import open_artifact
+from qwen2vl_tc.runtime import load
+from qwen2vl_tc.toolchain.cli import app
+from qwen2vl_tc.toolchain.sign import sign_artifact
+
+
+def write_key(folder: Path, name: str) -> tuple[Path, Path]:
+    """A private and a public key in the PEM files that OpenSSL writes."""
+    key = ed25519.Ed25519PrivateKey.generate()
+    private, public = folder / f"{name}.pem", folder / f"{name}.pub"
+    private.write_bytes(
+        key.private_bytes(serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption())
+    )
+    public.write_bytes(
+        key.public_key().public_bytes(serialization.Encoding.PEM, serialization.PublicFormat.SubjectPublicKeyInfo)
+    )
+    return private, public
+
+
+@pytest.fixture
+def artifact(tmp_path: Path) -> Path:
+    return unpack(tmp_path / "artifact")
+
+
+def test_a_signed_artifact_is_loaded_with_its_key_and_refused_with_others(artifact: Path, tmp_path: Path) -> None:
+    mine, mine_public = write_key(tmp_path, "mine")
+    _, other_public = write_key(tmp_path, "other")
+    sign_artifact(artifact, mine, sync=False)
+    messages, pictures, tokens = REQUESTS[1]
+    model = load(artifact, trusted_keys=[other_public, mine_public])
+    assert model.generate(messages, pictures, max_new_tokens=4).token_ids == tokens[:4]
+    with pytest.raises(ArtifactError, match=r"is signed with the key [0-9a-f]{16}\.\.\., which is none of the 1"):
+        load(artifact, trusted_keys=[other_public])
+    with pytest.raises(ArtifactError, match="none of the 0 trusted ones"):
+        load(artifact, trusted_keys=[])
+    load(artifact)  # who asks for no key may load a signed artifact
+
+
+def test_an_unsigned_artifact_is_refused_where_keys_are_trusted(artifact: Path, tmp_path: Path) -> None:
+    _, public = write_key(tmp_path, "mine")
+    with pytest.raises(ArtifactError, match="is not signed, and only signed artifacts are trusted here"):
+        load(artifact, trusted_keys=[public])
+
+
+def test_what_was_altered_after_signing_is_refused(artifact: Path, tmp_path: Path) -> None:
+    private, public = write_key(tmp_path, "mine")
+    sign_artifact(artifact, private, sync=False)
+    manifest = (artifact / "manifest.json").read_bytes()
+    (artifact / "manifest.json").write_bytes(manifest.replace(b'"name": "tiny"', b'"name": "tony"'))
+    with pytest.raises(ArtifactError, match=r"manifest\.json was altered after it was signed"):
+        load(artifact, trusted_keys=[public])
+
+
+Change = Callable[[dict[str, str]], object]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda fields: {**fields, "algorithm": "none"}, "algorithm 'none', expected 'ed25519'"),
+        (lambda fields: {**fields, "signature": "00" * 64}, "altered after it was signed"),
+        (lambda fields: {**fields, "signature": "00"}, "128 hexadecimal digits"),
+        (lambda fields: {**fields, "signature": "zz" * 64}, "must be hexadecimal"),
+        (lambda fields: {**fields, "key": fields["key"].upper() + " "}, "hexadecimal digits"),
+        (lambda fields: {**fields, "more": ""}, "unknown field more"),
+        (lambda fields: [], "expected an object"),
+        (lambda fields: {**fields, "key": "0" * 5000}, "larger than 4096 bytes"),
+    ],
+)
+def test_a_forged_signature_file_is_refused_by_name(
+    artifact: Path, tmp_path: Path, change: Change, message: str
+) -> None:
+    private, public = write_key(tmp_path, "mine")
+    sign_artifact(artifact, private, sync=False)
+    file = artifact / "manifest.sig"
+    file.write_text(json.dumps(change(json.loads(file.read_text()))))
+    with pytest.raises(ArtifactError, match=message):
+        load(artifact, trusted_keys=[public])
+
+
+def test_a_signature_behind_a_link_is_refused(artifact: Path, tmp_path: Path) -> None:
+    private, public = write_key(tmp_path, "mine")
+    sign_artifact(artifact, private, sync=False)
+    (artifact / "manifest.sig").rename(tmp_path / "elsewhere")
+    (artifact / "manifest.sig").symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(ArtifactError, match=r"manifest\.sig is, or lies below, a symbolic link"):
+        load(artifact, trusted_keys=[public])
+
+
+def test_a_damaged_artifact_is_not_signed(artifact: Path, tmp_path: Path) -> None:
+    private, _ = write_key(tmp_path, "mine")
+    (weights,) = (artifact / "weights").iterdir()
+    weights.write_bytes(weights.read_bytes()[:-1] + b"!")
+    with pytest.raises(ArtifactError, match="altered or damaged"):
+        sign_artifact(artifact, private, sync=False)
+    assert not (artifact / "manifest.sig").exists()
+    assert [p.name for p in tmp_path.iterdir() if p.name.startswith(".")] == []
+
+
+def test_a_commit_drops_the_signature_if_and_only_if_the_manifest_changes(artifact: Path, tmp_path: Path) -> None:
+    private, public = write_key(tmp_path, "mine")
+    sign_artifact(artifact, private, sync=False)
+    for changed in (False, True):
+        with stage(artifact, sync=False) as staging:
+            assert staging.base is not None
+            staging.keep(staging.base.files())
+            staging.commit(replace(staging.base, name="another") if changed else staging.base)
+        assert (artifact / "manifest.sig").exists() != changed
+    with pytest.raises(ArtifactError, match="is not signed"):
+        open_artifact(artifact, trusted_keys=[public])
+
+
+def test_signing_again_replaces_the_signature(artifact: Path, tmp_path: Path) -> None:
+    for name in ("one", "two"):
+        private, public = write_key(tmp_path, name)
+        sign_artifact(artifact, private, sync=False)
+        open_artifact(artifact, trusted_keys=[public]).close()
+
+
+def test_keys_of_another_kind_are_refused_by_name(artifact: Path, tmp_path: Path) -> None:
+    private, public = write_key(tmp_path, "mine")
+    curve = ec.generate_private_key(ec.SECP256R1())
+    elliptic = tmp_path / "ec.pem"
+    elliptic.write_bytes(
+        curve.private_bytes(serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption())
+    )
+    locked = tmp_path / "locked.pem"
+    locked.write_bytes(
+        ed25519.Ed25519PrivateKey.generate().private_bytes(
+            serialization.Encoding.PEM,
+            serialization.PrivateFormat.PKCS8,
+            serialization.BestAvailableEncryption(b"word"),
+        )
+    )
+    for file, message in (
+        (public, "not a private key"),
+        (elliptic, "is no ed25519 key"),
+        (locked, "without a password"),
+        (tmp_path / "absent", "openssl genpkey -algorithm ed25519"),
+    ):
+        with pytest.raises(TargetError, match=message):
+            signer(file)
+    with pytest.raises(TargetError, match="not a public key"):
+        load(artifact, trusted_keys=[private])
+    with pytest.raises(TargetError, match="expected a list of files"):
+        load(artifact, trusted_keys=str(public))
+
+
+def test_the_commands_sign_and_ask_for_keys_made_by_openssl(artifact: Path, tmp_path: Path) -> None:
+    private, public = tmp_path / "key.pem", tmp_path / "key.pub"
+    subprocess.run(["openssl", "genpkey", "-algorithm", "ed25519", "-out", private], check=True, capture_output=True)
+    subprocess.run(["openssl", "pkey", "-in", private, "-pubout", "-out", public], check=True, capture_output=True)
+
+    def run(*words: "str | Path") -> tuple[int, str]:
+        result = CliRunner().invoke(app, [str(word) for word in words])
+        return result.exit_code, result.stdout + result.stderr
+
+    question = ("generate", artifact, "--prompt", "Hi", "--max-new-tokens", "2", "--trusted-key", public)
+    code, said = run(*question)
+    assert code == 2 and "is not signed" in said
+    assert run("sign", artifact, "--key", private) == (0, f"signed {artifact}\n")
+    assert run(*question)[0] == 0
+    # what openssl verifies is the manifest's bytes, with no format of ours around them
+    fields = json.loads((artifact / "manifest.sig").read_text())
+    (tmp_path / "raw").write_bytes(bytes.fromhex(fields["signature"]))
+    words = ["-verify", "-pubin", "-inkey", public, "-rawin", "-in", artifact / "manifest.json"]
+    done = subprocess.run(["openssl", "pkeyutl", *words, "-sigfile", tmp_path / "raw"], capture_output=True, text=True)
+    assert "Verified Successfully" in done.stdout
