@@ -20,9 +20,9 @@ def clean(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.parametrize("restamp", [False, True], ids=["hashes as they were", "hashes renewed"])
 def test_mutated_files_end_in_our_own_error_or_in_the_same_answer(clean: Path, tmp_path: Path, restamp: bool) -> None:
-    report = fuzz(clean, tmp_path / "variant", 160, 11, restamp)
+    report = fuzz(clean, tmp_path / "variant", 100, 11, restamp)
     assert report.failures == []
-    assert report.outcomes["refused"] > 80
+    assert report.outcomes["refused"] > 50
 
 
 def test_what_once_failed_does_not_fail_again(clean: Path, tmp_path: Path) -> None:

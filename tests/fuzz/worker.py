@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import jinja2
+import jinja2.debug  # imported by jinja2 itself only when a template first fails
 from helpers.schema_one import REQUESTS
 
 SPARE_BYTES = 512 << 20
@@ -44,8 +45,10 @@ def _watch(event: str, arguments: tuple[Any, ...]) -> None:
         inside = named.startswith((_folder, _LIBRARY)) if os.path.isabs(named) else ".." not in named.split("/")
         if (flags or 0) & _WRITES or not inside:
             _seen.append(f"open {path!r} {flags}")
-    elif event == "exec" and arguments[0].co_filename != "<template>":
-        _seen.append(f"exec {arguments[0]!r}")
+    elif event == "exec":
+        code = arguments[0]
+        if code.co_filename != "<template>" and code.co_names != ("__jinja_exception__",):
+            _seen.append(f"exec {code!r}")
     elif event == "compile" and arguments[1] != "<template>" and (arguments[0] or b"").strip() != _JINJA_TRACEBACK:
         _seen.append(f"compile {arguments[1]!r}")
 
