@@ -50,7 +50,7 @@ def kinds(model: Any) -> list[Callable[[], Any]]:
     """Ten requests, each a call."""
     frames = [picture(56, 56)] * 4
     two = [{"role": "user", "content": [{"type": "image"}, {"type": "image"}, text_part("Which?")]}]
-    sampled = {"do_sample": True, "temperature": 0.8, "seed": 1}
+    sampled = {"do_sample": True, "temperature": 0.8, "top_k": 20, "seed": 1}
     pair = [ask("One."), ask("Another one, longer.")]
 
     def batch() -> Any:
