@@ -293,7 +293,7 @@ PROCESSORS: dict[str, tuple[str, Edit, str]] = {
     "a picture blown up": (
         "preprocessor_config.json",
         lambda plain: plain.update(min_pixels=10**15, max_pixels=10**16),
-        "min_pixels",
+        "max_pixels",
     ),
     "a token outside the vocabulary": (
         "tokenizer.json",

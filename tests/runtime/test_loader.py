@@ -46,7 +46,7 @@ PACKAGES = {"PIL", "blake3", "google", "jinja2", "markupsafe", "numpy", "tokeniz
 PACKAGES |= {"mpmath", "torchgen", "tqdm", "typing_extensions"}
 OF_ONNXRUNTIME = {"onnxruntime", "flatbuffers", "packaging"}
 NOT_OF_TORCH = ("torch._dynamo", "torch._inductor", "torch.onnx", "sympy")
-GE = ("bound", "operators", "attention", "graph", "proto")
+GE = ("bound", "checks", "operators", "attention", "graph", "proto")
 BACKENDS = {
     "reference": {"base", "ge", "reference", *(f"ge.{name}" for name in (*GE, "executor"))},
     "npu": {"base", "ge", "npu", *(f"ge.{name}" for name in GE)},
