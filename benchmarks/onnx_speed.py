@@ -121,8 +121,7 @@ def _ours(path: Path, threads: int) -> dict[str, float]:
         _text(),
         [picture],
         max_new_tokens=NEW_TOKENS,
-        min_new_tokens=NEW_TOKENS,
-        temperature=0,
+        do_sample=False,
         on_token=lambda token: at.append(time.perf_counter()),
     )
     assert len(found.prompt_token_ids) == 507, len(found.prompt_token_ids)

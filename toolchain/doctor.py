@@ -295,9 +295,9 @@ def _abilities(status: dict[str, Status]) -> tuple[Ability, ...]:
         ability("compile --mode dynamo", "on the NPU", *tracing)
         if on_device
         else ability("compile --mode dynamo", "on the emulated NPU", *tracing, "CANN stand-ins"),
-        Ability("compile --mode onnx", False, "not built yet in this version"),
+        ability("compile --mode onnx", "on the CPU", "base packages", "onnx"),
         ability("verify", "on the CPU, in fp32", "base packages", "torch", "transformers"),
         ability("generate --backend reference", "on the CPU", "base packages", "torch"),
-        Ability("generate --backend onnxruntime", False, "not built yet in this version"),
+        ability("generate --backend onnxruntime", "on the CPU", "base packages", "onnxruntime"),
         ability("generate --backend npu", "on the NPU", *tracing, "NPU", "CANN"),
     )

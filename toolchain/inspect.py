@@ -6,7 +6,7 @@ from pathlib import Path
 from ..artifacts.binding import PARAMETER, Binding, binding_from_bytes
 from ..artifacts.errors import ArtifactError, TargetError
 from ..artifacts.ge_ops import TRANSPOSES, count_kinds, device_ops_per_layer, input_behind, live_ops
-from ..artifacts.manifest import GePart, Graph, Manifest
+from ..artifacts.manifest import GePart, Graph, Manifest, OnnxPart
 from ..artifacts.parameters import parameters
 from ..artifacts.store import Artifact, ge_part, open_artifact
 from ..runtime.backends.ge.checks import check_graph
@@ -15,7 +15,8 @@ from ..runtime.memory import device_memory, soc_memory
 from .dot import Drawing, draw_layer
 from .inspect_cost import Lengths, choose_lengths, graph_cost, input_specs
 from .inspect_report import operator_table, render
-from .inspect_views import RECIPE_7B, GraphView, Inspection, OpCounts, TargetView, TensorView, WeightsView
+from .inspect_views import RECIPE_7B, GraphView, Inspection, OnnxView, OpCounts, TargetView, TensorView, WeightsView
+from .onnx_export import WEIGHTS, planned_bytes
 from .roofline import Assumptions, assumptions_for, why_no_assumptions
 from .shapes import graph_ops, propagate
 
@@ -60,6 +61,8 @@ def inspect_artifact(path: Path, tokens: int | None = None, patches: int | None 
             lengths=lengths,
             estimate_assumptions=assumed,
             no_estimate=no_estimate,
+            onnx=_onnx(manifest.onnx) if manifest.onnx else None,
+            onnx_planned_bytes={kind: planned_bytes(manifest.model, kind) for kind in WEIGHTS},
         )
 
 
@@ -110,6 +113,20 @@ def _weights(manifest: Manifest) -> WeightsView | None:
         files=len(part.files),
         tensors=len(tensors),
         values=sum(tensor.size for tensor in tensors),
+    )
+
+
+def _onnx(part: OnnxPart) -> OnnxView:
+    return OnnxView(
+        weights=part.weights,
+        block_size=part.block_size,
+        standard_only=part.standard_only,
+        opset=part.opset,
+        max_length=part.max_length,
+        versions=part.versions,
+        verification=part.verification,
+        bytes={graph.name: graph.model.bytes + graph.data.bytes for graph in part.graphs},
+        ops={graph.name: graph.ops for graph in part.graphs},
     )
 
 

@@ -80,6 +80,14 @@ def _overview(inspection: Inspection) -> Table:
         ]
     else:
         rows.append(("graphs", "none: run `qwen2vl-tc compile <this artifact>`"))
+    if onnx := inspection.onnx:
+        kinds = "standard operators" if onnx.standard_only else "standard and com.microsoft operators"
+        sizes = ", ".join(f"{name} {format_bytes(size)}" for name, size in onnx.bytes.items())
+        about = f"{onnx.weights}, opset {onnx.opset}, {kinds}, for {onnx.max_length} tokens: {sizes}"
+        rows += [("ONNX models", about), ("ONNX verification", onnx.verification)]
+    else:
+        sizes = ", ".join(f"{kind} {format_bytes(size)}" for kind, size in inspection.onnx_planned_bytes.items())
+        rows.append(("ONNX models", f"none; an export would take: {sizes}"))
     rows += [
         ("processor", ", ".join(inspection.processor) or "none"),
         ("in all", f"{format_bytes(inspection.bytes)}, schema {inspection.schema}"),

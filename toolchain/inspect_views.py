@@ -89,9 +89,25 @@ class TargetView:
 
 
 @dataclass(frozen=True)
+class OnnxView:
+    """The ONNX models: bytes by model, and their operators."""
+
+    weights: str
+    block_size: int | None
+    standard_only: bool
+    opset: int
+    max_length: int
+    versions: dict[str, str]
+    verification: str
+    bytes: dict[str, int]
+    ops: dict[str, dict[str, int]]
+
+
+@dataclass(frozen=True)
 class Inspection:
     """Everything that `inspect` says. kv_bytes is by batch size; device_bytes is weights and the largest KV cache.
 
+    onnx_planned_bytes: what an export would take, by kind of weights.
     lengths: what the graphs' costs are at. no_estimate: why they have no roofline estimate.
     """
 
@@ -108,3 +124,5 @@ class Inspection:
     lengths: Lengths | None
     estimate_assumptions: Assumptions | None
     no_estimate: str | None
+    onnx: OnnxView | None
+    onnx_planned_bytes: dict[str, int]

@@ -23,8 +23,9 @@ if TYPE_CHECKING:
 FOLDER = "graphs/onnx"
 WEIGHTS = ("int8", "int4", "fp32", "fp16")
 DEFAULT_WEIGHTS = "int8"
-# bytes a value, with the scales
-_VALUE_BYTES = {"int8": 1.04, "int4": 0.6, "fp32": 4.0, "fp16": 2.0}
+# bytes a value of a matrix, with its share of a scale
+_VALUE_BYTES = {"int8": 1 + 4 / 256, "int4": 0.5 + 4 / 128, "fp32": 4.0, "fp16": 2.0}
+_TABLES = ("model.embed_tokens.weight", "lm_head.weight")
 Progress = Callable[[str, int, int], None]
 
 
@@ -77,9 +78,16 @@ def require_onnx() -> None:
 
 
 def planned_bytes(config: ModelConfig, weights: str) -> int:
-    """About what the models take on the disk, from the shape alone; the little that is never quantized not counted."""
-    values = sum(parameter.size for parameter in parameters(config))
-    return int(values * _VALUE_BYTES[weights])
+    """What the models take on the disk, from the shape alone, within a few percent."""
+    total = 0.0
+    for parameter in parameters(config):
+        kind = weights
+        if len(parameter.shape) == 1:
+            kind = "fp32"
+        elif weights == "int4" and (parameter.name.startswith("visual.") or parameter.name in _TABLES):
+            kind = "int8"
+        total += parameter.size * _VALUE_BYTES[kind]
+    return int(total)
 
 
 def stage_onnx(

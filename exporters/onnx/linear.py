@@ -190,6 +190,31 @@ class Linears:
             )
         return graph.node("Add", name, graph.node("Mul", f"{name}.by_token", product, token_scale), bias)
 
+    def norm(self, x: str, parameter: str, name: str, epsilon: float, bias: bool) -> str:
+        """LayerNormalization with a bias, RMSNormalization without, over the last axis."""
+        op = "LayerNormalization" if bias else "RMSNormalization"
+        return self.graph.node(op, name, x, *self._norm_weights(parameter, bias), axis=-1, epsilon=epsilon)
+
+    def add_norm(self, residual: str, x: str, parameter: str, name: str, epsilon: float, bias: bool) -> tuple[str, str]:
+        """As `norm` of the sum; returns (normalised sum, sum). One operator, as on the NPU, but for standard ones."""
+        if self.form.standard_only:
+            total = self.graph.node("Add", f"{name}.sum", residual, x)
+            return self.norm(total, parameter, name, epsilon, bias), total
+        op = "SkipLayerNormalization" if bias else "SkipSimplifiedLayerNormalization"
+        outputs = (name, "", "", f"{name}.sum")
+        self.graph.nodes(
+            op,
+            name,
+            *(residual, x, *self._norm_weights(parameter, bias)),
+            outputs=outputs,
+            domain=MICROSOFT,
+            epsilon=epsilon,
+        )
+        return name, f"{name}.sum"
+
+    def _norm_weights(self, parameter: str, bias: bool) -> list[str]:
+        return [self.vector(f"{parameter}.{each}") for each in (("weight", "bias") if bias else ("weight",))]
+
     def swish(self, x: str, name: str, alpha: float = 1.0) -> str:
         """x * sigmoid(alpha x). onnxruntime has a kernel for QuickGelu; the standard Swish it computes in three."""
         if self.form.standard_only:

@@ -56,9 +56,10 @@ class _Text:
         )
         self.cos, self.sin = rotary_tables(graph, positions, _axes(config), ("rows", "tokens"))
         self._lengths(ids, lengths)
+        residual = x
         for i in range(config.num_layers):
-            x = self._layer(i, x)
-        y = self._norm(x, "model.norm", "norm")
+            x, residual = self._layer(i, x, residual)
+        y, _ = linears.add_norm(residual, x, "model.norm", "norm", config.rms_norm_eps, bias=False)
         head = "model.embed_tokens" if config.tie_word_embeddings else "lm_head"
         bits = TABLE_BITS if linears.form.bits else None
         logits = linears.blocks(y, head, "logits", bias=False, bits=bits)
@@ -80,24 +81,25 @@ class _Text:
         longest = graph.node("ReduceMax", "longest", lengths, keepdims=0)
         self.longest = graph.node("Cast", "longest.int32", longest, to=_INT32)
 
-    def _norm(self, x: str, parameter: str, name: str) -> str:
-        weight = self.linears.vector(f"{parameter}.weight")
-        return self.graph.node("RMSNormalization", name, x, weight, axis=-1, epsilon=self.config.rms_norm_eps)
-
-    def _layer(self, i: int, x: str) -> str:
-        graph, name, parameter = self.graph, f"layer.{i}", f"model.layers.{i}"
-        y = self._norm(x, f"{parameter}.input_layernorm", f"{name}.input_norm")
+    def _layer(self, i: int, x: str, residual: str) -> tuple[str, str]:
+        """x is what the layer before adds to the residual; returns the same of this one."""
+        graph, linears, name, parameter = self.graph, self.linears, f"layer.{i}", f"model.layers.{i}"
+        norm = (f"{parameter}.input_layernorm", f"{name}.input_norm", self.config.rms_norm_eps)
+        if i == 0:
+            y = linears.norm(x, *norm, bias=False)
+        else:
+            y, residual = linears.add_norm(residual, x, *norm, bias=False)
         attention = self._attention(i, y)
         if i == self.config.num_layers - 1:
             # only the last position's logits are wanted: nothing after the last attention is needed of the others
             attention = self._only_last(attention, f"{name}.attention.last")
-            by_token = graph.node("Reshape", f"{name}.residual.by_token", x, self.by_token)
-            x = self._only_last(by_token, f"{name}.residual.last")
+            by_token = graph.node("Reshape", f"{name}.residual.by_token", residual, self.by_token)
+            residual = self._only_last(by_token, f"{name}.residual.last")
         attention = graph.node("Reshape", f"{name}.attention.flat", attention, self.flat)
-        out = self.linears.blocks(attention, f"{parameter}.self_attn.o_proj", f"{name}.attention.out", bias=False)
-        x = graph.node("Add", f"{name}.attention.add", x, out)
-        y = self._norm(x, f"{parameter}.post_attention_layernorm", f"{name}.mlp_norm")
-        return graph.node("Add", f"{name}.mlp.add", x, self._mlp(f"{parameter}.mlp", f"{name}.mlp", y))
+        out = linears.blocks(attention, f"{parameter}.self_attn.o_proj", f"{name}.attention.out", bias=False)
+        norm = (f"{parameter}.post_attention_layernorm", f"{name}.mlp_norm", self.config.rms_norm_eps)
+        y, residual = linears.add_norm(residual, out, *norm, bias=False)
+        return self._mlp(f"{parameter}.mlp", f"{name}.mlp", y), residual
 
     def _only_last(self, x: str, name: str) -> str:
         """[B, S, H] to [B, H]."""

@@ -49,30 +49,30 @@ class _Visual:
         x = graph.node("Cast", "patches.float", patches, to=_FLOAT)
         x = graph.node("Reshape", "patches.flat", x, graph.constant("patch", [-1, config.patch_dim], np.int64))
         x = linears.floats(x, "visual.patch_embed", "patch_embed")
+        residual = x
         for i in range(config.depth):
-            x = self._block(f"visual.blocks.{i}", f"block.{i}", x)
-        y = self._norm(x, "visual.merger.ln_q", "merger.norm")
+            x, residual = self._block(i, x, residual)
+        y, _ = linears.add_norm(residual, x, "visual.merger.ln_q", "merger.norm", _EPS, bias=True)
         y = graph.node("Reshape", "merger.merged", y, graph.constant("merged", [-1, config.merged_dim], np.int64))
         y = linears.rows(y, "visual.merger.mlp.0", "merger.fc1")
         # GELU with erf, as the checkpoint was trained
         linears.rows(graph.node("Gelu", "merger.gelu", y), "visual.merger.mlp.2", "embeds")
         graph.output("embeds", "fp32", ["merged_patches", config.hidden_size])
 
-    def _norm(self, x: str, parameter: str, name: str) -> str:
-        weights = (self.linears.vector(f"{parameter}.{each}") for each in ("weight", "bias"))
-        return self.graph.node("LayerNormalization", name, x, *weights, axis=-1, epsilon=_EPS)
-
-    def _block(self, parameter: str, name: str, x: str) -> str:
-        graph, linears = self.graph, self.linears
-        y = self._norm(x, f"{parameter}.norm1", f"{name}.attention_norm")
+    def _block(self, i: int, x: str, residual: str) -> tuple[str, str]:
+        """x is what the block before adds to the residual; returns the same of this one."""
+        linears, parameter, name = self.linears, f"visual.blocks.{i}", f"block.{i}"
+        norm = (f"{parameter}.norm1", f"{name}.attention_norm", _EPS)
+        if i == 0:
+            y = linears.norm(x, *norm, bias=True)
+        else:
+            y, residual = linears.add_norm(residual, x, *norm, bias=True)
         y = linears.rows(y, f"{parameter}.attn.qkv", f"{name}.attention.qkv")
         y = linears.rows(self._attention(f"{name}.attention", y), f"{parameter}.attn.proj", f"{name}.attention.out")
-        x = graph.node("Add", f"{name}.attention.add", x, y)
-        y = self._norm(x, f"{parameter}.norm2", f"{name}.mlp_norm")
+        y, residual = linears.add_norm(residual, y, f"{parameter}.norm2", f"{name}.mlp_norm", _EPS, bias=True)
         y = linears.rows(y, f"{parameter}.mlp.fc1", f"{name}.mlp.fc1")
         y = linears.swish(y, f"{name}.mlp.quick_gelu", _QUICK_GELU)
-        y = linears.rows(y, f"{parameter}.mlp.fc2", f"{name}.mlp.fc2")
-        return graph.node("Add", f"{name}.mlp.add", x, y)
+        return linears.rows(y, f"{parameter}.mlp.fc2", f"{name}.mlp.fc2"), residual
 
     def _attention(self, name: str, qkv: str) -> str:
         """qkv [B * N, 3 E] to the attention's output before its projection, [B * N, E]."""

@@ -1,5 +1,6 @@
 """The ONNX models as files: what the standard's own tools say of them, and what is in them."""
 
+import json
 import re
 import subprocess
 import sys
@@ -70,12 +71,12 @@ def test_operators_are_those_of_the_npu_graphs_one_by_one(convert: Convert) -> N
     text, visual = models(artifact)["text"].graph, models(artifact)["visual"].graph
     ops = Counter(node.op_type for node in text.node)
     # a layer: two norms, four products, one attention over the cache, one rotation each of q and k
-    assert ops["RMSNormalization"] == 2 * LAYERS + 1
+    assert ops["RMSNormalization"] == 1 and ops["SkipSimplifiedLayerNormalization"] == 2 * LAYERS
     assert ops["MatMulNBits"] == 4 * LAYERS + 1
     assert ops["GroupQueryAttention"] == LAYERS and ops["RotaryEmbedding"] == 2 * LAYERS
     assert "Transpose" not in ops and "Concat" in ops
     ops = Counter(node.op_type for node in visual.node)
-    assert ops["LayerNormalization"] == 2 * BLOCKS + 1
+    assert ops["LayerNormalization"] == 1 and ops["SkipLayerNormalization"] == 2 * BLOCKS
     assert ops["MatMulIntegerToFloat"] == 4 * BLOCKS + 2 and ops["Gemm"] == 1
     assert ops["MultiHeadAttention"] == BLOCKS and "Transpose" not in ops
     names = {node.name for node in text.node}
@@ -196,3 +197,25 @@ def test_memory_of_an_export_does_not_grow_with_its_tensors(convert: Convert, we
     words = [sys.executable, "-c", MEMORY, str(artifact), weights]
     used = int(subprocess.run(words, capture_output=True, text=True, check=True).stdout)
     assert used < 40e6
+
+
+def test_inspect_shows_the_models_and_before_what_they_would_take(convert: Convert) -> None:
+    artifact = convert()
+
+    def inspect() -> dict[str, Any]:
+        found: dict[str, Any] = json.loads(CliRunner().invoke(app, ["inspect", str(artifact), "--json"]).stdout)
+        return found
+
+    planned = inspect()["onnx_planned_bytes"]
+    assert inspect()["onnx"] is None
+    for weights in onnx_export.WEIGHTS:
+        part = export_onnx(artifact, OnnxOptions(weights, False, 64), sync=False).onnx
+        assert part is not None
+        # tensors start on pages, of which a tiny model has little more than beginnings
+        padding = sum(4096 * len(model.graph.initializer) for model in models(artifact).values())
+        assert (
+            planned[weights] * 0.8 < sum(graph.data.bytes for graph in part.graphs) < planned[weights] * 1.3 + padding
+        )
+        shown = inspect()["onnx"]
+        assert (shown["weights"], shown["max_length"], shown["verification"]) == (weights, 64, "none")
+    assert "ONNX models" in CliRunner().invoke(app, ["inspect", str(artifact)]).stdout
