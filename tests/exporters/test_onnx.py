@@ -14,7 +14,7 @@ import onnx
 import pytest
 from typer.testing import CliRunner
 
-from qwen2vl_tc.artifacts.errors import MissingDependencyError, TargetError, WeightError
+from qwen2vl_tc.artifacts.errors import ArtifactError, MissingDependencyError, TargetError, WeightError
 from qwen2vl_tc.artifacts.store import read_manifest
 from qwen2vl_tc.exporters.onnx import quantize
 from qwen2vl_tc.exporters.onnx.rotary import frequencies
@@ -219,3 +219,15 @@ def test_inspect_shows_the_models_and_before_what_they_would_take(convert: Conve
         shown = inspect()["onnx"]
         assert (shown["weights"], shown["max_length"], shown["verification"]) == (weights, 64, "none")
     assert "ONNX models" in CliRunner().invoke(app, ["inspect", str(artifact)]).stdout
+
+
+def test_an_artifact_of_the_schema_before_these_models_opens_and_takes_them(convert: Convert) -> None:
+    artifact = convert()
+    plain = json.loads((artifact / "manifest.json").read_text())
+    assert plain.pop("onnx") is None
+    (artifact / "manifest.json").write_text(json.dumps({**plain, "schema": 1}))
+    assert read_manifest(artifact).onnx is None
+    assert export_onnx(artifact, OnnxOptions(max_length=64), sync=False).schema == 2
+    (artifact / "manifest.json").write_text(json.dumps({**plain, "schema": 1, "onnx": None}))
+    with pytest.raises(ArtifactError, match="field onnx is not of schema 1"):
+        read_manifest(artifact)
