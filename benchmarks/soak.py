@@ -78,7 +78,7 @@ def build_tiny(folder: Path) -> Path:
     from qwen2vl_tc.toolchain.synthetic import tiny_config, write_checkpoint
 
     source = write_checkpoint(folder / "tiny", tiny_config(), dtype="fp32", tokenizer=True)
-    build(source, folder / "a", options=CompileOptions(max_length=256, batches=(1, 2)), verify=False, sync=False)
+    build(source, folder / "a", options=CompileOptions(max_length=1024, batches=(1, 2)), verify=False, sync=False)
     return folder / "a"
 
 

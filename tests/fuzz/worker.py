@@ -21,7 +21,7 @@ _TOKENS = 3
 _FORBIDDEN = (
     *("os.system", "os.exec", "os.posix_spawn", "os.fork", "os.forkpty", "subprocess.Popen", "pty.spawn"),
     *("os.remove", "os.rename", "os.mkdir", "os.rmdir", "os.chmod", "os.chown", "os.link", "os.symlink", "os.truncate"),
-    *("pickle.find_class", "marshal.load", "marshal.loads", "ctypes.dlopen", "shutil.rmtree", "os.putenv", "os.kill"),
+    *("pickle.find_class", "marshal.load", "marshal.loads", "ctypes.dlopen", "shutil.rmtree", "os.kill"),
     *("socket.__new__", "socket.connect", "socket.bind", "urllib.Request", "glob.glob", "os.listdir"),
 )
 _LIBRARY = str(Path(jinja2.__file__).parent)
@@ -36,7 +36,8 @@ def _watch(event: str, arguments: tuple[Any, ...]) -> None:
     """Code of an artifact would have to do one of these to be of use to whoever wrote it."""
     if not _armed:
         return
-    if event in _FORBIDDEN:
+    # dlopen(None) is the process itself, asked whether it emulates the device
+    if event in _FORBIDDEN and (event, arguments) != ("ctypes.dlopen", (None,)):
         _seen.append(f"{event} {arguments!r}"[:200])
     elif event == "open":
         path, _, flags = arguments
