@@ -12,6 +12,8 @@ SAMPLING_RULES = ("qwen", "transformers")
 
 # qwen-vl-utils 0.0.14, vision_process.py; transformers 5.23 has the same bounds of the frame count
 _FPS, _MIN_FRAMES, _MAX_FRAMES = 2.0, 4, 768
+# of any number that a request gives: beyond it, floats overflow
+_MOST = 1 << 31
 # floats in the vectors that torch.arange fills: the rounding of a vector's first value reaches the others
 _VECTOR = 8
 
@@ -55,6 +57,9 @@ def _check(wanted: FrameRequest) -> None:
         value: Any = getattr(wanted, field.name)
         if value is None:
             continue
+        if isinstance(value, int | float) and abs(value) > _MOST:
+            # not shown: Python refuses to print, or to make a float of, integers of thousands of digits
+            raise RequestError(f"{field.name} is out of range, expected a number of at most {_MOST}")
         if field.name in ("nframes", "min_frames", "max_frames"):
             if type(value) is not int or value <= 0:
                 raise RequestError(f"{field.name} is {value!r}, expected a positive integer")
@@ -121,11 +126,15 @@ def _transformers(wanted: FrameRequest, total: int, video_fps: float, multiple: 
         return list(range(total))
     if not 0 < count <= total:
         raise RequestError(f"{count} of {total} frames were asked for, expected 1 to {total}; change nframes or fps")
-    return _arange(total, count)
+    # rounding up makes torch.arange end behind the last frame, where the library fails
+    return [index for index in _arange(total, count) if index < total]
 
 
 def _arange(total: int, count: int) -> list[int]:
-    """torch.arange(0, total, total / count).int(): vectors counted on from a rounded start, then the rest singly."""
+    """torch.arange(0, total, total / count).int(): vectors counted on from a rounded start, then the rest singly.
+
+    Beyond some 20,000 frames an index may be one off: where torch's vectors start depends on its threads.
+    """
     step = total / count
     size = math.ceil(total / step)
     index = np.arange(size)

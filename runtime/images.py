@@ -1,6 +1,7 @@
 """Pictures from wherever they are to RGB pixels, as transformers' load_image and convert_to_rgb make them."""
 
 import os
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -50,20 +51,22 @@ def describe_image(source: object) -> str:
     return describe(source, "image")
 
 
-def check_area(name: str, width: int, height: int) -> None:
+def check_area(name: str, width: int, height: int, most: int = MAX_IMAGE_PIXELS) -> None:
     """Raises RequestError for a picture or frame without pixels, or with more than any honest one has."""
     if width <= 0 or height <= 0:
         raise RequestError(f"{name}: has no pixels ({width} x {height})")
-    if width * height > MAX_IMAGE_PIXELS:
-        raise RequestError(f"{name}: {width} x {height} pixels, at most {MAX_IMAGE_PIXELS} in all; scale it down first")
+    if width * height > most:
+        raise RequestError(f"{name}: {width} x {height} pixels, at most {most} in all; scale it down first")
 
 
 def _open(name: str, source: str | bytes | os.PathLike[str], http: HttpLimits) -> Image.Image:
+    location = readable(name, source, http)
     try:
-        opened = Image.open(readable(name, source, http), formats=IMAGE_FORMATS)
-    except RequestError:
-        raise
-    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
+        with warnings.catch_warnings():
+            # check_area is the limit; half of it makes Pillow write to the terminal
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+            opened = Image.open(location, formats=IMAGE_FORMATS)
+    except Image.DecompressionBombError as error:
         raise RequestError(f"{name}: too large: {error}") from error
     except Exception as error:  # decoders raise whatever damaged bytes make them raise
         raise RequestError(f"{name}: not a picture that can be read; readable: {', '.join(IMAGE_FORMATS)}") from error

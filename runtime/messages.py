@@ -24,6 +24,8 @@ _SIZE_KEYS = ("min_pixels", "max_pixels", "resized_height", "resized_width")
 _FRAME_KEYS = tuple(each.name for each in fields(FrameRequest))
 # what qwen-vl-utils takes for a list of frames: rates, which Qwen2-VL does not look at
 _IGNORED_KEYS = ("sample_fps", "raw_fps")
+# OpenAI's hint to its own models
+_IGNORED_URL_KEYS = ("detail",)
 _KEYS: dict[str, tuple[str, ...]] = {
     "image": _SIZE_KEYS,
     "image_url": _SIZE_KEYS,
@@ -136,7 +138,9 @@ def _vision_item(kind: str, part: Mapping[str, Any], where: str) -> VisionItem:
     source = sources[0] if sources else None
     # OpenAI's form: {"image_url": {"url": ...}}
     if kind == "image_url" and isinstance(source, Mapping):
-        source = source.get("url")
+        if source.get("url") is None or set(source) - {"url", *_IGNORED_URL_KEYS}:
+            raise RequestError(f"{where}: image_url has {', '.join(map(str, source)) or 'nothing'}, expected url")
+        source = source["url"]
     plain_kind: Kind = "video" if kind == "video" else "image"
     size = SizeRequest(**{name: part.get(name) for name in (*_SIZE_KEYS, "total_pixels")})
     frames = FrameRequest(**{name: part.get(name) for name in _FRAME_KEYS})

@@ -22,6 +22,8 @@ from .vision import ImageSettings
 
 _MAX_ASPECT_RATIO = 200
 _PIECE_BYTES = 1 << 20
+# of any size that a request gives: beyond it, floats overflow
+_MOST = 1 << 31
 # qwen-vl-utils 0.0.14, vision_process.py: merge windows of one frame, and of all frames of a video
 _FRAME_MIN_TOKENS, _FRAME_MAX_TOKENS = 128, 768
 _VIDEO_TOKENS = 128_000 * 0.9
@@ -72,11 +74,13 @@ def smart_resize(height: int, width: int, factor: int, min_pixels: float, max_pi
 
 def image_size(height: int, width: int, wanted: SizeRequest, settings: ImageSettings) -> tuple[int, int]:
     """The (height, width) that a picture is resized to. Raises RequestError for sizes and bounds that make no sense."""
-    if (given := _given_size(wanted)) is not None:
-        return smart_resize(*given, settings.factor, settings.min_pixels, settings.max_pixels)
+    given = _given_size(wanted)
     least = _pixels("min_pixels", wanted.min_pixels, settings.min_pixels)
     most = _pixels("max_pixels", wanted.max_pixels, settings.max_pixels)
     _check_order(least, most)
+    if given is not None:
+        # qwen-vl-utils looks at no bounds beside them
+        return smart_resize(*given, settings.factor, settings.min_pixels, settings.max_pixels)
     return smart_resize(height, width, settings.factor, least, most)
 
 
@@ -85,23 +89,30 @@ def frame_size(height: int, width: int, frames: int, wanted: SizeRequest, settin
 
     The clip's pixel budget is shared between the pairs of frames. Raises RequestError as image_size does.
     """
-    if (given := _given_size(wanted)) is not None:
-        return smart_resize(*given, settings.factor, settings.min_pixels, settings.max_pixels)
     area = settings.factor**2
+    budget = _pixels("total_pixels", wanted.total_pixels, _VIDEO_TOKENS * area, most=_MOST)
+    if _given_size(wanted) is not None:
+        return image_size(height, width, wanted, settings)
     least = _pixels("min_pixels", wanted.min_pixels, _FRAME_MIN_TOKENS * area)
-    budget = _pixels("total_pixels", wanted.total_pixels, _VIDEO_TOKENS * area, most=math.inf)
     limit = max(min(_FRAME_MAX_TOKENS * area, budget / frames * settings.temporal_patch_size), int(least * 1.05))
     most = min(_pixels("max_pixels", wanted.max_pixels, limit), limit)
     _check_order(least, most)
     return smart_resize(height, width, settings.factor, least, most)
 
 
-def _pixels(name: str, value: Any, default: float, most: float = MAX_IMAGE_PIXELS) -> float:
+def check_bounds(least: Any, most: Any) -> None:
+    """Raises RequestError for a min_pixels and max_pixels, None where not given, that make no sense."""
+    _check_order(_pixels("min_pixels", least, 1), _pixels("max_pixels", most, MAX_IMAGE_PIXELS))
+
+
+def _pixels(name: str, value: Any, default: float, most: int = MAX_IMAGE_PIXELS) -> float:
     if value is None:
         return default
-    if type(value) is not int or not 0 < value <= most:
-        limit = f"from 1 to {most}" if most < math.inf else "of at least 1"
-        raise RequestError(f"{name} is {value!r}, expected an integer {limit}")
+    if type(value) is not int or value <= 0:
+        raise RequestError(f"{name} is {value!r}, expected an integer from 1 to {most}")
+    if value > most:
+        # not shown: Python refuses to print integers of thousands of digits
+        raise RequestError(f"{name} is above {most}")
     return value
 
 
@@ -116,6 +127,8 @@ def _given_size(wanted: SizeRequest) -> tuple[int, int] | None:
         return None
     if type(height) is not int or type(width) is not int or min(height, width) <= 0:
         raise RequestError(f"resized_height, resized_width are {height!r}, {width!r}; expected two positive integers")
+    if max(height, width) > _MOST:
+        raise RequestError(f"resized_height or resized_width is above {_MOST}")
     return height, width
 
 

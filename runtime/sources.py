@@ -1,7 +1,6 @@
 """Where pictures and videos come from: paths, file:// URLs, data: URIs, bytes and, where allowed, http(s) URLs."""
 
 import base64
-import binascii
 import http.client
 import io
 import os
@@ -18,6 +17,7 @@ from urllib.parse import unquote, urlsplit
 from ..artifacts.errors import RequestError
 
 _CHUNK_BYTES = 1 << 20
+_NAME_CHARACTERS = 200
 
 
 @dataclass(frozen=True)
@@ -37,7 +37,8 @@ def describe(source: object, kind: str) -> str:
     if isinstance(source, str) and source.startswith("data:"):
         return "data: URI"
     if isinstance(source, str | os.PathLike):
-        return os.fspath(source) or f"{kind} path ''"
+        location = str(os.fspath(source)) or f"{kind} path ''"
+        return location if len(location) <= _NAME_CHARACTERS else location[:_NAME_CHARACTERS] + "..."
     if isinstance(source, bytes):
         return f"{kind} of {len(source)} bytes"
     if hasattr(source, "dtype") and hasattr(source, "shape"):
@@ -61,10 +62,13 @@ def readable(name: str, source: str | bytes | os.PathLike[str], http: HttpLimits
     if scheme == "data":
         try:
             return io.BytesIO(base64.b64decode(location.partition(",")[2], validate=True))
-        except binascii.Error as error:
+        except ValueError as error:
             raise RequestError(f"{name}: not valid base64: {error}") from error
     if scheme == "file":
-        url = urlsplit(location)
+        try:
+            url = urlsplit(location)
+        except ValueError as error:
+            raise RequestError(f"{name}: not a file:// URL: {error}") from error
         if url.netloc not in ("", "localhost"):
             raise RequestError(f"{name}: names the host {url.netloc!r}; write file:///absolute/path")
         location = unquote(url.path)
@@ -79,7 +83,10 @@ def readable(name: str, source: str | bytes | os.PathLike[str], http: HttpLimits
 
 
 def _fetch(name: str, url: str, limits: HttpLimits) -> bytes:
-    """The body of a URL. A timer ends it: socket timeouts alone let a server send one byte at a time, forever."""
+    """The body of a URL. A timer ends it: socket timeouts alone let a server send one byte at a time, forever.
+
+    Looking up a name cannot be ended; nothing is sent to what it finds too late.
+    """
     sockets: list[socket.socket] = []
 
     def expire() -> None:
@@ -92,38 +99,50 @@ def _fetch(name: str, url: str, limits: HttpLimits) -> bytes:
     timer.daemon = True
     timer.start()
     try:
-        with _opener(sockets).open(url, timeout=limits.timeout_s) as response:
+        with _opener(sockets, expired).open(url, timeout=limits.timeout_s) as response:
             body = bytearray()
             while chunk := response.read(min(_CHUNK_BYTES, limits.max_bytes + 1 - len(body))):
                 body += chunk
                 if len(body) > limits.max_bytes:
                     raise RequestError(f"{name}: larger than {limits.max_bytes} bytes")
-            expected = response.headers.get("Content-Length")
+            length = response.headers.get("Content-Length", "")
+            expected = int(length) if length.isdecimal() else 0
     except (OSError, http.client.HTTPException, ValueError) as error:
         if expired.is_set():
             raise RequestError(f"{name}: did not arrive within {limits.timeout_s:g} s") from error
         raise RequestError(f"{name}: cannot be fetched: {error}") from error
     finally:
         timer.cancel()
+        for each in sockets:
+            each.close()
     if expired.is_set():
         raise RequestError(f"{name}: did not arrive within {limits.timeout_s:g} s")
-    if expected is not None and expected.isdecimal() and len(body) < int(expected):
+    if len(body) < expected:
         raise RequestError(f"{name}: the connection ended after {len(body)} of {expected} bytes")
     return bytes(body)
 
 
-def _opener(sockets: list[socket.socket]) -> urllib.request.OpenerDirector:
+def _opener(sockets: list[socket.socket], expired: threading.Event) -> urllib.request.OpenerDirector:
     """http and https, proxies and redirects between those: urllib's own opener also reads ftp:, file: and data:."""
 
     class Http(http.client.HTTPConnection):
         def connect(self) -> None:
             super().connect()
-            sockets.append(self.sock)
+            # a duplicate: TLS takes the socket itself away before its handshake
+            sockets.append(self.sock.dup())
+            if expired.is_set():
+                raise TimeoutError("connected too late")
 
-    class Https(http.client.HTTPSConnection):
-        def connect(self) -> None:
-            super().connect()
-            sockets.append(self.sock)
+    class Https(http.client.HTTPSConnection, Http):
+        """Between the connection and the handshake, the former's connect() calls the latter's."""
+
+    class Redirects(urllib.request.HTTPRedirectHandler):
+        def http_error_302(self, req: Any, fp: Any, code: int, msg: str, headers: Any) -> Any:
+            # urllib would read the whole body, however long, before it follows
+            fp.close()
+            return super().http_error_302(req, fp, code, msg, headers)
+
+        http_error_301 = http_error_303 = http_error_307 = http_error_308 = http_error_302
 
     class HttpHandler(urllib.request.HTTPHandler):
         def http_open(self, req: urllib.request.Request) -> Any:
@@ -139,7 +158,7 @@ def _opener(sockets: list[socket.socket]) -> urllib.request.OpenerDirector:
         HttpHandler(),
         HttpsHandler(),
         urllib.request.HTTPDefaultErrorHandler(),
-        urllib.request.HTTPRedirectHandler(),
+        Redirects(),
         urllib.request.HTTPErrorProcessor(),
         urllib.request.UnknownHandler(),
     ):

@@ -3,7 +3,7 @@
 import io
 import os
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import closing
+from contextlib import closing, suppress
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -73,10 +73,10 @@ def video_patches(
     location = readable(name, source, http)
     try:
         with closing(open_video(location)) as reader:
-            try:
-                return _sampled(reader, settings, wanted)
-            except FramesMissing:
-                return _sampled(reader, settings, wanted)
+            for _ in range(2):
+                with suppress(FramesMissing):
+                    return _sampled(reader, settings, wanted)
+            raise RequestError("frames that were counted do not come; re-encode it, or give its frames as a list")
     except RequestError as error:
         raise RequestError(f"{name}: {error}") from error
 

@@ -4,13 +4,14 @@ import io
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass
+from itertools import chain
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from ..artifacts.errors import MissingDependencyError, RequestError
-from .images import MAX_IMAGE_PIXELS, check_area
+from .images import check_area
 from .video import FramesMissing
 
 if TYPE_CHECKING:
@@ -22,14 +23,23 @@ if TYPE_CHECKING:
 
 # Containers that hold their own data. Playlists and scripts (hls, dash, concat, image2) name other files and hosts.
 _FORMATS = (
-    "mov,mp4,m4a,3gp,3g2,mj2,matroska,webm,avi,mpegts,mpeg,mpegvideo,flv,asf,ogg,ivf,gif,apng,webp_anim,rm,nut,mxf,"
+    "mov,mp4,m4a,3gp,3g2,mj2,matroska,webm,avi,mpegts,mpeg,mpegvideo,flv,asf,ogg,ivf,gif,apng,rm,nut,mxf,"
     "h264,hevc,m4v,mjpeg,av1,obu,dv,y4m,yuv4mpegpipe"
 )
+# H.264 and HEVC show a frame at most this many frames late; one that more have overtaken does not come any more
+_MAX_REORDERED = 16
+# 8K in both directions; FFmpeg holds a dozen frames and more at once
+_MAX_FRAME_PIXELS = 8192 * 8192
+# above 4K, decoding keeps to few threads
+_LARGE_PIXELS, _LARGE_THREADS = 4096 * 2304, 2
+# two days at 24 frames a second; about 0.5 GB
+_MAX_PACKETS = 1 << 22
+_RATE_TOLERANCE = 0.01
 # Codecs whose bitstream says of each frame whether any other refers to it, so that FFmpeg can leave it out exactly
 _SKIPPABLE = ("h264",)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class _Packet:
     """One packet in decoding order. What a file says twice (the times of broken streams) is not trusted."""
 
@@ -60,7 +70,7 @@ class AvReader:
         try:
             codec = self._stream.codec_context
             if codec.width and codec.height:
-                check_area("video", codec.width, codec.height)
+                check_area("video", codec.width, codec.height, _MAX_FRAME_PIXELS)
             # None where packets' times are no guide: frames are then counted by decoding them
             self._packets = self._scan()
             if self._packets is None:
@@ -88,7 +98,7 @@ class AvReader:
         for pts in wanted:
             while pts not in held:
                 made = next(found, None)
-                if made is None:
+                if made is None or len(held) > _MAX_REORDERED:
                     self._count()
                     raise FramesMissing
                 held[made[0]] = made[1]
@@ -96,7 +106,7 @@ class AvReader:
             held = {later: pixels for later, pixels in held.items() if later >= pts}
 
     def _open(self) -> tuple["InputContainer", "VideoStream"]:
-        options = {"format_whitelist": _FORMATS, "protocol_whitelist": "file", "max_pixels": str(MAX_IMAGE_PIXELS)}
+        options = {"format_whitelist": _FORMATS, "protocol_whitelist": "file"}
         if isinstance(self._source, io.BytesIO):
             self._source.seek(0)
         try:
@@ -109,16 +119,21 @@ class AvReader:
         if not streams:
             container.close()
             raise RequestError("has no video stream that can be decoded")
+        codec = streams[0].codec_context
+        codec.options = {"max_pixels": str(_MAX_FRAME_PIXELS)}
         streams[0].thread_type = "AUTO"
-        streams[0].codec_context.thread_count = self._threads
+        # every thread holds frames of its own
+        codec.thread_count = _LARGE_THREADS if codec.width * codec.height > _LARGE_PIXELS else self._threads
         return container, streams[0]
 
     def _scan(self) -> list[_Packet] | None:
         """Every packet, read and not decoded; None when one has no time, two have the same, or none is whole."""
-        packets = []
+        packets: list[_Packet] = []
         for packet in self._demux(self._container, self._stream):
             if packet.pts is None:
                 return None
+            if len(packets) == _MAX_PACKETS:
+                raise RequestError(f"has more than {_MAX_PACKETS} frames; cut it first")
             is_shown = not packet.is_discard and not packet.is_corrupt
             packets.append(_Packet(packet.pts, packet.dts, packet.is_keyframe, is_shown))
         times = {packet.pts for packet in packets}
@@ -138,10 +153,13 @@ class AvReader:
                 yield packet
 
     def _rate(self) -> float:
-        if rate := self._stream.average_rate or self._stream.guessed_rate:
-            return float(rate)
+        told = self._stream.average_rate or self._stream.guessed_rate
         if self._packets is not None and self.frames > 1 and self._stream.time_base:
-            return (self.frames - 1) / float((self._shown[-1] - self._shown[0]) * self._stream.time_base)
+            mean = (self.frames - 1) / float((self._shown[-1] - self._shown[0]) * self._stream.time_base)
+            # times in whole milliseconds give it less exactly; a container may name the rate of a camera that varied
+            return float(told) if told and abs(told / mean - 1) <= _RATE_TOLERANCE else mean
+        if told:
+            return float(told)
         raise RequestError("has no frame rate; give its frames as a list")
 
     def _timed(self, packets: list[_Packet], wanted: set[int]) -> Iterator[tuple[int, NDArray[np.uint8]]]:
@@ -207,7 +225,7 @@ class AvReader:
     def _every_frame(self) -> Iterator["VideoFrame"]:
         container, stream = self._open()
         with container:
-            for packet in (*self._demux(container, stream), None):
+            for packet in chain(self._demux(container, stream), [None]):
                 yield from (frame for frame in self._decode(stream.codec_context, packet) if not frame.is_corrupt)
 
     def _decode(self, codec: "VideoCodecContext", packet: "av.Packet[Any] | None") -> Iterator["VideoFrame"]:
@@ -218,7 +236,7 @@ class AvReader:
             return
 
     def _rgb(self, frame: "VideoFrame") -> NDArray[np.uint8]:
-        check_area("frame", frame.width, frame.height)
+        check_area("frame", frame.width, frame.height, _MAX_FRAME_PIXELS)
         turns, rest = divmod(frame.rotation, 90)
         if rest:
             raise RequestError(f"is turned by {frame.rotation} degrees; only multiples of 90 can be undone")
@@ -244,7 +262,3 @@ def _stretches(packets: list[_Packet], wanted: set[int]) -> Iterator[tuple[int, 
         while runs and runs[0][0] <= last + 1:
             last = max(last, runs.pop(0)[1])
         yield first, last
-
-
-def _reason(error: Exception) -> str:
-    return getattr(error, "strerror", None) or str(error)

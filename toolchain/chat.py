@@ -3,7 +3,7 @@
 import sys
 from typing import TYPE_CHECKING, Any
 
-from ..artifacts.errors import RequestError
+from ..artifacts.errors import MissingDependencyError, RequestError, ToolchainError
 from .console import fail, note, result, write_text
 
 if TYPE_CHECKING:
@@ -18,13 +18,13 @@ HELP = """/image FILE   show a picture with the next message; several may be giv
 Ctrl-C ends an answer, and at the prompt the chat."""
 
 
-def run_chat(conversation: "Conversation", images: list[str], settings: dict[str, Any]) -> None:
-    """Read lines from stdin and answer them until the input ends. `images` go with the first message.
+def run_chat(conversation: "Conversation", images: list[str], videos: list[str], settings: dict[str, Any]) -> None:
+    """Read lines from stdin and answer them until the input ends. `images` and `videos` go with the first message.
 
     Answers go to stdout, everything else to stderr. A request that is refused is named, and the chat goes on; where
-    nobody is at the keyboard it ends with RequestError instead.
+    nobody is at the keyboard it ends with that error instead.
     """
-    waiting: dict[str, list[str]] = {"image": list(images), "video": []}
+    waiting: dict[str, list[str]] = {"image": list(images), "video": list(videos)}
     interactive = sys.stdin.isatty()
     if interactive:
         import readline  # noqa: F401  # gives input() line editing and a history
@@ -46,7 +46,7 @@ def run_chat(conversation: "Conversation", images: list[str], settings: dict[str
         elif line:
             try:
                 _answer(conversation, line, waiting, settings)
-            except RequestError as error:
+            except (RequestError, MissingDependencyError) as error:
                 _refuse(error, interactive)
             waiting = {"image": [], "video": []}
 
@@ -68,7 +68,7 @@ def _read(interactive: bool) -> str | None:
         return None
 
 
-def _refuse(error: RequestError, interactive: bool) -> None:
+def _refuse(error: ToolchainError, interactive: bool) -> None:
     if not interactive:
         raise error
     fail(str(error))

@@ -198,6 +198,7 @@ def _answer_batch(
 def chat(
     artifact: Artifact,
     image: Image = None,
+    video: Video = None,
     system: System = None,
     max_new_tokens: MaxNewTokens = None,
     min_new_tokens: MinNewTokens = None,
@@ -221,4 +222,5 @@ def chat(
     vision = vision_options(min_pixels, max_pixels, video_sampling, allow_http)
     from .chat import run_chat
 
-    run_chat(_loaded(artifact, backend, execute_mode, trusted_key).chat(system, vision), image or [], settings)
+    conversation = _loaded(artifact, backend, execute_mode, trusted_key).chat(system, vision)
+    run_chat(conversation, image or [], video or [], settings)

@@ -1,6 +1,7 @@
 """Small videos for tests, and what decoding every one of their frames gives."""
 
 from collections.abc import Iterable
+from contextlib import suppress
 from fractions import Fraction
 from functools import lru_cache
 from pathlib import Path
@@ -45,7 +46,16 @@ def write_clip(
     return path
 
 
-def every_frame(path: Path) -> list[np.ndarray]:
+def every_frame(path: Path, skip_damaged: bool = False) -> list[np.ndarray]:
     """All frames as RGB, in order of display: what picking frames afterwards picks from."""
     with av.open(str(path)) as container:
+        if skip_damaged:
+            return list(_undamaged(container))
         return [frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)]
+
+
+def _undamaged(container: Any) -> Iterable[np.ndarray]:
+    codec = container.streams.video[0].codec_context
+    for packet in container.demux(video=0):
+        with suppress(av.error.FFmpegError):
+            yield from (frame.to_ndarray(format="rgb24") for frame in codec.decode(packet) if not frame.is_corrupt)

@@ -13,6 +13,7 @@ from helpers.clips import every_frame, moving_frame, write_clip
 from PIL import Image
 
 from qwen2vl_tc.artifacts.errors import MissingDependencyError, RequestError
+from qwen2vl_tc.runtime import video_av
 from qwen2vl_tc.runtime.frames import FrameRequest, sample_frames
 from qwen2vl_tc.runtime.patches import image_patches
 from qwen2vl_tc.runtime.resize import SizeRequest, frame_size
@@ -41,7 +42,8 @@ def test_frames_are_sampled_as_the_libraries_sample_them(rule):
             with pytest.raises(RequestError):
                 sample_frames(*given)
         else:
-            assert sample_frames(*given) == case[rule], case["given"]
+            # torch.arange may end behind the last frame, where the library fails to read it
+            assert sample_frames(*given) == [index for index in case[rule] if index < case["total"]], case["given"]
             compared += 1
     assert compared >= 50
 
@@ -72,11 +74,22 @@ def test_frames_are_sized_as_qwen_vl_utils_sizes_them():
         ({"max_frames": True}, "max_frames"),
         ({"video_start": float("nan")}, "video_start"),
         ({"video_start": 1.0, "video_end": 0.5}, "no frames"),
+        *(({name: 10**5000}, f"{name} is out of range") for name in vars(FrameRequest())),
+        ({"fps": 10**400}, "fps is out of range"),
     ],
+    ids=lambda value: ",".join(value) if isinstance(value, dict) else None,
 )
 def test_a_sampling_that_makes_no_sense_is_refused(wanted, said):
     with pytest.raises(RequestError, match=said):
         sample_frames(FrameRequest(**wanted), "qwen", 50, 25.0, 2)
+
+
+def test_a_size_that_no_float_holds_is_refused():
+    for name in ("total_pixels", "max_pixels", "min_pixels"):
+        with pytest.raises(RequestError, match=f"{name} is above"):
+            frame_size(480, 640, 10, SizeRequest(**{name: 10**5000}), PUBLISHED)
+    with pytest.raises(RequestError, match="resized_height or resized_width is above"):
+        frame_size(480, 640, 10, SizeRequest(resized_height=10**5000, resized_width=10**5000), PUBLISHED)
 
 
 # key frames every 12, open groups, references among B-frames, no B-frames, other codecs and containers
@@ -171,6 +184,12 @@ def test_transformers_rule_takes_every_frame_and_fills_up_an_odd_count(tmp_path)
             patches_of(path, "transformers", **unknown)
 
 
+def test_a_step_that_rounds_past_the_last_frame_leaves_it_out(tmp_path):
+    path = write_clip(tmp_path / "short.mp4", frames=17)
+    _, (t, _, _) = patches_of(path, "transformers", nframes=14)
+    assert t == 7
+
+
 @pytest.mark.parametrize("count", [1, 2, 5, 8])
 def test_a_list_of_frames_is_taken_whole(count):
     frames = [moving_frame(i, 100, 70) for i in range(count)]
@@ -197,11 +216,14 @@ def test_a_list_of_frames_that_is_no_clip_is_refused():
         patches_of([moving_frame(0, 50, 50)] * 4, nframes=2)
 
 
-def test_a_variable_frame_rate_is_sampled_by_frame_with_its_mean_rate(tmp_path):
+@pytest.mark.parametrize("name", ["vfr.mkv", "vfr.mp4"])
+def test_a_variable_frame_rate_is_sampled_by_frame_with_its_mean_rate(tmp_path, name):
     times = np.cumsum([1000, 3000, 500, 2500] * 10).tolist()
-    path = write_clip(tmp_path / "vfr.mkv", times=times)
+    path = write_clip(tmp_path / name, times=times)
     reader = AvReader(str(path))
     assert reader.frames == 40
+    # times are in 1/24000 s; mkv rounds them to milliseconds, and mp4's own mean counts the last frame's duration
+    assert reader.fps == pytest.approx(39 / (times[-1] - times[0]) * 24_000, rel=0.01)
     expected = every_frame(path)
     for index, pixels in zip([3, 20, 39], reader.read([3, 20, 39]), strict=True):
         np.testing.assert_array_equal(pixels, expected[index])
@@ -244,8 +266,71 @@ def test_where_packets_lie_frames_are_counted_by_decoding(clips, tmp_path):
     data[start : start + 1500] = bytes(1500)
     path = tmp_path / "hole.mp4"
     path.write_bytes(data)
-    patches, grid = patches_of(str(path), fps=24.0)
-    assert len(patches) == np.prod(grid)
+    counted = len(every_frame(path, skip_damaged=True))
+    assert 20 < counted < 60
+    _, (t, _, _) = patches_of(str(path), fps=24.0)
+    assert t == counted // 2
+
+
+def without_first_picture(source: Path, path: Path) -> Path:
+    with av.open(str(source)) as container:
+        first = next(container.demux(video=0))
+        start, size = first.pos, first.size
+    data = bytearray(source.read_bytes())
+    data[start + 4 : start + size] = bytes(size - 4)
+    path.write_bytes(data)
+    return path
+
+
+def test_a_frame_that_never_comes_is_not_waited_for_with_all_the_others_in_memory(clips, tmp_path, monkeypatch):
+    path = without_first_picture(clips("intra.mp4"), tmp_path / "damaged.mp4")
+    made = []
+    rgb = AvReader._rgb
+    monkeypatch.setattr(AvReader, "_rgb", lambda self, frame: made.append(frame.pts) or rgb(self, frame))
+    reader = AvReader(str(path))
+    assert reader.frames == 60
+    with pytest.raises(FramesMissing):
+        list(reader.read(list(range(60))))
+    assert len(made) <= 20
+    assert reader.frames == 59
+    assert len(patches_of(path, nframes=58)[0])
+
+
+def test_a_file_whose_frames_differ_at_every_reading_is_refused_by_name(clips):
+    class Fickle(AvReader):
+        def read(self, indices):
+            raise FramesMissing
+
+    wanted = VideoRequest(FrameRequest(), SMALL, "qwen")
+    with pytest.raises(RequestError, match=r"short\.mp4: frames that were counted do not come"):
+        video_patches(clips("short.mp4"), PUBLISHED, wanted, LOCAL_ONLY, Fickle)
+
+
+def test_a_file_of_endless_tiny_packets_is_refused(clips, monkeypatch):
+    monkeypatch.setattr(video_av, "_MAX_PACKETS", 59)
+    with pytest.raises(RequestError, match="more than 59 frames"):
+        patches_of(clips("short.mp4"))
+
+
+def test_frames_above_the_limit_are_refused_by_the_decoder_too(clips, monkeypatch):
+    # a stream may change its size after the header that was checked
+    monkeypatch.setattr(video_av, "_MAX_FRAME_PIXELS", 160 * 96 - 1)
+    with pytest.raises(RequestError, match="160 x 96 pixels, at most 15359"):
+        patches_of(clips("short.mp4"))
+    monkeypatch.setattr(video_av, "check_area", lambda *given: None)
+    with pytest.raises(RequestError, match="none of its frames can be decoded"):
+        patches_of(clips("short.mp4"))
+
+
+def test_counting_frames_does_not_hold_the_file(clips, monkeypatch):
+    demux, ahead = AvReader._demux, []
+    monkeypatch.setattr(
+        AvReader, "_demux", lambda self, *given: (ahead.append(packet) or packet for packet in demux(self, *given))
+    )
+    reader = AvReader(str(clips("intra.mp4")), threads=1)
+    ahead.clear()
+    next(iter(reader._every_frame()))
+    assert len(ahead) < 10
 
 
 def no_video(folder: Path) -> Path:
@@ -291,7 +376,10 @@ def test_what_is_no_video_is_refused_by_name_and_the_next_one_works(clips, tmp_p
     assert len(patches_of(clips("short.mp4").read_bytes())[0])
 
 
-@pytest.mark.parametrize("source", ["http://example.com/a.mp4", "absent.mp4", "data:video/mp4;base64,??", ""])
+@pytest.mark.parametrize(
+    "source",
+    ["http://example.com/a.mp4", "absent.mp4", "data:video/mp4;base64,??", "data:video/mp4;base64,é", "file://[x", ""],
+)
 def test_what_is_no_local_video_is_refused(source):
     with pytest.raises(RequestError):
         patches_of(source)
@@ -328,11 +416,11 @@ print(grid[0], patches.nbytes, resource.getrusage(resource.RUSAGE_SELF).ru_maxrs
 
 @pytest.mark.slow
 def test_ten_minutes_of_1080p_stay_under_one_gigabyte(tmp_path):
-    # few frames a second to encode, as many sampled frames as any rate gives
+    # few frames to encode and decode; from 300 on, they share a budget of pixels that no longer grows
     options = {"preset": "ultrafast", "x264-params": "keyint=48"}
-    path = write_clip(tmp_path / "long.mp4", 800, 1920, 1080, rate=Fraction(4, 3), period=6, **options)
+    path = write_clip(tmp_path / "long.mp4", 300, 1920, 1080, rate=Fraction(1, 2), period=6, **options)
     done = subprocess.run([sys.executable, "-c", MEMORY, str(path)], capture_output=True, text=True, check=True)
     steps, held, peak = map(int, done.stdout.split())
-    assert steps == 384
+    assert steps == 150
     assert held > 450e6
     assert peak < 1e9

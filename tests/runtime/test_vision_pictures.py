@@ -2,6 +2,7 @@
 
 import base64
 import io
+import warnings
 
 import numpy as np
 import pytest
@@ -12,7 +13,9 @@ from transformers.models.qwen2_vl import image_processing_pil_qwen2_vl as origin
 from qwen2vl_tc.artifacts.errors import MissingDependencyError, RequestError
 from qwen2vl_tc.runtime import resize as resizing
 from qwen2vl_tc.runtime.images import load_image
+from qwen2vl_tc.runtime.messages import VisionItem, vision_items
 from qwen2vl_tc.runtime.patches import image_patches
+from qwen2vl_tc.runtime.pictures import VisionOptions, item_patches
 from qwen2vl_tc.runtime.resize import SizeRequest, resize, smart_resize
 from qwen2vl_tc.runtime.vision import ImageSettings
 from qwen2vl_tc.toolchain.hf_processor import default_image_processor
@@ -125,6 +128,31 @@ def test_pixel_bounds_given_with_the_image_override_the_settings():
     assert grid == (1, 8, 14)
 
 
+@pytest.mark.parametrize(
+    ("said", "patches"),
+    [
+        ({}, 16),
+        ({"min_pixels": 3136}, 16),
+        ({"resized_height": 280, "resized_width": 280}, 16),
+        ({"max_pixels": 28 * 28 * 9}, 36),
+    ],
+)
+def test_bounds_of_the_whole_request_hold_wherever_a_message_gives_none(said, patches):
+    options = VisionOptions(max_pixels=28 * 28 * 4)
+    for kind, source in (("image", picture((400, 400))), ("video", [picture((400, 400))] * 2)):
+        # a frame has at least 128 windows unless it is said otherwise
+        small = said if kind == "image" else {"min_pixels": 3136, **said}
+        _, (_, h, w) = item_patches(VisionItem(kind, source, "here", SizeRequest(**small)), PUBLISHED, options)
+        assert h * w == patches
+
+
+def test_bounds_beside_a_resized_size_are_checked_too():
+    with pytest.raises(RequestError, match="max_pixels is 'x'"):
+        image_patches(picture((40, 40)), PUBLISHED, SizeRequest(max_pixels="x", resized_height=28, resized_width=28))
+    with pytest.raises(RequestError, match="max_pixels is 'x'"):
+        VisionOptions(max_pixels="x")
+
+
 @pytest.mark.parametrize(("height", "width"), [(280, None), (None, 280), (0, 28), (28.0, 28), (True, 28)])
 def test_a_resized_size_is_two_positive_integers(height, width):
     with pytest.raises(RequestError, match="resized_height"):
@@ -137,6 +165,13 @@ def test_a_resized_size_is_two_positive_integers(height, width):
 def test_senseless_pixel_bounds_are_refused(least, most):
     with pytest.raises(RequestError, match="_pixels"):
         image_patches(picture((40, 40)), PUBLISHED, SizeRequest(min_pixels=least, max_pixels=most))
+
+
+@pytest.mark.parametrize("given", [{"ulr": "x"}, {"url": None}, {"url": "x", "size": 3}, {}], ids=str)
+def test_an_image_url_that_is_misspelt_does_not_take_the_next_picture(given):
+    messages = [{"role": "user", "content": [{"type": "image_url", "image_url": given}]}]
+    with pytest.raises(RequestError, match=r"image_url has .*, expected url"):
+        vision_items(messages, ["other.png"], [], {})
 
 
 def test_smart_resize_gives_what_transformers_gives_and_refuses_what_it_refuses():
@@ -262,6 +297,21 @@ def test_a_bomb_is_refused_even_where_pillows_own_check_is_off(tmp_path, monkeyp
         load_image(tmp_path / "x.jpg")
 
 
+def test_a_picture_below_our_limit_writes_no_warning_of_pillows(tmp_path, monkeypatch):
+    path = tmp_path / "large.png"
+    picture((20, 15)).save(path)
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 200)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert load_image(path).size == (20, 15)
+
+
+def test_an_error_names_a_long_source_in_short():
+    with pytest.raises(RequestError) as caught:
+        load_image("A" * 5_000_000)
+    assert len(str(caught.value)) < 400
+
+
 @pytest.mark.parametrize(
     "source",
     [
@@ -270,6 +320,8 @@ def test_a_bomb_is_refused_even_where_pillows_own_check_is_off(tmp_path, monkeyp
         "HTTPS://example.com/cat.jpg",
         "file://server/cat.jpg",
         "data:image/png;base64,???",
+        "data:image/png;base64,é",
+        "file://[x",
         "",
         "nul\0byte.jpg",
         b"",

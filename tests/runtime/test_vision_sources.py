@@ -1,9 +1,11 @@
 """http(s) sources: fetched only where allowed, within limits of size and time, from http(s) alone."""
 
 import io
+import socket
 import threading
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import Any
 
 import numpy as np
 import pytest
@@ -27,9 +29,18 @@ class Handler(BaseHTTPRequestHandler):
 
     def do_GET(self) -> None:
         body = png()
-        if self.path == "/moved":
+        if self.path in ("/moved", "/moved-at-length"):
             self.send_response(302)
             self.send_header("Location", "/a.png")
+            self.end_headers()
+            try:
+                while self.path == "/moved-at-length" and not self.stop.is_set():
+                    self.wfile.write(bytes(10_000))
+            except OSError:
+                return
+        elif self.path == "/digits":
+            self.send_response(200)
+            self.send_header("Content-Length", "9" * 5000)
             self.end_headers()
         elif self.path in ("/to-file", "/to-ftp", "/loop"):
             self.send_response(302)
@@ -77,7 +88,7 @@ def server() -> Iterator[str]:
         running.shutdown()
 
 
-@pytest.mark.parametrize("path", ["/a.png", "/moved"])
+@pytest.mark.parametrize("path", ["/a.png", "/moved", "/moved-at-length"])
 def test_an_allowed_url_is_the_picture_behind_it(server: str, path: str) -> None:
     expected = np.asarray(load_image(png()))
     np.testing.assert_array_equal(np.asarray(load_image(server + path, ALLOWED)), expected)
@@ -97,6 +108,7 @@ def test_nothing_is_fetched_unless_it_is_allowed(server: str) -> None:
         ("/large", "larger than 100000 bytes"),
         ("/endless", "larger than 100000 bytes"),
         ("/short", "ended after"),
+        ("/digits", "cannot be fetched"),
         ("/to-file", "cannot be fetched"),
         ("/to-ftp", "cannot be fetched"),
         ("/loop", "cannot be fetched"),
@@ -110,6 +122,21 @@ def test_what_does_not_arrive_whole_is_refused_by_name(server: str, path: str, s
 def test_a_server_that_sends_byte_by_byte_cannot_hold_a_request(server: str) -> None:
     with pytest.raises(RequestError, match=r"did not arrive within 0\.5 s"):
         load_image(server + "/drip", HttpLimits(allowed=True, timeout_s=0.5))
+
+
+def test_a_connection_made_too_late_is_not_read(server: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    look_up = socket.getaddrinfo
+
+    def slow(*given: Any, **named: Any) -> Any:
+        for timer in threading.enumerate():
+            if isinstance(timer, threading.Timer):
+                timer.join()
+        return look_up(*given, **named)
+
+    monkeypatch.setattr(socket, "getaddrinfo", slow)
+    with pytest.raises(RequestError, match=r"did not arrive within 0\.1 s"):
+        # read on, it would be refused for its size
+        load_image(server + "/drip", HttpLimits(allowed=True, max_bytes=3, timeout_s=0.1))
 
 
 @pytest.mark.parametrize("url", ["http://127.0.0.1:1/a.png", "http://", "http://[::1", "https://127.0.0.1:1/"])

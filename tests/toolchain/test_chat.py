@@ -55,7 +55,7 @@ def test_a_person_who_errs_is_told_and_goes_on(
 ) -> None:
     typed(["", "/nonsense", "/image", "/image absent.png", "What is this?", "/help", "Hello"], monkeypatch)
     conversation = model.chat()
-    chat.run_chat(conversation, [], SETTINGS)
+    chat.run_chat(conversation, [], [], SETTINGS)
     out, err = capsys.readouterr()
     assert "error: /nonsense: unknown or incomplete" in err
     assert "error: /image: unknown or incomplete" in err
@@ -69,7 +69,7 @@ def test_reset_starts_anew_and_drops_pictures_that_wait(
     model: Model, picture: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     typed(["Hello", f"/image {picture}", "/reset", "Hello"], monkeypatch)
-    chat.run_chat(model.chat(), [], SETTINGS)
+    chat.run_chat(model.chat(), [], [], SETTINGS)
     out, err = capsys.readouterr()
     alone = model.generate([{"role": "user", "content": "Hello"}], max_new_tokens=6).text
     assert out == f"{alone}\n{alone}\n"
@@ -90,7 +90,7 @@ def test_ctrl_c_ends_the_answer_and_not_the_chat(
 
     monkeypatch.setattr(chat, "write_text", interrupted)
     conversation = model.chat()
-    chat.run_chat(conversation, [], {"max_new_tokens": 20, "min_new_tokens": 20})
+    chat.run_chat(conversation, [], [], {"max_new_tokens": 20, "min_new_tokens": 20})
     assert "interrupted; the conversation goes on" in capsys.readouterr().err
     assert [message["role"] for message in conversation.messages] == ["user", "assistant"] * 2
 

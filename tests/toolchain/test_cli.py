@@ -46,7 +46,7 @@ FROZEN = {
     "verify": {"ARTIFACT", "--against", "--json"},
     "inspect": {"ARTIFACT", "--json", "--tokens", "--patches", "--graph", "--dot", "--layer"},
     "generate": {"ARTIFACT", "--image", "--video", "--prompt", "--system", "--requests", "--json", *ENGINE, *GENERATE},
-    "chat": {"ARTIFACT", "--image", "--system", *ENGINE, *GENERATE},
+    "chat": {"ARTIFACT", "--image", "--video", "--system", *ENGINE, *GENERATE},
     "warm": {"ARTIFACT"},
     "bench": {"ARTIFACT", "--max-new-tokens", "--batch", "--warmup", *BENCH_OPTIONS},
     "bench cold-start": {"ARTIFACT", "--cold", *BENCH_OPTIONS},
