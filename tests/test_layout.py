@@ -7,6 +7,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -139,6 +141,20 @@ def test_every_folder_with_code_is_listed_as_a_package() -> None:
 def test_the_type_checker_sees_every_folder() -> None:
     links = {link.name: link.resolve() for link in (ROOT / ".typing" / "qwen2vl_tc").iterdir()}
     assert links == {folder: ROOT / folder for folder in MAY_IMPORT}
+
+
+@pytest.mark.parametrize("python", ["3.10", "3.11"])
+def test_pinned_versions_satisfy_what_the_package_asks_for(python: str) -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    extras = [each for group in project["optional-dependencies"].values() for each in group]
+    lines = (ROOT / "constraints.txt").read_text().splitlines()
+    pins = [Requirement(line) for line in lines if not line.startswith("#")]
+    here = {"python_version": python, "platform_machine": "x86_64"}
+    pinned = {canonicalize_name(pin.name): pin for pin in pins if not pin.marker or pin.marker.evaluate(here)}
+    for each in map(Requirement, [*project["dependencies"], *extras]):
+        pin = pinned.get(canonicalize_name(each.name))
+        if pin and (not each.marker or each.marker.evaluate(here)):
+            assert all(each.specifier.contains(one.version) for one in pin.specifier), f"{each}, pinned {pin}"
 
 
 def test_the_readme_holds_no_placeholder_and_names_only_files_that_exist() -> None:

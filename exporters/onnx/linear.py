@@ -180,13 +180,15 @@ class Linears:
         token_scale = graph.node("Mul", f"{name}.token_scale", largest, graph.constant("127th", 1 / 127))
         scaled = graph.node("Div", f"{name}.scaled", x, token_scale)
         x = graph.node("QuantizeLinear", f"{name}.quantized", scaled, one, middle)
+        # where onnxruntime makes weights uint8, 1.28 aborts without it, and 1.32 refuses one that nodes share
+        zero = graph.constant(f"{parameter}.weight.zero", 0, np.int8)
         if self.form.standard_only:
-            product = graph.node("MatMulInteger", f"{name}.integer", x, quantized, middle)
+            product = graph.node("MatMulInteger", f"{name}.integer", x, quantized, middle, zero)
             product = graph.node("Cast", f"{name}.float", product, to=_FLOAT)
             product = graph.node("Mul", f"{name}.by_output", product, scaling)
         else:
             product = graph.node(
-                "MatMulIntegerToFloat", f"{name}.integer", x, quantized, one, scaling, middle, domain=MICROSOFT
+                "MatMulIntegerToFloat", f"{name}.integer", x, quantized, one, scaling, middle, zero, domain=MICROSOFT
             )
         return graph.node("Add", name, graph.node("Mul", f"{name}.by_token", product, token_scale), bias)
 

@@ -4,7 +4,6 @@ One session of the text model serves prefill and decode, so that there is one co
 bound as the model's input and output at once: a step writes only its own tokens into it.
 """
 
-import importlib.metadata
 import importlib.util
 import os
 import platform
@@ -25,8 +24,8 @@ from .base import Backend, Embeds, Ints, Step
 # how many threads compute; the default is the cores that this process may use
 THREADS_VARIABLE = "QWEN2VL_TC_THREADS"
 PROVIDER = "CPUExecutionProvider"
-# the first release whose CPU kernels cover opset 24 as these models use it
-LEAST_VERSION = (1, 24)
+# the oldest release that every form of the models was run on; 1.24 has no TensorScatter
+LEAST_VERSION = (1, 25)
 # Longer prompts, and more patches of several segments, run in parts of this size: what activations take stays bounded.
 _PREFILL_TOKENS = 1024
 _VISUAL_PATCHES = 4096
@@ -199,15 +198,19 @@ def _batches(segment_ends: list[int]) -> Iterator[tuple[int, int, int]]:
 
 def import_onnxruntime() -> Any:
     """The package. Raises MissingDependencyError where it is missing or too old for the models' opset."""
+    least = ".".join(map(str, LEAST_VERSION))
     if importlib.util.find_spec("onnxruntime") is None:
-        raise MissingDependencyError("backend onnxruntime needs onnxruntime; pip install 'qwen2vl-tc[onnx]'")
+        raise MissingDependencyError(
+            f"backend onnxruntime needs onnxruntime {least} or newer, on Python 3.11 or newer; pip install "
+            "'qwen2vl-tc[onnx]'"
+        )
     import onnxruntime
 
     found = re.match(r"(\d+)\.(\d+)", onnxruntime.__version__)
     if found and tuple(map(int, found.groups())) < LEAST_VERSION:
-        least = ".".join(map(str, LEAST_VERSION))
         raise MissingDependencyError(
-            f"onnxruntime {onnxruntime.__version__} is too old for opset 24; pip install 'onnxruntime>={least}'"
+            f"onnxruntime {onnxruntime.__version__} is too old, these models need {least}; pip install "
+            f"'onnxruntime>={least}'"
         )
     if PROVIDER not in onnxruntime.get_available_providers():
         raise MissingDependencyError(

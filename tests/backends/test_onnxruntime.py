@@ -198,6 +198,20 @@ def test_quantized_models_stay_within_the_bounds_that_verify_states(export: Expo
         assert len(decode) == 3 * 16 and all(each["kl"] >= 0 for each in decode)
 
 
+@pytest.mark.parametrize("options", [(), ("--standard-only",)], ids=["default", "standard"])
+def test_int8_models_run_where_products_would_saturate(
+    export: Export, options: tuple[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """x86-64 without VNNI: onnxruntime makes the weights uint8, which only reorders exact integer sums."""
+    _, artifact = export("tied", "--weights", "int8", *options)
+    found = []
+    for saturate in (False, True):
+        monkeypatch.setattr("qwen2vl_tc.runtime.backends.onnxruntime._products_saturate", lambda it=saturate: it)
+        model = load(artifact)
+        found.append(visual(model, model.processor.prepare(messages(CASES["one_image"]))))
+    assert np.abs(found[0] - found[1]).max() < TOLERANCE
+
+
 def test_standard_operators_compute_what_the_others_do(export: Export) -> None:
     _, fused = export("tied", "--weights", "int8")
     _, standard = export("tied", "--weights", "int8", "--standard-only")
@@ -263,8 +277,10 @@ def test_what_cannot_run_says_what_to_install(export: Export, monkeypatch: pytes
     import onnxruntime
 
     _, artifact = export("tied", "--weights", "int8")
-    monkeypatch.setattr(onnxruntime, "__version__", "1.17.3")
-    with pytest.raises(MissingDependencyError, match=r"onnxruntime 1\.17\.3 is too old.*pip install 'onnxruntime>=1\."):
+    monkeypatch.setattr(onnxruntime, "__version__", "1.24.1")
+    with pytest.raises(
+        MissingDependencyError, match=r"1\.24\.1 is too old.*need 1\.25; pip install 'onnxruntime>=1\.25'"
+    ):
         load(artifact)
     monkeypatch.undo()
     monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: ["CUDAExecutionProvider"])
