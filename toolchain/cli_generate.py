@@ -25,6 +25,7 @@ GENERATE_EXAMPLES = examples(
 CHAT_EXAMPLES = examples(
     "qwen2vl-tc chat qwen2-vl-7b.artifact",
     "qwen2vl-tc chat qwen2-vl-7b.artifact --image cat.jpg --system 'Answer in one word.'",
+    "qwen2vl-tc chat qwen2-vl-7b.artifact --video clip.mp4",
 )
 
 Image = Annotated[

@@ -65,6 +65,19 @@ def test_a_person_who_errs_is_told_and_goes_on(
     assert conversation.messages[-1]["content"] in out
 
 
+def test_a_clip_without_pyav_is_named_and_the_chat_goes_on(
+    model: Model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    clip = tmp_path / "clip.mp4"
+    clip.write_bytes(b"a clip")
+    monkeypatch.setitem(sys.modules, "av", None)
+    typed(["What happens?", "Hello"], monkeypatch)
+    conversation = model.chat()
+    chat.run_chat(conversation, [], [str(clip)], SETTINGS)
+    assert "qwen2vl-tc[video]" in capsys.readouterr().err
+    assert [message["role"] for message in conversation.messages] == ["user", "assistant"], "one turn was answered"
+
+
 def test_reset_starts_anew_and_drops_pictures_that_wait(
     model: Model, picture: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
