@@ -133,7 +133,7 @@ def _transformers(wanted: FrameRequest, total: int, video_fps: float, multiple: 
 def _arange(total: int, count: int) -> list[int]:
     """torch.arange(0, total, total / count).int(): vectors counted on from a rounded start, then the rest singly.
 
-    Beyond some 20,000 frames an index may be one off: where torch's vectors start depends on its threads.
+    Beyond some 20,000 frames an index may be one off torch's.
     """
     step = total / count
     size = math.ceil(total / step)

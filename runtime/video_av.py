@@ -28,11 +28,11 @@ _FORMATS = (
 )
 # H.264 and HEVC show a frame at most this many frames late; one that more have overtaken does not come any more
 _MAX_REORDERED = 16
-# 8K in both directions; FFmpeg holds a dozen frames and more at once
+# FFmpeg holds several decoded frames at once, so the bound is below that of pictures
 _MAX_FRAME_PIXELS = 8192 * 8192
 # above 4K, decoding keeps to few threads
 _LARGE_PIXELS, _LARGE_THREADS = 4096 * 2304, 2
-# two days at 24 frames a second; about 0.5 GB
+# two days at 24 frames a second; about 0.9 GiB of packets, places and times
 _MAX_PACKETS = 1 << 22
 _RATE_TOLERANCE = 0.01
 # Codecs whose bitstream says of each frame whether any other refers to it, so that FFmpeg can leave it out exactly
