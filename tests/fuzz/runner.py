@@ -57,7 +57,10 @@ class Sandbox:
             raise RuntimeError("the worker has no pipes")
         process.stdin.write(f"{path}\n")
         process.stdin.flush()
-        if not select.select([process.stdout], [], [], seconds)[0]:
+        # poll, not select: that takes no descriptor above 1023
+        poller = select.poll()
+        poller.register(process.stdout, select.POLLIN)
+        if not poller.poll(seconds * 1000):
             return None
         line = process.stdout.readline()
         return dict(json.loads(line)) if line else {"outcome": "failed", "message": f"died: {process.wait()}"}

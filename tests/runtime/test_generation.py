@@ -15,6 +15,7 @@ from PIL import Image
 from qwen2vl_tc.artifacts.errors import ArtifactError, RequestError
 from qwen2vl_tc.runtime import Model, load
 from qwen2vl_tc.runtime.generate import Row, Token
+from qwen2vl_tc.runtime.pictures import VisionOptions
 from qwen2vl_tc.toolchain.synthetic import tiny_config
 
 QUESTION = [{"role": "user", "content": "Say something."}]
@@ -302,7 +303,8 @@ def test_a_kept_answer_gives_the_logits_of_a_fresh_prompt(
     model: Model, monkeypatch: pytest.MonkeyPatch, said: dict[str, Any], kept_too: int
 ) -> None:
     answer = model.processor.tokenizer.encode("the cat sat on that, and so on; it is what it is.").ids
-    chat = model.chat()
+    small = VisionOptions(min_pixels=56 * 56, max_pixels=56 * 56)
+    chat = model.chat(vision=small)
     with monkeypatch.context() as patch:
         first = chat.send("Hello", **said, **forced(model, patch, [*answer, model.processor.eos_token_ids[0]]))
     kept = first_logits(model, lambda: chat.send("Go on.", max_new_tokens=1), monkeypatch)
