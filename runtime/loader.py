@@ -50,8 +50,9 @@ def load(
     prepare_process()
     artifact = open_artifact(path, trusted_keys)
     try:
-        # nothing else hands out intermediates
         choice, reason = _choose(artifact, "reference" if observer and backend is None else backend)
+        if observer and backend is None:
+            reason = "an observer was given, and no other backend hands out intermediates"
         if artifact.manifest.weights is None:
             raise ArtifactError(
                 f"{path}: has no weights (compiled from a config alone); run `qwen2vl-tc convert --src <hf_dir> --out "

@@ -71,8 +71,8 @@ TOLERANCES = {
         reason="fp16 keeps 11 bits: transformers in fp16 is itself 0.07 to 0.3 % (RMS) from fp32, growing with depth",
     ),
 }
-# The kinds of quantized weights of ONNX models. Measured on random models, whose first choices are often close: a
-# divergence of up to 0.003 and 0.13 nats, relative RMS of up to 0.027 and 0.2.
+# The kinds of quantized weights of ONNX models. The limits rest on one model of random weights, whose first choices are
+# often close: a divergence of up to 0.003 and 0.13 nats, relative RMS of up to 0.027 and 0.2.
 TOLERANCES |= {
     "int8": Tolerance(
         max_error=None,

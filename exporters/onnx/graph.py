@@ -40,7 +40,7 @@ class DataFile:
     """The file of a model's tensors: each starts on a page, so that it can be mapped. Hashed as it is written."""
 
     def __init__(self, path: Path) -> None:
-        self.name = path.name
+        self.name, self._path = path.name, path
         self._fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o644)
         self._hash = blake3()
         self.size = 0
@@ -57,7 +57,10 @@ class DataFile:
         self._hash.update(data)
         view = memoryview(data)
         while view:
-            written = os.write(self._fd, view)
+            try:
+                written = os.write(self._fd, view)
+            except OSError as error:
+                raise OSError(error.errno, error.strerror, str(self._path)) from error
             view = view[written:]
             self.size += written
 

@@ -45,7 +45,7 @@ class Backend(ABC):
     # decode steps worth having in flight before the host reads the oldest token; 0 where running is synchronous
     run_ahead: int = 0
     # positions of a row's KV cache
-    max_length: int = 0
+    max_length: int
     # rows that one decode step can serve at most
     max_rows: int = 1
     # whether a cache that served one request may serve the next as it is

@@ -4,7 +4,9 @@ One session of the text model serves prefill and decode, so that there is one co
 bound as the model's input and output at once: a step writes only its own tokens into it.
 """
 
+import contextlib
 import importlib.util
+import mmap
 import os
 import platform
 import re
@@ -20,6 +22,7 @@ from ...artifacts.errors import ArtifactError, MissingDependencyError, RequestEr
 from ...artifacts.manifest import OnnxGraph
 from ...artifacts.store import Artifact, onnx_part
 from .base import Backend, Embeds, Ints, Step
+from .onnx_files import external_locations
 
 # how many threads compute; the default is the cores that this process may use
 THREADS_VARIABLE = "QWEN2VL_TC_THREADS"
@@ -77,8 +80,15 @@ class OnnxBackend(Backend):
         if self._part.standard_only:
             shape = (rows, length, text.kv_dim)
         names = [f"{side}.{i}" for i in range(text.num_layers) for side in ("key", "value")]
-        # zeros take no memory until they are touched; where a kernel reads past a row's length it meets no stray NaN
-        return Cache(rows, {name: np.zeros(shape, np.float32) for name in names})
+        # Zeros: where a kernel reads past a row's length it meets no stray NaN. They take no memory until they are
+        # touched, and then by the page: numpy's own would come in huge pages, 2 MB for a position of each array.
+        size = int(np.prod(shape))
+        memory = mmap.mmap(-1, 4 * size * len(names), mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        # a kernel without huge pages refuses the advice, and needs none
+        with contextlib.suppress(OSError):
+            memory.madvise(mmap.MADV_NOHUGEPAGE)
+        arrays = (np.frombuffer(memory, np.float32, size, 4 * size * i).reshape(shape) for i in range(len(names)))
+        return Cache(rows, dict(zip(names, arrays, strict=True)))
 
     def visual(self, patches: NDArray[np.uint8], positions: Ints, segment_ends: list[int]) -> Embeds:
         found = []
@@ -168,6 +178,8 @@ class OnnxBackend(Backend):
             binding = self._text.io_binding()
             for name, array in cache.arrays.items():
                 part = array[first : first + count]
+                if len(part) != count:
+                    raise RequestError(f"rows {first} to {first + count - 1} of a cache that has {cache.rows}")
                 shape = (count, length, *part.shape[2:]) if self._part.standard_only else part.shape
                 for bind, bound in ((binding.bind_input, name), (binding.bind_output, f"present_{name}")):
                     bind(bound, "cpu", 0, np.float32, shape, part.ctypes.data)
@@ -204,7 +216,12 @@ def import_onnxruntime() -> Any:
             f"backend onnxruntime needs onnxruntime {least} or newer, on Python 3.11 or newer; pip install "
             "'qwen2vl-tc[onnx]'"
         )
-    import onnxruntime
+    try:
+        import onnxruntime
+    except ImportError as error:
+        raise MissingDependencyError(
+            f"onnxruntime cannot be imported: {error}; pip install --force-reinstall 'onnxruntime>={least}'"
+        ) from error
 
     found = re.match(r"(\d+)\.(\d+)", onnxruntime.__version__)
     if found and tuple(map(int, found.groups())) < LEAST_VERSION:
@@ -253,17 +270,22 @@ def _products_saturate() -> bool:
 
 def _open(runtime: Any, artifact: Artifact, graph: OnnxGraph) -> Any:
     """A session of one model. Raises ArtifactError where a file is altered, replaced or refused."""
-    artifact.check(graph.model)
     path, options = artifact.path / graph.model.path, session_options(runtime)
+    model, data = artifact.read(graph.model), artifact.path / graph.data.path
+    if strange := sorted(external_locations(model, str(path)) - {data.name}):
+        raise ArtifactError(
+            f"{path}: reads {strange[0]!r}, expected only {data.name}, which the manifest vouches for; compile the "
+            "artifact again"
+        )
+    options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(data.parent))
     try:
-        session = runtime.InferenceSession(path, options, providers=[PROVIDER])
+        session = runtime.InferenceSession(model, options, providers=[PROVIDER])
     except Exception as error:  # onnxruntime raises classes of its own that have no common base
         first = str(error).splitlines()[0]
         raise ArtifactError(
             f"{path}: onnxruntime {runtime.__version__} refuses it: {first}; compile the artifact again, or update "
             "onnxruntime"
         ) from error
-    # onnxruntime opens files by name: they must still be the ones whose hashes are checked
-    for entry in (graph.model, graph.data):
-        artifact.check_in_place(entry)
+    # onnxruntime opens the data by name: it must still be the file whose hash is checked
+    artifact.check_in_place(graph.data)
     return session

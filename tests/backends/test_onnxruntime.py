@@ -15,6 +15,7 @@ from PIL import Image
 from typer.testing import CliRunner
 
 from qwen2vl_tc.artifacts.errors import ArtifactError, MissingDependencyError, RequestError, TargetError
+from qwen2vl_tc.artifacts.integrity import hash_bytes
 from qwen2vl_tc.runtime import Model, load
 from qwen2vl_tc.runtime.generate import Timings, prefill_prompt
 from qwen2vl_tc.runtime.prompt import Prompt
@@ -189,6 +190,33 @@ def test_a_step_writes_its_own_position_of_the_cache_and_nothing_else(export: Ex
         assert changed == {(0, 0), (1, 5)}, name
 
 
+CACHE_MEMORY = """
+import sys
+import numpy as np
+from qwen2vl_tc.runtime import load
+backend = load(sys.argv[1]).backend
+def anonymous_bytes():
+    lines = open("/proc/self/status").read().splitlines()
+    return next(int(line.split()[1]) << 10 for line in lines if line.startswith("RssAnon"))
+def decode(rows):
+    cache, at = backend.allocate(rows), np.zeros(rows, np.int64)
+    before = anonymous_bytes()
+    backend.decode(cache, backend.begin(cache, at, at, at), [1] * rows)
+    return anonymous_bytes() - before, sum(array.nbytes for array in cache.arrays.values())
+decode(64)
+print(*decode(64))
+"""
+
+
+def test_a_cache_takes_memory_for_the_positions_that_are_written(export: Export, tmp_path: Path) -> None:
+    """A step that copied the cache, or huge pages, would take all of it."""
+    _, artifact = export("tied", "--weights", "int8", "--max-length", 8192)
+    words = [sys.executable, "-c", CACHE_MEMORY, str(artifact)]
+    taken, size = map(int, subprocess.run(words, capture_output=True, text=True, check=True).stdout.split())
+    # a page for each row, head, side and layer is 2 MB
+    assert size > 128e6 and taken < size / 16
+
+
 def test_quantized_models_stay_within_the_bounds_that_verify_states(export: Export) -> None:
     for shape, weights in (("untied", "int8"), ("gqa7", "int4"), ("tied", "fp16")):
         source, artifact = export(shape, "--weights", weights)
@@ -273,6 +301,25 @@ def test_altered_and_missing_files_are_refused_by_name(export: Export, tmp_path:
         load(tmp_path / "missing")
 
 
+def test_a_model_that_reads_a_file_which_the_manifest_does_not_name_is_refused(export: Export, tmp_path: Path) -> None:
+    import onnx
+
+    _, artifact = export("tied", "--weights", "int8")
+    copy = Path(shutil.copytree(artifact, tmp_path / "artifact"))
+    path = copy / "graphs/onnx/text.onnx"
+    shutil.copy(f"{path}.data", path.with_name("unlisted.bin"))
+    model = onnx.load(path, load_external_data=False)
+    stored = next(each for each in model.graph.initializer if each.external_data)
+    next(entry for entry in stored.external_data if entry.key == "location").value = "unlisted.bin"
+    path.write_bytes(model.SerializeToString())
+    manifest = json.loads((copy / "manifest.json").read_text())
+    (entry,) = [each["model"] for each in manifest["onnx"]["graphs"] if each["name"] == "text"]
+    entry.update(bytes=path.stat().st_size, hash=hash_bytes(path.read_bytes()))
+    (copy / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(ArtifactError, match=r"reads 'unlisted\.bin', expected only text\.onnx\.data"):
+        load(copy)
+
+
 def test_what_cannot_run_says_what_to_install(export: Export, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     import onnxruntime
 
@@ -283,6 +330,11 @@ def test_what_cannot_run_says_what_to_install(export: Export, monkeypatch: pytes
     ):
         load(artifact)
     monkeypatch.undo()
+    with monkeypatch.context() as patch, pytest.raises(MissingDependencyError, match=r"cannot be imported: .*libX"):
+        (tmp_path / "onnxruntime.py").write_text("raise ImportError('libX.so: no such file')")
+        patch.syspath_prepend(tmp_path)
+        patch.delitem(sys.modules, "onnxruntime")
+        load(artifact)
     monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: ["CUDAExecutionProvider"])
     with pytest.raises(MissingDependencyError, match=r"no CPUExecutionProvider.*pip install onnxruntime"):
         load(artifact)
@@ -301,9 +353,13 @@ def test_load_takes_onnxruntime_before_the_reference_where_an_artifact_has_both(
     assert load(artifact, backend="reference").max_length == 256
 
 
-def test_more_rows_or_tokens_than_fit_are_refused(export: Export) -> None:
-    _, artifact = export("tied", "--weights", "int8")
+@pytest.mark.parametrize("options", [(), ("--standard-only",)], ids=["default", "standard"])
+def test_more_rows_or_tokens_than_fit_are_refused(export: Export, options: tuple[str]) -> None:
+    _, artifact = export("tied", "--weights", "int8", *options)
     model = load(artifact)
+    cache, at = model.backend.allocate(1), np.zeros(2, np.int64)
+    with pytest.raises(RequestError, match="rows 0 to 1 of a cache that has 1"):
+        model.backend.decode(cache, model.backend.begin(cache, at, at, at), [1, 1])
     with pytest.raises(RequestError, match="65 rows"):
         model.backend.allocate(65)
     with pytest.raises(RequestError, match="the artifact has 512"):

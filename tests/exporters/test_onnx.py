@@ -1,7 +1,7 @@
 """The ONNX models as files: what the standard's own tools say of them, and what is in them."""
 
 import json
-import re
+import os
 import subprocess
 import sys
 from collections import Counter
@@ -96,7 +96,10 @@ def test_two_exports_are_equal_byte_by_byte_and_carry_the_hash_of_what_they_were
     for model in models(artifact).values():
         metadata = {entry.key: entry.value for entry in model.metadata_props}
         assert metadata == {"manifest_hash": first.onnx.source, "weights": "int4"}
-    assert all(not Path(value).is_absolute() for value in re.findall(r"location.{2,4}?([\w./]+data)", str(model)))
+        # wherever the folder is moved to
+        external = [entry for each in model.graph.initializer for entry in each.external_data]
+        places = {entry.value for entry in external if entry.key == "location"}
+        assert places == {f"{model.graph.name.removeprefix('qwen2_vl_')}.onnx.data"}
 
 
 def test_a_tied_embedding_is_stored_once(convert: Convert) -> None:
@@ -142,6 +145,18 @@ def test_what_cannot_be_exported_says_why(convert: Convert, monkeypatch: pytest.
     monkeypatch.setitem(sys.modules, "onnx", None)
     with pytest.raises(MissingDependencyError, match=r"pip install 'qwen2vl-tc\[onnx\]'"):
         export_onnx(artifact, OnnxOptions())
+
+
+def test_a_full_disk_is_reported_with_the_file(tmp_path: Path) -> None:
+    from qwen2vl_tc.exporters.onnx.graph import DataFile
+
+    data = DataFile(tmp_path / "text.onnx.data")
+    full = os.open("/dev/full", os.O_WRONLY)
+    os.dup2(full, data._fd)
+    with pytest.raises(OSError, match=r"No space left.*text\.onnx\.data"):
+        data.write([np.ones(8)])
+    data.close()
+    os.close(full)
 
 
 def test_values_that_fp16_cannot_hold_are_refused(convert: Convert, monkeypatch: pytest.MonkeyPatch) -> None:

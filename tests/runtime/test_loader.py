@@ -50,7 +50,7 @@ GE = ("bound", "checks", "operators", "attention", "graph", "proto")
 BACKENDS = {
     "reference": {"base", "ge", "reference", *(f"ge.{name}" for name in (*GE, "executor"))},
     "npu": {"base", "ge", "npu", *(f"ge.{name}" for name in GE)},
-    "onnxruntime": {"base", "onnxruntime"},
+    "onnxruntime": {"base", "onnx_files", "onnxruntime"},
 }
 
 
@@ -216,6 +216,7 @@ def test_a_picture_longer_than_the_rotary_table_is_refused_before_any_compute(mo
 def test_an_observer_sees_every_intermediate_by_graph_and_name(artifact: Path, model: Model) -> None:
     kept: dict[tuple[str, str], Any] = {}
     watched = load(artifact, observer=lambda graph, name, outputs: kept.update({(graph, name): outputs}))
+    assert watched.reason.startswith("an observer was given")
     answer = watched.generate(QUESTION, max_new_tokens=2)
     assert answer.token_ids == model.generate(QUESTION, max_new_tokens=2).token_ids
     assert {graph for graph, _ in kept} == {"prefill", "decode_b1"}
