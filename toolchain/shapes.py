@@ -78,7 +78,7 @@ def propagate(graph: GeGraph, inputs: Iterable[TensorSpec], where: str) -> dict[
         given = node_inputs(node, specs)
         try:
             specs[node.name] = rule(node, *given)
-        except (_Misfit, AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
+        except (_Misfit, ArithmeticError, AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
             shown = ", ".join("-" if spec is None else str(spec) for spec in given)
             raise ArtifactError(f"{where}: {node.where} does not take ({shown}): {error}") from error
     return specs
