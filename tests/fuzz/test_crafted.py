@@ -340,3 +340,13 @@ def test_inspect_takes_a_graph_apart_only_if_it_fits_its_binding(clean: Path, tm
     path = variant(clean, tmp_path / "a", {BINDING: json.dumps(binding).encode()}, restamp=True)
     with pytest.raises(ArtifactError, match="inputs, its binding names"):
         inspect_artifact(path, None, None)
+
+
+def test_inspect_says_why_it_cannot_count_the_costs_of_a_graph_with_a_table_of_no_dimensions(
+    clean: Path, tmp_path: Path
+) -> None:
+    name = "graphs/ge/visual/binding.json"
+    binding = json.loads((clean / name).read_bytes())
+    next(bound for bound in binding["inputs"] if bound["name"] == "vision_rope")["shape"] = []
+    path = variant(clean, tmp_path / "a", {name: json.dumps(binding).encode()}, restamp=True)
+    assert "does not take (fp32 []" in str(inspect_artifact(path, None, None).graphs["visual"].no_cost)
