@@ -1,6 +1,5 @@
 """A loaded model: the object that users call."""
 
-import asyncio
 import threading
 from collections.abc import AsyncIterator, Callable, Generator, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
@@ -156,6 +155,9 @@ class Model:
         **settings: "Unpack[GivenSettings]",
     ) -> AsyncIterator[str]:
         """`stream` for asyncio: each step runs in a thread, and a cancelled task ends the generation."""
+        # here: whoever awaits has it already, and for others it would be 25 ms of a cold start
+        import asyncio
+
         prompt = await asyncio.to_thread(self.processor.prepare, request, images, videos, vision=vision)
         steps = self.steps([self.row(prompt, self.settings(settings))], Timings())
         running = None

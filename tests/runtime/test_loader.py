@@ -105,7 +105,7 @@ def test_the_onnxruntime_backend_brings_neither_torch_nor_another_engine() -> No
 
 
 def test_the_runtime_itself_imports_no_engine() -> None:
-    packages, own, _ = imported("import qwen2vl_tc.runtime")
+    packages, own, _ = imported("import qwen2vl_tc.runtime; assert not {'asyncio', 'ssl', 'http'} & sys.modules.keys()")
     assert packages <= PACKAGES - {"torch", "torchgen", "tqdm"}
     assert own == {"base"}
 
