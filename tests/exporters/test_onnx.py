@@ -199,6 +199,27 @@ def test_quantized_blocks_are_as_near_as_their_steps_allow(bits: int, bound: flo
         assert (packed & 15 == q[:, 0::2]).all() and (packed >> 4 == q[:, 1::2]).all()
 
 
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("bits", [8, 4, "rows"])
+@pytest.mark.parametrize("largest", [1e-45, 3e-44, 1e-39, 1.4e-36, 2e-36, 1e-3, 1.0, 1e30], ids="{:.0e}".format)
+def test_every_value_becomes_the_nearest_step_of_its_scale_however_small(bits: int | str, largest: float) -> None:
+    x = np.random.default_rng(1).uniform(-largest, largest, (8, 64)).astype(np.float32)
+    if bits == "rows":
+        signed, scale = quantize.quantize_rows(x)
+        q, scale, least, most = signed.astype(np.float64), scale[:, None], -127, 127
+    else:
+        assert isinstance(bits, int)
+        middle = 2 ** (bits - 1)
+        unsigned, scale = quantize.quantize_blocks(x, bits, 64)
+        q, least, most = unsigned.astype(np.float64) - middle, -middle, middle - 1
+    # below the normal numbers there is no step to be had: zero, and at most 127 of the smallest normal number is lost
+    normal = np.broadcast_to(np.abs(scale) >= np.finfo(np.float32).tiny, x.shape)
+    assert (q[~normal] == 0).all() and (normal.all() or largest < 1.5e-36)
+    exact = (x.astype(np.float64) / np.where(normal, scale, 1)).clip(least, most)
+    # of two neighbours at the same distance, fp32 may choose either
+    assert (np.abs(q - exact) <= 0.5 + 1e-4)[normal].all()
+
+
 MEMORY = """
 import sys, resource
 from pathlib import Path
