@@ -64,7 +64,7 @@ def _rounded(x: Floats, scale: Floats, middle: int, most: int) -> Bytes:
 
 
 def _inverse(scale: Floats) -> Floats:
-    """1 / scale; 0 where the scale is no normal number: its inverse could overflow, and processors may take it for 0."""
+    """1 / scale; 0 where the scale is no normal number: its inverse may overflow, and processors take it for 0."""
     normal = np.abs(scale) >= np.finfo(np.float32).tiny
     return np.divide(1, scale, out=np.zeros_like(scale), where=normal)
 

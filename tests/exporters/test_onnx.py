@@ -113,6 +113,20 @@ def test_a_tied_embedding_is_stored_once(convert: Convert) -> None:
     assert sizes[False] - sizes[True] == pytest.approx(4096 * 64 * (1 + 4 / 64), rel=0.05)
 
 
+@pytest.mark.parametrize("tied", [True, False])
+def test_the_disk_that_is_asked_for_is_what_the_models_take(convert: Convert, tied: bool) -> None:
+    # a table of 4.2 million values, 40 % of all
+    artifact = convert(tiny_config(hidden_size=512, intermediate_size=1024, vocab_size=8192, tie_word_embeddings=tied))
+    for weights, standard in EVERY_FORM:
+        part = export_onnx(artifact, OnnxOptions(weights, standard, 64), sync=False).onnx
+        assert part is not None
+        taken = sum(graph.data.bytes + graph.model.bytes for graph in part.graphs)
+        # what is small stands in the models, or begins on a page of its own
+        padding = sum(4096 * len(model.graph.initializer) for model in models(artifact).values())
+        planned = onnx_export.planned_bytes(read_manifest(artifact).model, weights, standard)
+        assert 0.97 * planned < taken < 1.03 * planned + padding, (weights, standard)
+
+
 def test_other_parts_of_an_artifact_stay_and_new_weights_drop_the_models(build: Any, tmp_path: Path) -> None:
     source, artifact = build("onnx_parts", tiny_config())
     before = read_manifest(artifact)
@@ -138,7 +152,7 @@ def test_what_cannot_be_exported_says_why(convert: Convert, monkeypatch: pytest.
     assert "nothing else" in said("--batch", "4")
     result = CliRunner().invoke(app, ["compile", str(artifact), "--weights", "int4"])
     assert result.exit_code == 2 and "are for --mode onnx" in result.stderr
-    monkeypatch.setattr(onnx_export, "planned_bytes", lambda config, weights: 1 << 60)
+    monkeypatch.setattr(onnx_export, "planned_bytes", lambda *what: 1 << 60)
     with pytest.raises(TargetError, match=r"fp32 ONNX needs .* GB free"):
         export_onnx(artifact, OnnxOptions("fp32"))
     assert not (artifact / "graphs").exists()
