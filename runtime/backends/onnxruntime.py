@@ -250,12 +250,12 @@ def threads() -> int:
 
 
 def session_options(runtime: Any) -> Any:
-    """The options of both sessions, each chosen by measurement (docs/ONNX.md)."""
+    """The options of both sessions."""
     options = runtime.SessionOptions()
     options.intra_op_num_threads = threads()
     options.log_severity_level = 3
     if _products_saturate():
-        # makes both factors uint8: half the speed, and right
+        # makes both factors uint8: half the speed (measured in docs/ONNX.md), and right
         options.add_session_config_entry("session.x64quantprecision", "1")
     return options
 
