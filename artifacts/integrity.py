@@ -88,6 +88,14 @@ def open_inside(folder_fd: int, path: str, where: str) -> int:
     return fd
 
 
+def is_same_file(fd: int, path: Path) -> bool:
+    """Whether `path` leads to the open file."""
+    try:
+        return os.path.samestat(os.fstat(fd), os.stat(path))
+    except FileNotFoundError:
+        return False
+
+
 class OpenedFile:
     """One file of an artifact, opened once; its size is checked here, its hash before the bytes are used.
 
@@ -151,10 +159,7 @@ class OpenedFile:
 
     def is_at(self, path: Path) -> bool:
         """Whether `path` leads to this file."""
-        try:
-            return os.path.samestat(os.fstat(self._fd), os.stat(path))
-        except FileNotFoundError:
-            return False
+        return is_same_file(self._fd, path)
 
     def _compare(self, got: str) -> None:
         if got != self.entry.hash:

@@ -141,7 +141,9 @@ class OnnxGraph:
 class OnnxPart:
     """What `compile --mode onnx` wrote.
 
-    weights: int8, int4, fp32 or fp16. block_size: values that share a scale, at most; None where nothing is quantized.
+    weights: int8, int4, fp32 or fp16. block_size: how many inputs share a scale, at most, in the layers of the language
+    model; None where nothing is quantized. Its tables are int8 in blocks of up to 256 whatever the layers have, and the
+    vision tower has one scale for each output channel.
     source: the hash of the manifest's model and weights that the export was made from, also in the models' metadata.
     verification: as the manifest's own, of this part alone; figures in reports/verify-onnx.json.
     """

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from .errors import ArtifactError, ConfigError, TargetError, WeightError
-from .integrity import check_relative, hash_bytes
+from .integrity import check_relative, hash_bytes, is_same_file
 from .manifest import MANIFEST_NAME, FileEntry, Manifest
 from .schema import dump_json, parse_json
 from .signing import SIGNATURE_NAME, Signer
@@ -255,13 +255,6 @@ def _set_aside(target: Path) -> Path:
     return target.parent / f".{target.name}.resume"
 
 
-def _is_same_file(fd: int, path: Path) -> bool:
-    try:
-        return os.path.samestat(os.fstat(fd), os.stat(path))
-    except FileNotFoundError:
-        return False
-
-
 @contextmanager
 def _locked(target: Path) -> Iterator[None]:
     path = target.parent / f".{target.name}.lock"
@@ -278,7 +271,7 @@ def _locked(target: Path) -> Iterator[None]:
             raise ArtifactError(
                 f"{target}: another build is writing it; wait for that one, or use another --out"
             ) from error
-        if _is_same_file(fd, path):
+        if is_same_file(fd, path):
             break
         os.close(fd)  # the build before us removed its lock between our two calls
     try:

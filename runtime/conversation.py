@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ..artifacts.errors import RequestError
+from ..artifacts.errors import RequestError, ToolchainError
 from .generate import Generation, Row, Timings, Token, run_out, texts
 from .images import ImageSource
 from .messages import Message, given_items
@@ -102,7 +102,7 @@ class Conversation:
         prompt = model.processor.prepare(messages, vision=self._vision)
         found = model.settings(settings)
         try:
-            row = model.row(prompt, found, self._kept(prompt))
+            row = model.row(prompt, found)
         except RequestError as error:
             if not self.messages:
                 raise
@@ -123,7 +123,7 @@ class Conversation:
         in prefill (see GeBackend.prefill), which a full cache does not have.
         """
         cached = self._cached
-        most = max(0, min(len(cached.token_ids), len(prompt.token_ids) - 2))
+        most = max(0, min(len(cached.token_ids), len(prompt.token_ids) - 2)) if self._cache is not None else 0
         differs = cached.token_ids[:most] != prompt.token_ids[:most]
         # A clip may reach further in time than the text after it: an answer that was decoded behind the clip stands
         # elsewhere once it is a part of the prompt.
@@ -143,7 +143,8 @@ class Conversation:
             raise RequestError("the conversation has gone on since this answer was asked for; ask again")
         self._answering = True
         answered = False
-        prompt, known = row.prompt, row.cached_tokens
+        prompt = row.prompt
+        known = row.cached_tokens = self._kept(prompt)
         try:
             if self._cache is None:
                 self._cache = self._model.take_cache(1)
@@ -154,6 +155,11 @@ class Conversation:
                     # the weights that made it are known to be good
                     answered = True
                     yield step
+        except ToolchainError:
+            if not self._model.backend.reuses_caches:
+                # a NaN that it may hold would reach the next answer, also from behind that one's end
+                self._cache = None
+            raise
         finally:
             self._answering = False
             if answered:

@@ -13,7 +13,7 @@ from ..artifacts.errors import ArtifactError, RequestError
 from .backends.base import Backend, Ints, Step
 from .phases import Phases
 from .prompt import Processor, Prompt
-from .sampling import Sampler
+from .sampling import Sampler, check_logits
 from .settings import Settings
 from .text import StopStrings
 from .vision import segment_ends, vision_positions
@@ -102,13 +102,12 @@ def tokens_to_make(prompt_tokens: int, settings: Settings, max_length: int) -> i
 class Row:
     """One request of a batch while it is answered."""
 
-    def __init__(
-        self, prompt: Prompt, settings: Settings, processor: Processor, max_length: int, cached_tokens: int = 0
-    ) -> None:
-        """cached_tokens: the prompt's first tokens that the row's cache holds. Raises RequestError (tokens_to_make)."""
+    def __init__(self, prompt: Prompt, settings: Settings, processor: Processor, max_length: int) -> None:
+        """Raises RequestError (tokens_to_make)."""
         self.prompt = prompt
         self.settings = settings
-        self.cached_tokens = cached_tokens
+        # the prompt's first tokens that the row's cache holds
+        self.cached_tokens = 0
         self.limit = tokens_to_make(len(prompt.token_ids), settings, max_length)
         self._vocab_size = processor.config.text.vocab_size
         self.made: list[int] = []
@@ -127,8 +126,13 @@ class Row:
         """Tokens that may still be made."""
         return 0 if self.finish_reason else self.limit - len(self.made)
 
+    def check(self, logits: np.ndarray[Any, np.dtype[np.float32]]) -> None:
+        """Raises ToolchainError when the logits of the next token, [vocabulary], hold no number to go by."""
+        check_logits(logits, "decode" if self.made else "prefill")
+
     def choose(self, logits: np.ndarray[Any, np.dtype[np.float32]]) -> int:
-        """The next token, from logits [vocabulary]."""
+        """The next token, from logits [vocabulary]. Raises what `check` raises."""
+        self.check(logits)
         return self._sampler.choose(logits, self._seen, len(self.made))
 
     def take(self, token: int, row: int) -> Token:
@@ -217,6 +221,18 @@ def _take(rows: Sequence[Row], tokens: Iterable[int]) -> list[Token]:
     return [row.take(int(token), i) for i, (row, token) in enumerate(zip(rows, tokens, strict=True)) if row.left]
 
 
+def _largest(backend: Backend, rows: Sequence[Row], step: Step) -> Ints:
+    """The rows' next tokens, as the graph chose them. Raises ToolchainError where that was among no numbers.
+
+    On another device this is not noticed: its logits would have to be copied to the host for every token.
+    """
+    if backend.device == "cpu":
+        for row, logits in zip(rows, backend.logits(step), strict=False):
+            if row.left:
+                row.check(logits)
+    return backend.tokens(step)[: len(rows)]
+
+
 @dataclass(frozen=True)
 class _Inputs:
     """What the next decode step takes from the host: tokens, cache index and M-RoPE position [rows].
@@ -256,7 +272,7 @@ def _on_device(backend: Backend, cache: Any, rows: Sequence[Row], firsts: list[S
         given = firsts[0]
         waiting.append(given)
     else:
-        yield _take(rows, [int(backend.tokens(first)[0]) for first in firsts])
+        yield _take(rows, [int(_largest(backend, [row], first)[0]) for row, first in zip(rows, firsts, strict=True)])
     while alive := sum(row.left > 0 for row in rows):
         steps = min(row.left for row in rows if row.left) - len(waiting)
         inputs = _inputs(rows, len(waiting))
@@ -270,7 +286,7 @@ def _on_device(backend: Backend, cache: Any, rows: Sequence[Row], firsts: list[S
                 step = backend.decode(cache, step, inputs.kv_lengths(launched))  # type: ignore[arg-type]
                 waiting.append(step)
                 launched += 1
-            yield _take(rows, backend.tokens(waiting.popleft())[: len(rows)])
+            yield _take(rows, _largest(backend, rows, waiting.popleft()))
             left = sum(row.left > 0 for row in rows)
             if not left:
                 return

@@ -4,7 +4,7 @@ import threading
 from collections.abc import AsyncIterator, Callable, Generator, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from ..artifacts.errors import RequestError
+from ..artifacts.errors import RequestError, ToolchainError
 from ..artifacts.manifest import Manifest
 from ..artifacts.store import Artifact
 from .backends.base import Backend
@@ -184,9 +184,9 @@ class Model:
         """A request's settings, completed from the checkpoint's own. Raises RequestError."""
         return settings_for(self.processor.generation, self.manifest.model.text.vocab_size, given)
 
-    def row(self, prompt: Prompt, settings: Settings, cached_tokens: int = 0) -> Row:
+    def row(self, prompt: Prompt, settings: Settings) -> Row:
         """A request ready to run. Raises RequestError when it does not fit the KV cache."""
-        return Row(prompt, settings, self.processor, self.max_length, cached_tokens)
+        return Row(prompt, settings, self.processor, self.max_length)
 
     def steps(self, rows: Sequence[Row], timings: Timings, cache: Any = None) -> Generator[list[Token], None, None]:
         """Run rows to their ends, in the caller's KV cache or one of the model's own; yields each step's tokens."""
@@ -201,7 +201,12 @@ class Model:
                     if running is None:
                         merge_size = self.processor.config.vision.spatial_merge_size
                         running = generate_rows(self.backend, cache, rows, merge_size, timings)
-                    step = next(running, None)
+                    try:
+                        step = next(running, None)
+                    except ToolchainError:
+                        # where the weights are altered, that is what to say
+                        self._check.wait()
+                        raise
                 if step is None:
                     return
                 if first:

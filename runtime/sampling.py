@@ -50,6 +50,13 @@ def probabilities(scores: Logits) -> NDArray[np.float64]:
     return result
 
 
+def check_logits(logits: Logits, graph: str) -> None:
+    """Raises ToolchainError when the logits [vocabulary] that `graph` gave hold no number to go by."""
+    largest = logits.max()  # a NaN is larger than any number
+    if not np.isfinite(largest):
+        raise ToolchainError(f"{graph}: its logits hold {largest}; verify the artifact, or build it as bf16")
+
+
 class Sampler:
     """Chooses one row's tokens; two with the same seed choose alike, whatever else runs beside them."""
 
@@ -58,10 +65,7 @@ class Sampler:
         self._random = np.random.default_rng(settings.seed)
 
     def choose(self, logits: Logits, seen: Iterable[int], made: int) -> int:
-        """The next token. Raises ToolchainError when the logits hold no number to go by."""
-        largest = logits.max()  # a NaN is larger than any number
-        if not np.isfinite(largest):
-            raise ToolchainError(f"the model's logits hold {largest}; verify the artifact, or build it as bf16")
+        """The next token."""
         scores = process_logits(logits, self._settings, seen, made)
         if not self._settings.do_sample:
             return int(np.argmax(scores))

@@ -25,7 +25,8 @@ WEIGHTS = ("int8", "int4", "fp32", "fp16")
 DEFAULT_WEIGHTS = "int8"
 # bytes a value of a matrix, with its share of a scale
 _VALUE_BYTES = {"int8": 1 + 4 / 256, "int4": 0.5 + 4 / 128, "fp32": 4.0, "fp16": 2.0}
-_TABLES = ("model.embed_tokens.weight", "lm_head.weight")
+_EMBEDDING = "model.embed_tokens.weight"
+_TABLES = (_EMBEDDING, "lm_head.weight")
 Progress = Callable[[str, int, int], None]
 
 
@@ -77,7 +78,7 @@ def require_onnx() -> None:
         raise MissingDependencyError("--mode onnx needs the package onnx; pip install 'qwen2vl-tc[onnx]'")
 
 
-def planned_bytes(config: ModelConfig, weights: str) -> int:
+def planned_bytes(config: ModelConfig, weights: str, standard_only: bool = False) -> int:
     """What the models take on the disk, from the shape alone, within a few percent."""
     total = 0.0
     for parameter in parameters(config):
@@ -86,7 +87,10 @@ def planned_bytes(config: ModelConfig, weights: str) -> int:
             kind = "fp32"
         elif weights == "int4" and (parameter.name.startswith("visual.") or parameter.name in _TABLES):
             kind = "int8"
-        total += parameter.size * _VALUE_BYTES[kind]
+        size = parameter.size * _VALUE_BYTES[kind]
+        # standard operators multiply by a quantized table only in another layout than they look it up
+        twice = standard_only and kind == "int8" and parameter.name == _EMBEDDING and config.text.tie_word_embeddings
+        total += 2 * size if twice else size
     return int(total)
 
 
@@ -100,7 +104,8 @@ def stage_onnx(
 
     manifest = artifact.manifest
     options.check(manifest.model)
-    require_disk(staging.path, planned_bytes(manifest.model, options.weights), f"{options.weights} ONNX")
+    planned = planned_bytes(manifest.model, options.weights, options.standard_only)
+    require_disk(staging.path, planned, f"{options.weights} ONNX")
     report = progress or (lambda step, done, total: None)
     report("checking the weights", 0, 3)
     weights = Weights(artifact)

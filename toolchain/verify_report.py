@@ -229,7 +229,8 @@ class VerifyReport:
         if at.landmark is None and at.max_error is not None and at.max_error <= at.limit:
             found = f"relative RMS error {_number(at.relative_rms)}, expected at most {self.tolerance.relative_rms}"
         if at.landmark is None:
-            return f"FAILED: {where}: its output departs, its intermediates do not ({found})"
+            inner = ", its intermediates do not" if self.intermediates else ""
+            return f"FAILED: {where}: its output departs{inner} ({found})"
         return f"FAILED: {where}: first departs at {at.landmark} ({found})"
 
     @property

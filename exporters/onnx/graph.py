@@ -2,7 +2,6 @@
 
 import os
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,20 +19,13 @@ _INLINE_BYTES = 1024
 DTYPES = {
     "fp32": TensorProto.FLOAT,
     "fp16": TensorProto.FLOAT16,
+    "int32": TensorProto.INT32,
     "int64": TensorProto.INT64,
     "int8": TensorProto.INT8,
     "uint8": TensorProto.UINT8,
     "uint4": TensorProto.UINT4,
 }
 NAMES = {number: name for name, number in DTYPES.items()}
-
-
-@dataclass(frozen=True)
-class Region:
-    """Where a tensor lies in the data file."""
-
-    offset: int
-    length: int
 
 
 class DataFile:
@@ -45,13 +37,13 @@ class DataFile:
         self._hash = blake3()
         self.size = 0
 
-    def write(self, arrays: Iterable[NDArray[Any]]) -> Region:
-        """One tensor, in pieces."""
+    def write(self, arrays: Iterable[NDArray[Any]]) -> tuple[int, int]:
+        """One tensor, in pieces; returns its offset and length in bytes."""
         self._append(bytes(-self.size % _PAGE_BYTES))
         offset = self.size
         for array in arrays:
             self._append(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)
-        return Region(offset, self.size - offset)
+        return offset, self.size - offset
 
     def _append(self, data: "bytes | memoryview") -> None:
         self._hash.update(data)
@@ -103,6 +95,10 @@ class Graph:
         self._nodes.append(helper.make_node(op, inputs, outputs, name=name, domain=domain, **attributes))
         return outputs
 
+    def cast(self, name: str, x: str, dtype: str) -> str:
+        """x in another dtype."""
+        return self.node("Cast", name, x, to=DTYPES[dtype])
+
     def constant(self, name: str, value: Any, dtype: Any = np.float32) -> str:
         """A small tensor; the same name twice is the same tensor."""
         if name not in self._initializers:
@@ -112,11 +108,11 @@ class Graph:
             self._initializers[name] = numpy_helper.from_array(array, name)
         return name
 
-    def stored(self, name: str, dtype: str, shape: Sequence[int], data: "Iterable[NDArray[Any]] | Region") -> str:
-        """A tensor in the data file, written now, or one that another tensor's bytes serve, too."""
-        region = data if isinstance(data, Region) else self.data.write(data)
+    def stored(self, name: str, dtype: str, shape: Sequence[int], data: Iterable[NDArray[Any]]) -> str:
+        """A tensor in the data file."""
+        offset, length = self.data.write(data)
         tensor = TensorProto(name=name, data_type=DTYPES[dtype], dims=shape, data_location=TensorProto.EXTERNAL)
-        for key, value in (("location", self.data.name), ("offset", region.offset), ("length", region.length)):
+        for key, value in (("location", self.data.name), ("offset", offset), ("length", length)):
             tensor.external_data.add(key=key, value=str(value))
         self._initializers[name] = tensor
         return name
@@ -124,11 +120,6 @@ class Graph:
     def has(self, name: str) -> bool:
         """Whether a tensor or a node of this name is there."""
         return name in self._initializers or name in self._names
-
-    def region(self, name: str) -> Region:
-        """Where a stored tensor lies."""
-        found = {entry.key: entry.value for entry in self._initializers[name].external_data}
-        return Region(int(found["offset"]), int(found["length"]))
 
     def model(self, metadata: dict[str, str]) -> onnx.ModelProto:
         graph = helper.make_graph(

@@ -18,18 +18,16 @@ from .graph import MICROSOFT, Graph
 from .quantize import block_size, pack_int4, quantize_blocks, quantize_rows
 from .source import Floats, Weights
 
-KINDS = ("int8", "int4", "fp32", "fp16")
 BLOCK_LIMIT = {8: 256, 4: 128}
 # of embedding and output layer also where all others have 4: they decide the token, and are a tenth of the bytes
 TABLE_BITS = 8
 # MatMulNBits: activations become int8, quantized in blocks as the weights are
 _ACCURACY_LEVEL = 4
-_FLOAT = 1
 
 
 @dataclass(frozen=True)
 class Form:
-    """weights: one of KINDS. standard_only: no operator outside the ONNX standard."""
+    """weights: int8, int4, fp32 or fp16. standard_only: no operator outside the ONNX standard."""
 
     weights: str
     standard_only: bool
@@ -55,7 +53,7 @@ class Linears:
         weight = self._matrix(f"{parameter}.weight")
         if self.form.weights == "fp16":
             cast = f"{parameter}.weight.fp32"
-            weight = cast if self.graph.has(cast) else self.graph.node("Cast", cast, weight, to=_FLOAT)
+            weight = cast if self.graph.has(cast) else self.graph.cast(cast, weight, "fp32")
         biases = [self.vector(f"{parameter}.bias")] if bias else []
         return self.graph.node("Gemm", name, x, weight, *biases, transB=1)
 
@@ -184,7 +182,7 @@ class Linears:
         zero = graph.constant(f"{parameter}.weight.zero", 0, np.int8)
         if self.form.standard_only:
             product = graph.node("MatMulInteger", f"{name}.integer", x, quantized, middle, zero)
-            product = graph.node("Cast", f"{name}.float", product, to=_FLOAT)
+            product = graph.cast(f"{name}.float", product, "fp32")
             product = graph.node("Mul", f"{name}.by_output", product, scaling)
         else:
             product = graph.node(
@@ -228,10 +226,10 @@ class Linears:
         graph = self.graph
         if self.form.bits is None:
             rows = graph.node("Gather", f"{name}.rows", self._matrix(parameter), ids)
-            return graph.node("Cast", name, rows, to=_FLOAT) if self.form.weights == "fp16" else rows
+            return graph.cast(name, rows, "fp32") if self.form.weights == "fp16" else rows
         block = block_size(self.weights.shape(parameter)[1], BLOCK_LIMIT[TABLE_BITS])
         quantized, scales = self._blocks(parameter, TABLE_BITS, block)
-        rows = graph.node("Cast", f"{name}.float", graph.node("Gather", f"{name}.rows", quantized, ids), to=_FLOAT)
+        rows = graph.cast(f"{name}.float", graph.node("Gather", f"{name}.rows", quantized, ids), "fp32")
         centred = graph.node("Sub", f"{name}.centred", rows, graph.constant("128", 128))
         column = graph.constant("column", [-1], np.int64)
         scale = graph.node("Unsqueeze", f"{name}.scale", graph.node("Gather", f"{name}.scales", scales, ids), column)

@@ -55,13 +55,18 @@ def quantize_blocks(rows: Floats, bits: int, block: int) -> tuple[Bytes, Floats]
 
 
 def _rounded(x: Floats, scale: Floats, middle: int, most: int) -> Bytes:
-    """x / scale + middle, to the nearest integer from 0 to `most`; a scale of 0 gives the middle."""
-    inverse = np.divide(1, scale, out=np.zeros_like(scale), where=scale != 0)
-    y = x * inverse
+    """x / scale + middle, to the nearest integer from 0 to `most`; a scale of 0, or of nearly 0, gives the middle."""
+    y = x * _inverse(scale)
     y += np.float32(middle)
     np.rint(y, out=y)
     np.clip(y, 0, most, out=y)
     return y.astype(np.uint8)
+
+
+def _inverse(scale: Floats) -> Floats:
+    """1 / scale; 0 where the scale is no normal number: its inverse may overflow, and processors take it for 0."""
+    normal = np.abs(scale) >= np.finfo(np.float32).tiny
+    return np.divide(1, scale, out=np.zeros_like(scale), where=normal)
 
 
 def pack_int4(q: NDArray[Any]) -> NDArray[Any]:
@@ -72,5 +77,4 @@ def pack_int4(q: NDArray[Any]) -> NDArray[Any]:
 def quantize_rows(rows: Floats) -> tuple[NDArray[np.int8], Floats]:
     """rows [n, width] to int8 with one scale a row, [n]: the largest magnitude becomes 127."""
     scale = np.abs(rows).max(-1, keepdims=True) / np.float32(127)
-    inverse = np.divide(1, scale, out=np.zeros_like(scale), where=scale != 0)
-    return np.rint(rows * inverse).astype(np.int8), scale[..., 0]
+    return np.rint(rows * _inverse(scale)).astype(np.int8), scale[..., 0]

@@ -5,8 +5,6 @@ import numpy as np
 from .graph import Graph
 from .source import Floats
 
-_FLOAT = 1
-
 
 def frequencies(dim: int, theta: float) -> Floats:
     """[dim / 2], in the fp32 arithmetic of transformers' rotary embeddings."""
@@ -17,7 +15,7 @@ def frequencies(dim: int, theta: float) -> Floats:
 def rotary_tables(graph: Graph, positions: str, axes: Floats, shape: tuple[str, str]) -> tuple[str, str]:
     """cos and sin [*shape, D / 2] of positions [axes, *shape]; axes [axes, D / 2]: a frequency for one axis, else 0."""
     column = graph.constant("rope.column", [-1], np.int64)
-    as_float = graph.node("Cast", "rope.positions", positions, to=_FLOAT)
+    as_float = graph.cast("rope.positions", positions, "fp32")
     as_column = graph.node("Unsqueeze", "rope.by_position", as_float, column)
     frequency = graph.constant("rope.frequencies", axes[:, None, None])
     turned = graph.node("Mul", "rope.by_axis", as_column, frequency)

@@ -11,8 +11,6 @@ from .graph import MICROSOFT, Graph
 from .linear import TABLE_BITS, Linears
 from .rotary import frequencies, rotary_tables
 
-_FLOAT, _INT32 = 1, 6
-
 
 def add_text(graph: Graph, linears: Linears, config: TextConfig) -> None:
     """Inputs: token_ids [B, S]; image_embeds [M, H] replace the embeddings at image_index [M, 1], counted over B x S;
@@ -77,9 +75,9 @@ class _Text:
             self.kv_lengths, self.write_at = lengths, graph.node("Sub", "write_at", lengths, tokens)
             return
         before = graph.node("Sub", "last_position", lengths, graph.constant("one_int", 1, np.int64))
-        self.last_position = graph.node("Cast", "last_position.int32", before, to=_INT32)
+        self.last_position = graph.cast("last_position.int32", before, "int32")
         longest = graph.node("ReduceMax", "longest", lengths, keepdims=0)
-        self.longest = graph.node("Cast", "longest.int32", longest, to=_INT32)
+        self.longest = graph.cast("longest.int32", longest, "int32")
 
     def _layer(self, i: int, x: str, residual: str) -> tuple[str, str]:
         """x is what the layer before adds to the residual; returns the same of this one."""

@@ -11,7 +11,6 @@ from .graph import MICROSOFT, Graph
 from .linear import Linears
 from .rotary import frequencies, rotary_tables
 
-_FLOAT = 1
 # Qwen2-VL's vision tower fixes both; config.json has no field for them
 _THETA, _EPS = 10000.0, 1e-6
 # quick_gelu is x * sigmoid(1.702 x)
@@ -46,7 +45,7 @@ class _Visual:
             axis=0,
         )
         self.flat = graph.constant("flat", [-1, config.embed_dim], np.int64)
-        x = graph.node("Cast", "patches.float", patches, to=_FLOAT)
+        x = graph.cast("patches.float", patches, "fp32")
         x = graph.node("Reshape", "patches.flat", x, graph.constant("patch", [-1, config.patch_dim], np.int64))
         x = linears.floats(x, "visual.patch_embed", "patch_embed")
         residual = x

@@ -48,7 +48,7 @@ class Backend(ABC):
     max_length: int
     # rows that one decode step can serve at most
     max_rows: int = 1
-    # whether a cache that served one request may serve the next as it is
+    # whether a cache that served one request, whatever numbers that left in it, may serve the next as it is
     reuses_caches: bool = True
 
     # what making the engine took

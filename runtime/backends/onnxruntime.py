@@ -61,6 +61,8 @@ class OnnxBackend(Backend):
     def __init__(self, artifact: Artifact) -> None:
         self._part = onnx_part(artifact.manifest, artifact.path)
         self.max_length = self._part.max_length
+        # The standard attention multiplies what lies behind a row's length by zero, and zero times a stray NaN is NaN.
+        self.reuses_caches = not self._part.standard_only
         self._model = artifact.manifest.model
         runtime = import_onnxruntime()
         self.loading.mark("imports")
@@ -80,8 +82,8 @@ class OnnxBackend(Backend):
         if self._part.standard_only:
             shape = (rows, length, text.kv_dim)
         names = [f"{side}.{i}" for i in range(text.num_layers) for side in ("key", "value")]
-        # Zeros: where a kernel reads past a row's length it meets no stray NaN. They take no memory until they are
-        # touched, and then by the page: numpy's own would come in huge pages, 2 MB for a position of each array.
+        # Zeros, as the standard attention needs. They take no memory until they are touched, and then by the page:
+        # numpy's own would come in huge pages, 2 MB for a position of each array.
         size = int(np.prod(shape))
         memory = mmap.mmap(-1, 4 * size * len(names), mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
         # a kernel without huge pages refuses the advice, and needs none
@@ -248,12 +250,12 @@ def threads() -> int:
 
 
 def session_options(runtime: Any) -> Any:
-    """The options of both sessions, each chosen by measurement (docs/ONNX.md)."""
+    """The options of both sessions."""
     options = runtime.SessionOptions()
     options.intra_op_num_threads = threads()
     options.log_severity_level = 3
     if _products_saturate():
-        # makes both factors uint8: half the speed, and right
+        # makes both factors uint8: half the speed (measured in docs/ONNX.md), and right
         options.add_session_config_entry("session.x64quantprecision", "1")
     return options
 

@@ -113,6 +113,20 @@ def test_a_tied_embedding_is_stored_once(convert: Convert) -> None:
     assert sizes[False] - sizes[True] == pytest.approx(4096 * 64 * (1 + 4 / 64), rel=0.05)
 
 
+@pytest.mark.parametrize("tied", [True, False])
+def test_the_disk_that_is_asked_for_is_what_the_models_take(convert: Convert, tied: bool) -> None:
+    # a table of 4.2 million values, the layers have 4.7
+    artifact = convert(tiny_config(hidden_size=512, intermediate_size=1024, vocab_size=8192, tie_word_embeddings=tied))
+    for weights, standard in EVERY_FORM:
+        part = export_onnx(artifact, OnnxOptions(weights, standard, 64), sync=False).onnx
+        assert part is not None
+        taken = sum(graph.data.bytes + graph.model.bytes for graph in part.graphs)
+        # what is small stands in the models, or begins on a page of its own
+        padding = sum(4096 * len(model.graph.initializer) for model in models(artifact).values())
+        planned = onnx_export.planned_bytes(read_manifest(artifact).model, weights, standard)
+        assert 0.97 * planned < taken < 1.03 * planned + padding, (weights, standard)
+
+
 def test_other_parts_of_an_artifact_stay_and_new_weights_drop_the_models(build: Any, tmp_path: Path) -> None:
     source, artifact = build("onnx_parts", tiny_config())
     before = read_manifest(artifact)
@@ -138,7 +152,7 @@ def test_what_cannot_be_exported_says_why(convert: Convert, monkeypatch: pytest.
     assert "nothing else" in said("--batch", "4")
     result = CliRunner().invoke(app, ["compile", str(artifact), "--weights", "int4"])
     assert result.exit_code == 2 and "are for --mode onnx" in result.stderr
-    monkeypatch.setattr(onnx_export, "planned_bytes", lambda config, weights: 1 << 60)
+    monkeypatch.setattr(onnx_export, "planned_bytes", lambda *what: 1 << 60)
     with pytest.raises(TargetError, match=r"fp32 ONNX needs .* GB free"):
         export_onnx(artifact, OnnxOptions("fp32"))
     assert not (artifact / "graphs").exists()
@@ -197,6 +211,27 @@ def test_quantized_blocks_are_as_near_as_their_steps_allow(bits: int, bound: flo
     if bits == 4:
         packed = quantize.pack_int4(q)
         assert (packed & 15 == q[:, 0::2]).all() and (packed >> 4 == q[:, 1::2]).all()
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("bits", [8, 4, "rows"])
+@pytest.mark.parametrize("largest", [1e-45, 3e-44, 1e-39, 1.4e-36, 2e-36, 1e-3, 1.0, 1e30], ids="{:.0e}".format)
+def test_every_value_becomes_the_nearest_step_of_its_scale_however_small(bits: int | str, largest: float) -> None:
+    x = np.random.default_rng(1).uniform(-largest, largest, (8, 64)).astype(np.float32)
+    if bits == "rows":
+        signed, scale = quantize.quantize_rows(x)
+        q, scale, least, most = signed.astype(np.float64), scale[:, None], -127, 127
+    else:
+        assert isinstance(bits, int)
+        middle = 2 ** (bits - 1)
+        unsigned, scale = quantize.quantize_blocks(x, bits, 64)
+        q, least, most = unsigned.astype(np.float64) - middle, -middle, middle - 1
+    # below the normal numbers there is no step to be had: zero, and at most 127 of the smallest normal number is lost
+    normal = np.broadcast_to(np.abs(scale) >= np.finfo(np.float32).tiny, x.shape)
+    assert (q[~normal] == 0).all() and (normal.all() or largest < 1.5e-36)
+    exact = (x.astype(np.float64) / np.where(normal, scale, 1)).clip(least, most)
+    # of two neighbours at the same distance, fp32 may choose either
+    assert (np.abs(q - exact) <= 0.5 + 1e-4)[normal].all()
 
 
 MEMORY = """

@@ -4,18 +4,17 @@ import dataclasses
 import io
 import json
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from helpers.altered import Change, Tensors, altered, rewritten
 from rich.console import Console
-from safetensors.torch import load_file, save_file
 
 from qwen2vl_tc.artifacts.errors import ArtifactError, ConfigError, TargetError
-from qwen2vl_tc.artifacts.integrity import hash_bytes
-from qwen2vl_tc.artifacts.manifest import FileEntry, Manifest
+from qwen2vl_tc.artifacts.manifest import Manifest
 from qwen2vl_tc.artifacts.schema import from_plain
 from qwen2vl_tc.artifacts.store import open_artifact, read_manifest
 from qwen2vl_tc.runtime import load
@@ -32,8 +31,6 @@ from qwen2vl_tc.toolchain.verify_cases import make_cases
 from qwen2vl_tc.toolchain.verify_report import TOLERANCES, compare, second_opinion
 from qwen2vl_tc.toolchain.weights.convert import convert
 
-Tensors = dict[str, torch.Tensor]
-Change = Callable[[Tensors, Manifest], None]
 STEPS = 4
 
 
@@ -73,37 +70,6 @@ def bf16(source: Path) -> Path:
 def verified(artifact: Path, against: Path, steps: int = STEPS) -> VerifyReport:
     with open_artifact(artifact) as opened:
         return verify(opened, against, steps=steps)
-
-
-def rewritten(artifact: Path, entry: FileEntry, data: bytes) -> FileEntry:
-    # a file of its own: what was copied may be a link
-    (artifact / entry.path).unlink()
-    (artifact / entry.path).write_bytes(data)
-    return FileEntry(entry.path, len(data), hash_bytes(data))
-
-
-def altered(artifact: Path, out: Path, change: Change) -> Path:
-    """A copy with other weights or constants, whose hashes are right."""
-    shutil.copytree(artifact, out)
-    manifest = read_manifest(out)
-    assert manifest.weights and manifest.ge
-    changed = []
-
-    def alter(entry: FileEntry) -> FileEntry:
-        tensors = {name: tensor.clone() for name, tensor in load_file(out / entry.path).items()}
-        before = dict(tensors)
-        change(tensors, manifest)
-        if all(tensor is before[name] for name, tensor in tensors.items()):
-            return entry
-        changed.append(entry.path)
-        save_file(tensors, out.parent / "new.safetensors")
-        return rewritten(out, entry, (out.parent / "new.safetensors").read_bytes())
-
-    weights = dataclasses.replace(manifest.weights, files=tuple(map(alter, manifest.weights.files)))
-    ge = dataclasses.replace(manifest.ge, constants=alter(manifest.ge.constants))
-    assert changed, "nothing was altered"
-    (out / "manifest.json").write_bytes(dataclasses.replace(manifest, weights=weights, ge=ge).to_bytes())
-    return out
 
 
 def swapped_rows(name: str, first: int = 1, second: int = 2) -> Change:

@@ -1,0 +1,118 @@
+"""verify fails ONNX models whose files are whole and whose numbers are not: each of its gates, by its sentence."""
+
+import json
+import re
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from helpers.altered import Arrays, altered_onnx
+from safetensors.numpy import load_file, save_file
+
+from qwen2vl_tc.artifacts.errors import ArtifactError
+from qwen2vl_tc.runtime import load
+from qwen2vl_tc.toolchain.synthetic import tiny_config, write_checkpoint
+
+from .conftest import Run
+
+# of the two rows of a pair in the output layer: a logit of 15, and one 0.15 below it
+SECOND = 0.99
+SENTENCE = re.compile(
+    r"FAILED: next tokens depart from transformers', KL divergence (\S+) nats \(at most (\S+)\), the same first choice "
+    r"in (\d+)% \(at least (\d+)%\)"
+)
+
+Exported = Callable[[str], Path]
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A checkpoint with an output layer of its own, tokens in pairs: where one of them leads, the other is second."""
+    folder = write_checkpoint(tmp_path_factory.mktemp("gates") / "hf", tiny_config(), dtype="fp32", tokenizer=True)
+    (file,) = folder.glob("*.safetensors")
+    tensors = load_file(file)
+    tensors["lm_head.weight"][1::2] = SECOND * tensors["lm_head.weight"][::2]
+    save_file(tensors, file, {"format": "pt"})
+    return folder
+
+
+@pytest.fixture(scope="module")
+def exported(source: Path, run: Run) -> Exported:
+    """exported(kind of weights) to an artifact; cached."""
+
+    def make(weights: str) -> Path:
+        out = source.parent / weights
+        if not out.exists():
+            assert run("convert", "--src", source, "--out", out, "--no-sync").exit_code == 0
+            words = ("compile", out, "--mode", "onnx", "--max-length", "512", "--weights", weights)
+            assert run(*words).exit_code == 0
+        return out
+
+    return make
+
+
+def verdict(run: Run, artifact: Path, source: Path) -> tuple[int, str]:
+    """Exit code and last line of `verify`; the artifact keeps the same verdict."""
+    result = run("verify", artifact, "--against", source)
+    manifest = json.loads((artifact / "manifest.json").read_text())
+    assert manifest["onnx"]["verification"] == ("failed" if result.exit_code else "passed"), result.output
+    return result.exit_code, result.stdout.splitlines()[-1]
+
+
+def off_by_a_little(arrays: Arrays) -> None:
+    arrays["lm_head.weight"][5, 7] += 0.01
+
+
+def second_tokens_fall_behind(weights: str) -> Callable[[Arrays], None]:
+    def change(arrays: Arrays) -> None:
+        # less than the errors of its kind that every single output may have
+        arrays["lm_head.weight.scales"][1::2] *= {"int8": 0.96, "int4": 0.85}[weights]
+
+    return change
+
+
+def second_tokens_come_first(arrays: Arrays) -> None:
+    scales = arrays["lm_head.weight.scales"]
+    scales[::2], scales[1::2] = scales[1::2].copy(), scales[::2].copy()
+
+
+@pytest.mark.parametrize("weights", ["fp32", "int8", "int4"])
+def test_a_right_export_passes(weights: str, exported: Exported, source: Path, run: Run) -> None:
+    code, line = verdict(run, exported(weights), source)
+    assert code == 0 and line.startswith("verified: "), line
+
+
+def test_fp32_fails_beyond_its_largest_error(exported: Exported, source: Path, run: Run, tmp_path: Path) -> None:
+    artifact = altered_onnx(exported("fp32"), tmp_path / "wrong", "text", off_by_a_little)
+    code, line = verdict(run, artifact, source)
+    assert code == 1
+    found = re.match(
+        r"FAILED: (prefill|decode) \(.*\): its output departs \(max error (\S+), expected at most 0\.0001\)", line
+    )
+    assert found and 1e-4 < float(found[2]) < 0.1, line
+    with pytest.raises(ArtifactError, match=r"its verification failed, see reports/verify-onnx\.json"):
+        load(artifact)
+
+
+@pytest.mark.parametrize("weights", ["int8", "int4"])
+def test_quantized_models_fail_by_their_divergence_alone(
+    weights: str, exported: Exported, source: Path, run: Run, tmp_path: Path
+) -> None:
+    change = second_tokens_fall_behind(weights)
+    code, line = verdict(run, altered_onnx(exported(weights), tmp_path / "wrong", "text", change), source)
+    found = SENTENCE.fullmatch(line)
+    assert code == 1 and found, line
+    kl, most, top1, least = map(float, found.groups())
+    assert kl > most and top1 >= least
+
+
+@pytest.mark.parametrize("weights", ["int8", "int4"])
+def test_quantized_models_fail_by_their_first_choices_alone(
+    weights: str, exported: Exported, source: Path, run: Run, tmp_path: Path
+) -> None:
+    artifact = altered_onnx(exported(weights), tmp_path / "wrong", "text", second_tokens_come_first)
+    code, line = verdict(run, artifact, source)
+    found = SENTENCE.fullmatch(line)
+    assert code == 1 and found, line
+    kl, most, top1, least = map(float, found.groups())
+    assert kl <= most and top1 < least
