@@ -4,6 +4,7 @@ Also: artifacts of tiny models, each built once a run.
 """
 
 import os
+import signal
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,8 @@ from qwen2vl_tc.artifacts.process import prepare_process
 from qwen2vl_tc.toolchain.transformers_import import import_transformers
 
 prepare_process()
+# a shell's background jobs ignore it, and would hand that down to what the tests interrupt
+signal.signal(signal.SIGINT, signal.default_int_handler)
 # tiny tensors: several threads only wait for each other, ten times as long on a busy machine
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 import_transformers()
