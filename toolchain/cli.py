@@ -421,7 +421,7 @@ def demo(
     ] = None,
     keep: Annotated[bool, typer.Option("--keep/--no-keep", help="Keep what was made, or delete it at the end.")] = True,
 ) -> None:
-    """No weights at hand: make a tiny model with random ones, then build it, ask it something and inspect it."""
+    """No weights at hand: take a tiny trained model, build it, ask it about a picture and inspect it."""
     from .demo import DEFAULT_FOLDER, run_demo
 
     run_demo(out or DEFAULT_FOLDER, keep=keep)

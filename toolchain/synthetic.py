@@ -1,4 +1,4 @@
-"""Checkpoints with random weights in the form that HF publishes: for `demo`, tests and benchmarks.
+"""Checkpoints with random weights in the form that HF publishes: for tests and benchmarks.
 
 Everything is a function of the seed and the tensor's name: the same tensor has the same values whatever the layout,
 the naming or the number of shards, and a bf16 checkpoint holds the rounded values of the fp32 one.

@@ -1,8 +1,12 @@
-"""A byte-level tokenizer with Qwen2-VL's special tokens and chat template, for checkpoints with random weights."""
+"""A byte-level tokenizer with Qwen2-VL's special tokens and chat template, for checkpoints that are made here."""
 
 import json
+from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
 
 # in the order of their ids in the published vocabulary, from 151643 on
 SPECIAL_TOKENS = (
@@ -32,34 +36,36 @@ def write_json(path: Path, value: Any) -> None:
     path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
-def write_tokenizer(folder: Path, config: dict[str, Any]) -> None:
-    """Write tokenizer.json (bytes, a few merges, Qwen's special tokens), its config and generation_config.json.
+def learned_merges(sentences: Iterable[str], count: int) -> list[tuple[str, str]]:
+    """Up to `count` merges of byte-level BPE trained on the sentences, in order."""
+    from tokenizers import models, pre_tokenizers, trainers
+
+    tokenizer = _byte_level(models.BPE())
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(
+        vocab_size=len(alphabet) + count, initial_alphabet=alphabet, show_progress=False, special_tokens=[]
+    )
+    tokenizer.train_from_iterator(sentences, trainer)
+    return [(left, right) for left, right in json.loads(tokenizer.to_str())["model"]["merges"]]
+
+
+def write_tokenizer(folder: Path, config: dict[str, Any], merges: Sequence[tuple[str, str]] = ()) -> None:
+    """Write tokenizer.json (bytes, merges as far as they fit, Qwen's special tokens), its config and
+    generation_config.json. Without merges it has a few of English.
 
     The special tokens get the ids that config.json gives them. Needs a vocabulary of 270 or more.
     """
-    from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
+    from tokenizers import AddedToken, models, pre_tokenizers
 
     first = config["bos_token_id"]
     vocabulary = {letter: i for i, letter in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
-    merges: list[tuple[str, str]] = []
-    for left, right in (pair.split(" ") for pair in _MERGES.split(",")):
-        if len(vocabulary) < first:
-            merges.append((left, right))
-            vocabulary[left + right] = len(vocabulary)
+    merges = list(merges or [(left, right) for left, right in (pair.split(" ") for pair in _MERGES.split(","))])
+    merges = merges[: first - len(vocabulary)]
+    for left, right in merges:
+        # two pairs may make the same token
+        vocabulary.setdefault(left + right, len(vocabulary))
     special = {token: first + i for i, token in enumerate(SPECIAL_TOKENS)}
-    tokenizer = Tokenizer(models.BPE(vocab={**vocabulary, **special}, merges=merges))
-    tokenizer.normalizer = normalizers.NFC()
-    words = Regex(
-        r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}"
-        r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-    )
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-        [
-            pre_tokenizers.Split(words, behavior="isolated"),
-            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
-        ]
-    )
-    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer = _byte_level(models.BPE(vocab={**vocabulary, **special}, merges=merges))
     tokenizer.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in SPECIAL_TOKENS])
     tokenizer.save(str(folder / "tokenizer.json"))
     entry = {"lstrip": False, "normalized": False, "rstrip": False, "single_word": False, "special": True}
@@ -88,3 +94,23 @@ def write_tokenizer(folder: Path, config: dict[str, Any]) -> None:
             "top_k": 1,
         },
     )
+
+
+def _byte_level(model: Any) -> "Tokenizer":
+    """A tokenizer that splits text as Qwen2-VL's does."""
+    from tokenizers import Regex, Tokenizer, decoders, normalizers, pre_tokenizers
+
+    tokenizer = Tokenizer(model)
+    tokenizer.normalizer = normalizers.NFC()
+    words = Regex(
+        r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}"
+        r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+    )
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(words, behavior="isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
+    tokenizer.decoder = decoders.ByteLevel()
+    return tokenizer

@@ -71,26 +71,28 @@ TOLERANCES = {
         reason="fp16 keeps 11 bits: transformers in fp16 is itself 0.07 to 0.3 % (RMS) from fp32, growing with depth",
     ),
 }
-# The kinds of quantized weights of ONNX models. The limits rest on one model of random weights, whose first choices are
-# often close: a divergence of up to 0.003 and 0.13 nats, relative RMS of up to 0.027 and 0.2.
+# The kinds of quantized weights of ONNX models. What binds is the divergence and the first choices: of a model of random
+# weights, whose first choices are often close, 0.003 (int8) and 0.13 nats (int4); of the trained demo model 0.0004 and
+# 0.005, all first choices equal. A single step's logits may lie close together and then move far beside their spread,
+# without another distribution: of the demo model by up to 8 and 47 % (RMS). Those limits are for what is grossly wrong.
 TOLERANCES |= {
     "int8": Tolerance(
         max_error=None,
-        relative_max=0.5,
-        relative_rms=0.05,
-        cosine=0.998,
+        relative_max=0.8,
+        relative_rms=0.15,
+        cosine=0.99,
         kl=0.02,
         top1=0.9,
-        reason="8 bits of weights and of activations move logits by 1 to 3 % (RMS)",
+        reason="8 bits of weights and of activations move logits by 1 to 8 % (RMS), and hardly their order",
     ),
     "int4": Tolerance(
         max_error=None,
         relative_max=2.0,
-        relative_rms=0.3,
-        cosine=0.95,
+        relative_rms=0.75,
+        cosine=0.85,
         kl=0.3,
         top1=0.6,
-        reason="rounded to 4 bits, weights of random models, which no training made robust, move logits by 10 to 20 %",
+        reason="rounded to 4 bits, weights move logits by 10 to 50 % (RMS); models of random weights lose first choices",
     ),
 }
 # Outside these bounds transformers computing in the artifact's dtype has the last word, for models whose activations

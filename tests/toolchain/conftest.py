@@ -7,7 +7,8 @@ import pytest
 from typer.testing import CliRunner, Result
 
 from qwen2vl_tc.toolchain.cli import app
-from qwen2vl_tc.toolchain.demo import draw_picture
+from qwen2vl_tc.toolchain.demo import SCENE
+from qwen2vl_tc.toolchain.demo_model.pictures import draw
 from qwen2vl_tc.toolchain.synthetic import tiny_config, write_checkpoint
 
 Run = Callable[..., Result]
@@ -47,5 +48,5 @@ def built(checkpoint: Path, build_result: Result) -> Path:
 @pytest.fixture(scope="session")
 def picture(checkpoint: Path) -> Path:
     path = checkpoint.parent / "shapes.png"
-    draw_picture(path)
+    draw(SCENE)[0].save(path)
     return path

@@ -11,6 +11,7 @@ from PIL import Image
 from qwen2vl_tc.artifacts.errors import TargetError
 from qwen2vl_tc.artifacts.store import open_artifact
 from qwen2vl_tc.toolchain import demo
+from qwen2vl_tc.toolchain.demo_model.pictures import kept_from_training
 
 from .conftest import Run
 
@@ -32,7 +33,7 @@ def test_it_builds_a_verified_artifact_from_a_checkpoint_and_a_picture(shown: tu
         assert artifact.manifest.verification == "passed"
     assert (folder / demo.CHECKPOINT / "model.safetensors").is_file()
     with Image.open(folder / demo.PICTURE) as picture:
-        assert (picture.format, picture.size) == ("PNG", (280, 196))
+        assert (picture.format, picture.size) == ("PNG", (224, 224))
     assert (folder / ".gitignore").read_text().splitlines()[-1] == "*", "git ignores all of it"
 
 
@@ -51,10 +52,19 @@ def test_the_commands_that_it_shows_work_as_they_stand(
     assert run(*commands[2][1:]).exit_code == 0
 
 
+def test_it_describes_its_picture_rightly_and_says_so(shown: tuple[Path, str]) -> None:
+    right = "A red circle at the top left, a blue square at the top right, a yellow triangle at the bottom right."
+    assert f"\n{right}\nThe picture shows just that.\n" in shown[1]
+
+
+def test_its_picture_was_never_trained_on() -> None:
+    assert all(kept_from_training(thing) for thing in demo.SCENE.things)
+
+
 def test_its_summary_says_what_was_real_what_was_measured_and_what_is_next(shown: tuple[Path, str]) -> None:
     summary = shown[1].partition("\nSummary\n")[2]
     for said in (
-        *("gibberish", "GE graphs", "transformers", "largest error", "per layer", "recipe at 7B"),
+        *("coloured shapes", "GE graphs", "transformers", "largest error", "per layer", "recipe at 7B"),
         *(str(demo.DEFAULT_FOLDER), "qwen2vl-tc build --src"),
     ):
         assert said in summary
