@@ -159,7 +159,7 @@ def test_pinned_versions_satisfy_what_the_package_asks_for(python: str) -> None:
 
 def test_the_readme_holds_no_placeholder_and_names_only_files_that_exist() -> None:
     text = (ROOT / "README.md").read_text(encoding="utf-8")
-    variables = {"EXE_MODE", "OMP_NUM_THREADS", "TORCH_DEVICE_BACKEND_AUTOLOAD", "TORCH_INDEX"}
+    variables = {"EXE_MODE", "TORCH_DEVICE_BACKEND_AUTOLOAD", "TORCH_INDEX"}
     assert set(re.findall(r"\b[A-Z]+_[A-Z_]+\b", text)) == variables
     named = re.findall(r"(?:benchmarks|tests|docs|artifacts)/[\w/]+\.(?:py|md)", text)
     assert named

@@ -114,8 +114,8 @@ def summary(made: DemoResult, keep: bool) -> list[str]:
     lines = [
         f"Made in {made.seconds:.0f} s: an artifact of a Qwen2-VL with {values / 1e6:.1f} million weights "
         f"({text.num_layers} text and {vision.depth} vision layers).",
-        f'It has learned to describe coloured shapes and nothing else, and said rightly: "{answer.text}" The graphs are '
-        "real GE graphs that torchair traced on an emulated NPU, and this machine's CPU executed them.",
+        f'It has learned to describe coloured shapes and nothing else, and said rightly: "{answer.text}" The graphs '
+        "are real GE graphs that torchair traced on an emulated NPU, and this machine's CPU executed them.",
     ]
     if made.built.report is not None:
         conclusion = made.built.report.conclusion

@@ -71,10 +71,11 @@ TOLERANCES = {
         reason="fp16 keeps 11 bits: transformers in fp16 is itself 0.07 to 0.3 % (RMS) from fp32, growing with depth",
     ),
 }
-# The kinds of quantized weights of ONNX models. What binds is the divergence and the first choices: of a model of random
-# weights, whose first choices are often close, 0.003 (int8) and 0.13 nats (int4); of the trained demo model 0.0004 and
-# 0.005, all first choices equal. A single step's logits may lie close together and then move far beside their spread,
-# without another distribution: of the demo model by up to 8 and 47 % (RMS). Those limits are for what is grossly wrong.
+# The kinds of quantized weights of ONNX models. What binds is the divergence and the first choices: of a model of
+# random weights, whose first choices are often close, 0.003 (int8) and 0.13 nats (int4); of the trained demo model
+# 0.0004 and 0.005, all first choices equal. A single step's logits may lie close together and then move far beside
+# their spread, without another distribution: of the demo model by up to 8 and 47 % (RMS). Those limits are for what is
+# grossly wrong.
 TOLERANCES |= {
     "int8": Tolerance(
         max_error=None,
@@ -92,7 +93,7 @@ TOLERANCES |= {
         cosine=0.85,
         kl=0.3,
         top1=0.6,
-        reason="rounded to 4 bits, weights move logits by 10 to 50 % (RMS); models of random weights lose first choices",
+        reason="rounded to 4 bits, weights move logits by 10 to 50 % (RMS); of random weights also first choices",
     ),
 }
 # Outside these bounds transformers computing in the artifact's dtype has the last word, for models whose activations
