@@ -11,6 +11,7 @@ import os
 import platform
 import re
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -71,7 +72,9 @@ class OnnxBackend(Backend):
             raise ArtifactError(
                 f"{artifact.path}: has no ONNX model {missing[0]}; run `qwen2vl-tc compile {artifact.path} --mode onnx`"
             )
-        self._visual, self._text = (_open(runtime, artifact, graphs[name]) for name in ("visual", "text"))
+        # onnxruntime lays a model's weights out on one core
+        with ThreadPoolExecutor() as pool:
+            self._visual, self._text = pool.map(lambda name: _open(runtime, artifact, graphs[name]), ("visual", "text"))
         self.loading.mark("graphs")
 
     def allocate(self, rows: int) -> Cache:
