@@ -80,7 +80,8 @@ def main(
             command = [sys.executable, __file__, str(artifact), "--option", name]
             done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
             found[name].append(json.loads(done.stdout.splitlines()[-1]))
-    print("| option | load, ms | ViT, ms | prefill, ms | decode, ms a token | peak memory, GB |\n|---|---|---|---|---|---|")
+    print("| option | load, ms | ViT, ms | prefill, ms | decode, ms a token | peak memory, GB |")
+    print("|---|---|---|---|---|---|")
     for name, runs in found.items():
         middle = {key: median(run[key] for run in runs) for key in runs[0]}
         print(
