@@ -166,6 +166,7 @@ def test_it_holds_what_a_published_checkpoint_holds() -> None:
     ("words", "said"),
     [
         (["train", "--out", "file"], "error: file: File exists"),
+        (["train", "--out", "."], "error: .: is not empty"),
         (["evaluate", "--artifact", "absent"], "absent: no such folder"),
         (["evaluate", "--scenes", "0"], "--scenes"),
     ],
