@@ -173,7 +173,7 @@ def _prepare(folder: Path) -> None:
     mark = folder / _IGNORE
     if folder.exists() and not folder.is_dir():
         raise ToolchainError(f"{folder}: is a file; choose another --out")
-    if folder.is_dir() and any(folder.iterdir()) and not (mark.is_file() and mark.read_text() == _MARK):
+    if folder.is_dir() and any(folder.iterdir()) and not (mark.is_file() and mark.read_bytes() == _MARK.encode()):
         raise ToolchainError(f"{folder}: holds something else than a demo; choose another --out")
     folder.mkdir(parents=True, exist_ok=True)
     mark.write_text(_MARK)

@@ -18,7 +18,17 @@ from ..runtime.loader import open_processor
 from ..runtime.vision import segment_ends, vision_positions
 from .verify import DEFAULT_STEPS, FAILED, PASSED, available_memory, check_memory, check_same_model, prepare_cases
 from .verify_cases import Case
-from .verify_report import TOLERANCES, CaseSize, Comparison, InputCheck, Progress, VerifyReport, compare, output_departs
+from .verify_report import (
+    TOLERANCES,
+    VISUAL_TOLERANCES,
+    CaseSize,
+    Comparison,
+    InputCheck,
+    Progress,
+    VerifyReport,
+    compare,
+    output_departs,
+)
 
 REPORT_PATH = "reports/verify-onnx.json"
 DECODE = "decode"
@@ -94,6 +104,7 @@ def _run(
 
     part = onnx_part(artifact.manifest, artifact.path)
     tolerance = TOLERANCES[part.weights]
+    visual_tolerance = VISUAL_TOLERANCES.get(part.weights, tolerance)
     total = 2 + 2 * len(cases) + steps
     progress("loading transformers' model", 0, total)
     # the weights that were exported are the artifact's: rounded to its dtype
@@ -122,7 +133,7 @@ def _run(
         if expected.visual is not None:
             places = vision_positions(prompt.grids, merge)
             ours = backend.visual(prompt.patches, places, segment_ends(prompt.grids)).tensor
-            comparisons.append(compare(case.name, VISUAL, None, ours, expected.visual.numpy(), tolerance, None))
+            comparisons.append(compare(case.name, VISUAL, None, ours, expected.visual.numpy(), visual_tolerance, None))
         out = prefill_prompt(backend, cache, row, prompt, merge, Timings())
         theirs, token = expected.logits[0].numpy(), int(backend.tokens(out)[0])
         comparisons.append(compare(case.name, PREFILL, None, backend.logits(out)[0], theirs, tolerance, token))

@@ -27,6 +27,8 @@ from .onnx_files import external_locations
 
 # how many threads compute; the default is the cores that this process may use
 THREADS_VARIABLE = "QWEN2VL_TC_THREADS"
+# more than any machine has cores; onnxruntime would start as many as it is told, for minutes
+_MOST_THREADS = 1024
 PROVIDER = "CPUExecutionProvider"
 # the oldest release that every form of the models was run on; 1.24 has no TensorScatter
 LEAST_VERSION = (1, 25)
@@ -243,12 +245,12 @@ def import_onnxruntime() -> Any:
 
 
 def threads() -> int:
-    """How many threads compute. Raises TargetError for a value of QWEN2VL_TC_THREADS that is no positive number."""
+    """How many threads compute. Raises TargetError for a value of QWEN2VL_TC_THREADS that is no such number."""
     given = os.environ.get(THREADS_VARIABLE)
     if given is None:
         return len(os.sched_getaffinity(0))
-    if not given.isdecimal() or int(given) < 1:
-        raise TargetError(f"{THREADS_VARIABLE} is {given!r}, expected a number of threads, 1 or more")
+    if not given.isdecimal() or not 1 <= int(given) <= _MOST_THREADS:
+        raise TargetError(f"{THREADS_VARIABLE} is {given!r}, expected a number of threads, 1 to {_MOST_THREADS}")
     return int(given)
 
 

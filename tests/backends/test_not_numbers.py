@@ -62,7 +62,9 @@ def poisoned(artifact: Path, out: Path, form: str, parameter: str, rows: Any) ->
 def test_a_poisoned_weight_is_an_error_that_names_the_graph(made: Made, tmp_path: Path, form: str) -> None:
     artifact = poisoned(made(form), tmp_path / "poisoned", form, "lm_head.weight", 7)
     (tmp_path / "requests").write_text('[{"role": "user", "content": "Hi."}]\n' * 2)
-    for request in (("--prompt", "Hello"), ("--requests", str(tmp_path / "requests"))):
+    # a penalty brings the logits to the host
+    requests = (("--prompt", "Hello"), ("--requests", str(tmp_path / "requests")))
+    for request in (*requests, ("--prompt", "Hello", "--repetition-penalty", "1.1")):
         result = CliRunner().invoke(app, ["generate", str(artifact), *request, "--max-new-tokens", "4"])
         assert result.exit_code == 2 and not result.stdout.strip()
         assert "prefill: its logits hold nan; verify the artifact" in result.stderr

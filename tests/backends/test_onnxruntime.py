@@ -339,9 +339,10 @@ def test_what_cannot_run_says_what_to_install(export: Export, monkeypatch: pytes
     with pytest.raises(MissingDependencyError, match=r"no CPUExecutionProvider.*pip install onnxruntime"):
         load(artifact)
     monkeypatch.undo()
-    monkeypatch.setenv("QWEN2VL_TC_THREADS", "many")
-    with pytest.raises(TargetError, match="QWEN2VL_TC_THREADS is 'many'"):
-        load(artifact)
+    for threads in ("many", "0", "2147483648"):
+        monkeypatch.setenv("QWEN2VL_TC_THREADS", threads)
+        with pytest.raises(TargetError, match=f"QWEN2VL_TC_THREADS is '{threads}'"):
+            load(artifact)
 
 
 def test_load_takes_onnxruntime_before_the_reference_where_an_artifact_has_both(build: Any) -> None:

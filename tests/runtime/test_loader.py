@@ -1,5 +1,6 @@
 """load(): what it needs, what it refuses, and that nothing unchecked gets out."""
 
+import gc
 import json
 import subprocess
 import sys
@@ -10,9 +11,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-from qwen2vl_tc.artifacts.errors import ArtifactError, RequestError, ToolchainError
+from qwen2vl_tc.artifacts.errors import ArtifactError, RequestError, TargetError, ToolchainError
 from qwen2vl_tc.artifacts.store import Artifact
 from qwen2vl_tc.runtime import Model, load
+from qwen2vl_tc.runtime.backends.base import Backend
 from qwen2vl_tc.runtime.vision import segment_ends, vision_positions
 from qwen2vl_tc.toolchain.compile import CompileOptions, compile_config
 from qwen2vl_tc.toolchain.synthetic import tiny_config
@@ -102,6 +104,23 @@ def test_the_onnxruntime_backend_brings_neither_torch_nor_another_engine() -> No
     )
     assert packages <= PACKAGES - {"torch", "torchgen", "tqdm"} | OF_ONNXRUNTIME
     assert own == BACKENDS["onnxruntime"]
+
+
+@pytest.mark.parametrize("enabled", [True, False])
+def test_garbage_is_collected_after_loading_as_before(artifact: Path, enabled: bool) -> None:
+    def refuses(opened: Artifact) -> Backend:
+        assert not gc.isenabled()
+        raise TargetError("no")
+
+    (gc.enable if enabled else gc.disable)()
+    try:
+        load(artifact)
+        assert gc.isenabled() is enabled
+        with pytest.raises(TargetError):
+            load(artifact, refuses)
+        assert gc.isenabled() is enabled
+    finally:
+        gc.enable()
 
 
 def test_the_runtime_itself_imports_no_engine() -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from qwen2vl_tc.artifacts.errors import TargetError
+from qwen2vl_tc.artifacts.errors import TargetError, ToolchainError
 from qwen2vl_tc.artifacts.store import open_artifact
 from qwen2vl_tc.toolchain import demo
 from qwen2vl_tc.toolchain.demo_model.pictures import kept_from_training
@@ -75,8 +75,12 @@ def test_it_runs_again_over_an_earlier_demo_and_over_nothing_else(tmp_path: Path
     demo._prepare(tmp_path / "demo")
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.txt").touch()
-    with pytest.raises(Exception, match="holds something else than a demo"):
-        demo._prepare(tmp_path / "mine")
+    # another .gitignore, in another encoding
+    for ignored in (None, b"\xff\xfe*"):
+        if ignored:
+            (tmp_path / "mine" / ".gitignore").write_bytes(ignored)
+        with pytest.raises(ToolchainError, match="holds something else than a demo"):
+            demo._prepare(tmp_path / "mine")
 
 
 def test_no_keep_deletes_what_it_made_and_nothing_that_a_user_added(

@@ -1,6 +1,8 @@
 """The demo model is a real, small checkpoint, and it has learned what the README says."""
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -158,3 +160,19 @@ def test_it_holds_what_a_published_checkpoint_holds() -> None:
         *("preprocessor_config.json", "generation_config.json"),
     }
     assert json.loads((CHECKPOINT / "config.json").read_text())["architectures"] == ["Qwen2VLForConditionalGeneration"]
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["train", "--out", "file"], "error: file: File exists"),
+        (["train", "--out", "."], "error: .: is not empty"),
+        (["evaluate", "--artifact", "absent"], "absent: no such folder"),
+        (["evaluate", "--scenes", "0"], "--scenes"),
+    ],
+)
+def test_what_its_commands_cannot_do_they_say_without_a_traceback(words: list[str], said: str, tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    command = [sys.executable, "-m", "qwen2vl_tc.toolchain.demo_model", *words]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 2 and said in done.stderr and "Traceback" not in done.stderr

@@ -5,6 +5,7 @@ import re
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 from helpers.altered import Arrays, altered_onnx
 from safetensors.numpy import load_file, save_file
@@ -12,6 +13,7 @@ from safetensors.numpy import load_file, save_file
 from qwen2vl_tc.artifacts.errors import ArtifactError
 from qwen2vl_tc.runtime import load
 from qwen2vl_tc.toolchain.synthetic import tiny_config, write_checkpoint
+from qwen2vl_tc.toolchain.verify_report import TOLERANCES, VerifyReport, compare, output_departs
 
 from .conftest import Run
 
@@ -116,3 +118,30 @@ def test_quantized_models_fail_by_their_first_choices_alone(
     assert code == 1 and found, line
     kl, most, top1, least = map(float, found.groups())
     assert kl <= most and top1 < least
+
+
+def embeddings_are_too_small(arrays: Arrays) -> None:
+    weight = arrays["visual.merger.mlp.2.weight.quantized"]
+    weight[:] = np.rint(0.9 * weight)
+
+
+@pytest.mark.parametrize("weights", ["int8", "int4"])
+def test_a_vision_tower_is_held_to_limits_of_its_own(
+    weights: str, exported: Exported, source: Path, run: Run, tmp_path: Path
+) -> None:
+    artifact = altered_onnx(exported(weights), tmp_path / "wrong", "visual", embeddings_are_too_small)
+    code, line = verdict(run, artifact, source)
+    assert code == 1
+    found = re.fullmatch(
+        r"FAILED: visual \(.*\): its output departs \(relative RMS error (\S+), expected at most 0\.05\)", line
+    )
+    assert found and 0.05 < float(found[1]) < 0.15, line
+
+
+def test_a_cosine_that_is_too_small_is_named_and_not_an_error_that_is_allowed() -> None:
+    bounds = TOLERANCES["int8"]
+    original, across = np.float32([1, 1, -1, -1]), np.float32([1, -1, 1, -1])
+    failed = compare("case", "prefill", None, original + 0.146 * across, original, bounds, None)
+    departure = output_departs(failed)
+    report = VerifyReport(False, "", "", "int8", "", {}, 1, bounds, 0, (), (), (), (failed,), 0, departure)
+    assert report.conclusion.endswith("its output departs (cosine 0.98951, expected at least 0.99)")

@@ -5,12 +5,12 @@ from typing import Annotated
 
 import typer
 
-from ...artifacts.errors import ToolchainError
+from ..cli_errors import Commands
 from ..console import result
 from ..transformers_import import import_transformers
 from . import CHECKPOINT
 
-app = typer.Typer(add_completion=False, help=__doc__)
+app = typer.Typer(cls=Commands, add_completion=False, help=__doc__)
 
 
 @app.command()
@@ -30,7 +30,7 @@ def evaluate(
     artifact: Annotated[
         Path | None, typer.Option(metavar="ARTIFACT", help="Ask this artifact of it, through the runtime, instead.")
     ] = None,
-    scenes: Annotated[int, typer.Option(help="Held-out pictures and clips.")] = 200,
+    scenes: Annotated[int, typer.Option(min=1, help="Held-out pictures and clips.")] = 200,
 ) -> None:
     """Print the share of right answers on held-out scenes, by kind of question."""
     from .evaluate import answer_by_artifact, answer_by_transformers, score
@@ -43,7 +43,4 @@ def evaluate(
 
 
 if __name__ == "__main__":
-    try:
-        app()
-    except ToolchainError as error:
-        raise SystemExit(f"error: {error}") from error
+    app()

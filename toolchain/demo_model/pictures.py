@@ -41,8 +41,6 @@ ASK_ALL = ("Describe the picture.", "What is this?", "What do you see?", "What i
 ASK_MOVE = ("Which way does it move?", "Where does it move?", "Which way does the {thing} move?")
 ASK_CLIP = ("Describe the video.", "What happens?", "What is in the video?")
 
-KINDS = ("colour", "shape", "count", "position", "description", "movement")
-
 
 @dataclass(frozen=True)
 class Thing:
@@ -58,7 +56,7 @@ class Thing:
 
 @dataclass(frozen=True)
 class Turn:
-    """A question, its one right answer, and which of KINDS it is."""
+    """A question, its one right answer, and what it is about, by which evaluation counts."""
 
     kind: str
     question: str

@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy, mse_loss
 
 from ...artifacts.config import model_config_from_hf
+from ...artifacts.errors import ToolchainError
 from ...runtime.patches import image_patches
 from ...runtime.prompt import Processor, Prompt
 from ..console import result
@@ -83,8 +84,10 @@ def train(folder: Path) -> None:
 
     First the vision tower alone: what it makes of each merged patch shall be the sum of the embeddings of the words
     for what stands there. A published Qwen2-VL begins with a trained tower too. Then the language model, on
-    conversations.
+    conversations. Raises ToolchainError for a folder that is not empty.
     """
+    if folder.is_dir() and any(folder.iterdir()):
+        raise ToolchainError(f"{folder}: is not empty; choose another --out")
     processor = _write_files(folder)
     model = _new_model(folder)
     inputs = HfInputs(processor)
