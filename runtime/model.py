@@ -4,7 +4,7 @@ import threading
 from collections.abc import AsyncIterator, Callable, Generator, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from ..artifacts.errors import RequestError, ToolchainError
+from ..artifacts.errors import RequestError
 from ..artifacts.manifest import Manifest
 from ..artifacts.store import Artifact
 from .backends.base import Backend
@@ -203,7 +203,7 @@ class Model:
                         running = generate_rows(self.backend, cache, rows, merge_size, timings)
                     try:
                         step = next(running, None)
-                    except ToolchainError:
+                    except Exception:
                         # where the weights are altered, that is what to say
                         self._check.wait()
                         raise
