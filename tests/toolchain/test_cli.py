@@ -303,7 +303,7 @@ def test_generate_takes_several_pictures_none_and_a_system_message(run: Run, bui
 
     image = TINY["image_token_id"]
     counts = [prompt_tokens(*(("--image", picture) * n)).count(image) for n in range(3)]
-    assert counts == [0, 70, 140], "280 x 196 pixels are 10 x 7 merged patches"
+    assert counts == [0, 64, 128], "224 x 224 pixels are 8 x 8 merged patches"
     assert len(prompt_tokens("--system", "z")) < len(prompt_tokens()), "it replaces the template's own"
 
 
