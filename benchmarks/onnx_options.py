@@ -15,6 +15,7 @@ from statistics import median
 from typing import Annotated, Any
 
 import typer
+from onnx_speed import peak_gb, request_picture
 
 NEW_TOKENS = 33
 CONFIG = {
@@ -28,7 +29,6 @@ OPTIONS = ("as it is", "no arena", "no memory pattern", "basic optimizations", *
 def _measure(artifact: Path, option: str) -> dict[str, float]:
     from qwen2vl_tc.runtime import load
     from qwen2vl_tc.runtime.backends import onnxruntime as backend
-    from qwen2vl_tc.toolchain.verify_cases import picture
 
     plain = backend.session_options
 
@@ -46,7 +46,7 @@ def _measure(artifact: Path, option: str) -> dict[str, float]:
 
     backend.session_options = changed
     model = load(artifact, "onnxruntime")
-    content = [{"type": "image", "image": picture(728, 504, seed=1)}, {"type": "text", "text": "What is this?"}]
+    content = [{"type": "image", "image": request_picture()}, {"type": "text", "text": "What is this?"}]
     at: list[float] = []
     made = model.generate(
         [{"role": "user", "content": content}],
@@ -55,13 +55,12 @@ def _measure(artifact: Path, option: str) -> dict[str, float]:
         ignore_eos=True,
         on_token=lambda token: at.append(time.perf_counter()),
     )
-    peak = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM:"))
     return {
         "load": sum(model.load_ms.values()),
         "visual": made.timings_ms["visual"],
         "prefill": made.timings_ms["prefill"],
         "decode": median((b - a) * 1e3 for a, b in itertools.pairwise(at)),
-        "peak_gb": int(peak.split()[1]) * 1024 / 1e9,
+        "peak_gb": peak_gb(),
     }
 
 

@@ -14,6 +14,7 @@ from statistics import median
 from typing import Annotated, Any
 
 import typer
+from onnx_speed import request_picture
 
 NEW_TOKENS = 17
 SHOWN = 8
@@ -48,7 +49,6 @@ def _show(name: str, runs: list[tuple[float, dict[str, float]]]) -> None:
 def main(artifact: Annotated[Path, typer.Argument(help="An artifact compiled with --mode onnx.")]) -> None:
     from qwen2vl_tc.runtime import load
     from qwen2vl_tc.runtime.backends import onnxruntime as backend
-    from qwen2vl_tc.toolchain.verify_cases import picture
 
     plain = backend.session_options
     with tempfile.TemporaryDirectory() as folder:
@@ -62,7 +62,7 @@ def main(artifact: Annotated[Path, typer.Argument(help="An artifact compiled wit
         backend.session_options = profiled
         model = load(artifact, "onnxruntime")
         print("load, ms:", ", ".join(f"{name} {value:.0f}" for name, value in model.load_ms.items()))
-        content = [{"type": "image", "image": picture(728, 504, seed=1)}, {"type": "text", "text": "What is this?"}]
+        content = [{"type": "image", "image": request_picture()}, {"type": "text", "text": "What is this?"}]
         model.generate(
             [{"role": "user", "content": content}], max_new_tokens=NEW_TOKENS, do_sample=False, ignore_eos=True
         )

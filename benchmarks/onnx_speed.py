@@ -94,7 +94,7 @@ def _child(name: str, path: Path, threads: int) -> dict[str, float]:
     return result
 
 
-def _picture() -> Any:
+def request_picture() -> Any:
     from qwen2vl_tc.toolchain.verify_cases import picture
 
     return picture(*SIZE, seed=1)
@@ -104,7 +104,7 @@ def _text() -> str:
     return f"<|vision_start|><|image_pad|><|vision_end|>{QUESTION}"
 
 
-def _peak_gb() -> float:
+def peak_gb() -> float:
     for line in Path("/proc/self/status").read_text().splitlines():
         if line.startswith("VmHWM:"):
             return int(line.split()[1]) * 1024 / 1e9
@@ -115,7 +115,7 @@ def _ours(path: Path, threads: int) -> dict[str, float]:
     from qwen2vl_tc.runtime import load
 
     model = load(path, backend="onnxruntime")
-    picture = _picture()
+    picture = request_picture()
     at: list[float] = []
     found = model.generate(
         _text(),
@@ -127,7 +127,7 @@ def _ours(path: Path, threads: int) -> dict[str, float]:
     assert len(found.prompt_token_ids) == 507, len(found.prompt_token_ids)
     timings = found.timings_ms
     first = timings["visual"] + timings["prefill"]
-    made = {**_steps(at), "first": first, "peak": _peak_gb(), "visual": timings["visual"]}
+    made = {**_steps(at), "first": first, "peak": peak_gb(), "visual": timings["visual"]}
     # at once, and after the peak was taken: a virtual machine's share of the memory changes within seconds
     return {**made, "bandwidth": _bandwidth(threads)}
 
@@ -150,7 +150,7 @@ def _transformers(path: Path, threads: int) -> dict[str, float]:
 
     torch.set_num_threads(threads)
     model = Qwen2VLForConditionalGeneration.from_pretrained(path, dtype=torch.float32, local_files_only=True).eval()
-    made = Qwen2VLImageProcessorPil.from_pretrained(path)(images=[_picture()], return_tensors="pt")
+    made = Qwen2VLImageProcessorPil.from_pretrained(path)(images=[request_picture()], return_tensors="pt")
     merged = int(made["image_grid_thw"].prod()) // 4
     text = _text().replace("<|image_pad|>", "<|image_pad|>" * merged)
     ids = AutoTokenizer.from_pretrained(path)(text, return_tensors="pt")["input_ids"]
@@ -169,7 +169,7 @@ def _transformers(path: Path, threads: int) -> dict[str, float]:
             ids = out.logits[:, -1].argmax(-1, keepdim=True)
             ids.item()
             at.append(time.perf_counter())
-    return {**_steps(at), "first": (at[0] - begin) * 1e3, "peak": _peak_gb()}
+    return {**_steps(at), "first": (at[0] - begin) * 1e3, "peak": peak_gb()}
 
 
 def _bandwidth(threads: int) -> float:

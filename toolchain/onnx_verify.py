@@ -20,7 +20,6 @@ from .verify import DEFAULT_STEPS, FAILED, PASSED, available_memory, check_memor
 from .verify_cases import Case
 from .verify_report import (
     TOLERANCES,
-    VISUAL_TOLERANCES,
     CaseSize,
     Comparison,
     InputCheck,
@@ -28,6 +27,7 @@ from .verify_report import (
     VerifyReport,
     compare,
     output_departs,
+    output_tolerance,
 )
 
 REPORT_PATH = "reports/verify-onnx.json"
@@ -104,7 +104,7 @@ def _run(
 
     part = onnx_part(artifact.manifest, artifact.path)
     tolerance = TOLERANCES[part.weights]
-    visual_tolerance = VISUAL_TOLERANCES.get(part.weights, tolerance)
+    visual_tolerance = output_tolerance(VISUAL, part.weights)
     total = 2 + 2 * len(cases) + steps
     progress("loading transformers' model", 0, total)
     # the weights that were exported are the artifact's: rounded to its dtype

@@ -104,7 +104,15 @@ _INT8_VISUAL = Tolerance(
     reason="8 bits of weights and of activations move embeddings by 1 to 3 % (RMS)",
 )
 # Of the visual output, where the language model's limits are not its own: the vision tower is int8 in both.
-VISUAL_TOLERANCES = {"int8": _INT8_VISUAL, "int4": _INT8_VISUAL}
+_VISUAL_TOLERANCES = {"int8": _INT8_VISUAL, "int4": _INT8_VISUAL}
+
+
+def output_tolerance(graph: str, dtype: str) -> Tolerance:
+    """What an output of this graph may show, by the dtype or kind of weights that computed it."""
+    allowed = TOLERANCES[dtype]
+    return _VISUAL_TOLERANCES.get(dtype, allowed) if graph == "visual" else allowed
+
+
 # Outside these bounds transformers computing in the artifact's dtype has the last word, for models whose activations
 # round worse than those that were measured: up to this many times its own error passes.
 OF_ORIGINAL = 1.5
@@ -240,7 +248,7 @@ class VerifyReport:
         where = f"{at.graph} ({at.case}{'' if at.step is None else f', step {at.step}'})"
         found = f"max error {_number(at.max_error)}, expected at most {_number(at.limit)}"
         if at.landmark is None and at.max_error is not None and at.max_error <= at.limit:
-            allowed = VISUAL_TOLERANCES.get(self.dtype, self.tolerance) if at.graph == "visual" else self.tolerance
+            allowed = output_tolerance(at.graph, self.dtype)
             found = f"relative RMS error {_number(at.relative_rms)}, expected at most {allowed.relative_rms}"
             if allowed.cosine is not None and at.cosine is not None and at.cosine < allowed.cosine:
                 found = f"cosine {at.cosine:.5f}, expected at least {allowed.cosine}"

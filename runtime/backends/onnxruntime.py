@@ -5,6 +5,7 @@ bound as the model's input and output at once: a step writes only its own tokens
 """
 
 import contextlib
+import functools
 import importlib.util
 import mmap
 import os
@@ -265,6 +266,7 @@ def session_options(runtime: Any) -> Any:
     return options
 
 
+@functools.cache
 def _products_saturate() -> bool:
     """Whether sums of products of uint8 and int8 overflow 16 bits here: on x86-64 without the VNNI instructions."""
     if platform.machine() not in ("x86_64", "AMD64"):

@@ -2,7 +2,7 @@
 
 import json
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -61,6 +61,14 @@ def verdict(run: Run, artifact: Path, source: Path) -> tuple[int, str]:
     return result.exit_code, result.stdout.splitlines()[-1]
 
 
+def failed_by(run: Run, artifact: Path, source: Path) -> Iterator[float]:
+    """What `verify` says as it fails next tokens: divergence and what is allowed, equal first choices and the least."""
+    code, line = verdict(run, artifact, source)
+    found = SENTENCE.fullmatch(line)
+    assert code == 1 and found, line
+    return map(float, found.groups())
+
+
 def off_by_a_little(arrays: Arrays) -> None:
     arrays["lm_head.weight"][5, 7] += 0.01
 
@@ -101,10 +109,8 @@ def test_quantized_models_fail_by_their_divergence_alone(
     weights: str, exported: Exported, source: Path, run: Run, tmp_path: Path
 ) -> None:
     change = second_tokens_fall_behind(weights)
-    code, line = verdict(run, altered_onnx(exported(weights), tmp_path / "wrong", "text", change), source)
-    found = SENTENCE.fullmatch(line)
-    assert code == 1 and found, line
-    kl, most, top1, least = map(float, found.groups())
+    artifact = altered_onnx(exported(weights), tmp_path / "wrong", "text", change)
+    kl, most, top1, least = failed_by(run, artifact, source)
     assert kl > most and top1 >= least
 
 
@@ -113,10 +119,7 @@ def test_quantized_models_fail_by_their_first_choices_alone(
     weights: str, exported: Exported, source: Path, run: Run, tmp_path: Path
 ) -> None:
     artifact = altered_onnx(exported(weights), tmp_path / "wrong", "text", second_tokens_come_first)
-    code, line = verdict(run, artifact, source)
-    found = SENTENCE.fullmatch(line)
-    assert code == 1 and found, line
-    kl, most, top1, least = map(float, found.groups())
+    kl, most, top1, least = failed_by(run, artifact, source)
     assert kl <= most and top1 < least
 
 
