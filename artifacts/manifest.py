@@ -7,9 +7,12 @@ from .config import ModelConfig, contradiction
 from .errors import ArtifactError
 from .schema import dump_json, from_plain, parse_json
 
-SCHEMA_VERSION = 2
-# the fields that an older schema lacks; read as null
-_ADDED_SINCE = {1: ("onnx",)}
+SCHEMA_VERSION = 3
+# The fields that each older schema lacks, by the object that holds them ("" is the manifest); read as null.
+_ADDED_SINCE: dict[int, dict[str, tuple[str, ...]]] = {
+    1: {"": ("onnx", "selftest"), "weights": ("bias_dtype",), "ge": ("admitted",)},
+    2: {"": ("selftest",), "weights": ("bias_dtype",), "ge": ("admitted",)},
+}
 HASH_NAME = "blake3"
 MANIFEST_NAME = "manifest.json"
 DTYPES = ("bf16", "fp16", "fp32")
@@ -35,9 +38,10 @@ class Folding:
 
 @dataclass(frozen=True)
 class WeightsPart:
-    """What `convert` wrote."""
+    """What `convert` wrote. bias_dtype: of the biases of linear layers; None is `dtype`, as older schemas have it."""
 
     dtype: str
+    bias_dtype: str | None
     folding: Folding
     files: tuple[FileEntry, ...]
 
@@ -80,7 +84,11 @@ class OperatorNote:
 
 @dataclass(frozen=True)
 class GePart:
-    """What `compile --mode dynamo` wrote, and the target that the graphs are good for."""
+    """What `compile --mode dynamo` wrote, and the target that the graphs are good for.
+
+    admitted: the CANN releases whose rules every node of every graph obeys; None where an older release of this
+    toolchain compiled the graphs, which no NPU is given.
+    """
 
     soc: str
     operators: str
@@ -93,6 +101,7 @@ class GePart:
     # what the vendor's documentation does not promise of these graphs, in words
     limits: tuple[str, ...]
     operator_notes: tuple[OperatorNote, ...]
+    admitted: tuple[str, ...] | None
     constants: FileEntry
     graphs: tuple[Graph, ...]
 
@@ -164,6 +173,20 @@ class OnnxPart:
 
 
 @dataclass(frozen=True)
+class SelftestPart:
+    """Inputs and expected outputs of the graphs with these weights, for the device to prove itself on.
+
+    source: "transformers" or "reference", which of the two computed the outputs.
+    """
+
+    source: str
+    file: FileEntry
+
+    def files(self) -> list[FileEntry]:
+        return [self.file]
+
+
+@dataclass(frozen=True)
 class Manifest:
     """The whole artifact.
 
@@ -178,6 +201,7 @@ class Manifest:
     ge: GePart | None
     air: AirPart | None
     onnx: OnnxPart | None
+    selftest: SelftestPart | None
     processor: tuple[FileEntry, ...]
     reports: tuple[FileEntry, ...]
     verification: str
@@ -193,6 +217,8 @@ class Manifest:
             found += self.air.files()
         if self.onnx:
             found += self.onnx.files()
+        if self.selftest:
+            found += self.selftest.files()
         return found
 
     def to_bytes(self) -> bytes:
@@ -201,7 +227,7 @@ class Manifest:
 
 def empty_manifest(name: str, model: ModelConfig) -> Manifest:
     """A manifest with no part built yet."""
-    return Manifest(SCHEMA_VERSION, HASH_NAME, name, model, None, None, None, None, (), (), "none")
+    return Manifest(SCHEMA_VERSION, HASH_NAME, name, model, None, None, None, None, None, (), (), "none")
 
 
 def manifest_from_bytes(data: bytes, where: str) -> Manifest:
@@ -209,10 +235,7 @@ def manifest_from_bytes(data: bytes, where: str) -> Manifest:
     plain: Any = parse_json(data, where)
     if not isinstance(plain, dict) or type(plain.get("schema")) is not int:
         raise ArtifactError(f"{where}: no integer field `schema`; not an artifact of qwen2vl-tc")
-    if plain["schema"] in _ADDED_SINCE:
-        if known := sorted(plain.keys() & set(_ADDED_SINCE[plain["schema"]])):
-            raise ArtifactError(f"{where}: field {known[0]} is not of schema {plain['schema']}; build it again")
-        plain = {**plain, "schema": SCHEMA_VERSION, **dict.fromkeys(_ADDED_SINCE[plain["schema"]])}
+    plain = _upgraded(plain, where)
     if plain["schema"] != SCHEMA_VERSION:
         raise ArtifactError(
             f"{where}: schema {plain['schema']}, this version reads {SCHEMA_VERSION}; "
@@ -228,6 +251,19 @@ def manifest_from_bytes(data: bytes, where: str) -> Manifest:
     if problem:
         raise ArtifactError(f"{where}: {problem}; the artifact is damaged or hostile: rebuild it")
     return manifest
+
+
+def _upgraded(plain: dict[str, Any], where: str) -> dict[str, Any]:
+    """A manifest of an older schema with the fields that it lacks; any other as it is."""
+    for path, fields in _ADDED_SINCE.get(plain["schema"], {}).items():
+        part = plain.get(path) if path else plain
+        if not isinstance(part, dict):
+            continue
+        if known := sorted(part.keys() & set(fields)):
+            raise ArtifactError(f"{where}: field {known[0]} is not of schema {plain['schema']}; build it again")
+        part = {**part, **dict.fromkeys(fields)}
+        plain = {**plain, path: part} if path else part
+    return {**plain, "schema": SCHEMA_VERSION} if plain["schema"] in _ADDED_SINCE else plain
 
 
 def _impossible(part: GePart) -> str | None:

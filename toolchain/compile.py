@@ -121,6 +121,11 @@ def stage_graphs(
             f"{staging.target}: its weights are {weights_dtype}, the graphs would be {dtype}; compile with --dtype "
             f"{weights_dtype}, or build another artifact with --dtype {dtype}"
         )
+    if manifest.weights and manifest.weights.bias_dtype != FP32:
+        raise ArtifactError(
+            f"{staging.target}: an earlier release converted its weights, whose biases cost the device a Cast each; "
+            f"run `qwen2vl-tc convert --src <hf_dir> --out {staging.target}` first"
+        )
     report = progress or (lambda step, done, total: None)
     total = 4 + len(options.batches)
     report("opening the device", 0, total)
@@ -153,11 +158,13 @@ def stage_graphs(
             versions={"torch": device.torch, "torch-npu": device.torch_npu, "cann": device.cann_version or "none"},
             limits=tuple(_limits(options, dtype)),
             operator_notes=tuple(sorted(notes, key=lambda note: (note.operator, note.inputs, note.attributes))),
+            admitted=(),
             constants=constants,
             graphs=tuple(graphs),
         ),
         # what was verified and exported were the graphs that this replaces
         air=None,
+        selftest=None,
         verification="none",
         reports=(),
     )

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric import ec, ed25519
-from helpers.schema_one import REQUESTS, unpack
+from helpers.released import REQUESTS, unpack
 from typer.testing import CliRunner
 
 from qwen2vl_tc.artifacts.errors import ArtifactError, TargetError

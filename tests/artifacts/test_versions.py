@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from helpers.schema_one import REQUESTS, unpack
+from helpers.released import ANSWERS, REQUESTS, requests, unpack
 
 from qwen2vl_tc.artifacts.errors import ArtifactError
 from qwen2vl_tc.artifacts.store import open_artifact
@@ -22,12 +22,16 @@ def edit(artifact: Path, **fields: Any) -> None:
     (artifact / "manifest.json").write_text(json.dumps({**manifest, **fields}))
 
 
-def test_an_artifact_of_schema_1_still_gives_the_tokens_it_gave_when_it_was_built(artifact: Path) -> None:
-    assert json.loads((artifact / "manifest.json").read_text())["schema"] == 1
+@pytest.mark.parametrize("schema", sorted(ANSWERS))
+def test_an_artifact_of_each_released_schema_still_gives_the_tokens_it_gave_when_it_was_built(
+    tmp_path: Path, schema: int
+) -> None:
+    artifact = unpack(tmp_path / "released", schema)
+    assert json.loads((artifact / "manifest.json").read_text())["schema"] == schema
     with open_artifact(artifact) as opened:
         opened.check_all()
     model = load(artifact, "reference")
-    for messages, pictures, tokens in REQUESTS:
+    for messages, pictures, tokens in requests(schema):
         assert model.generate(messages, pictures, max_new_tokens=len(tokens)).token_ids == tokens
 
 

@@ -282,7 +282,7 @@ def test_an_artifact_of_the_schema_before_these_models_opens_and_takes_them(conv
     assert plain.pop("onnx") is None
     (artifact / "manifest.json").write_text(json.dumps({**plain, "schema": 1}))
     assert read_manifest(artifact).onnx is None
-    assert export_onnx(artifact, OnnxOptions(max_length=64), sync=False).schema == 2
+    assert export_onnx(artifact, OnnxOptions(max_length=64), sync=False).schema == 3
     (artifact / "manifest.json").write_text(json.dumps({**plain, "schema": 1, "onnx": None}))
     with pytest.raises(ArtifactError, match="field onnx is not of schema 1"):
         read_manifest(artifact)

@@ -19,7 +19,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
 
-from helpers.schema_one import unpack
+from helpers.released import unpack
 
 from fuzz.mutations import mutate
 from qwen2vl_tc.artifacts.integrity import hash_bytes

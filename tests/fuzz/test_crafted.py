@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from helpers.schema_one import REQUESTS, unpack
+from helpers.released import REQUESTS, unpack
 
 from fuzz.runner import variant
 from qwen2vl_tc.artifacts.errors import ArtifactError, ToolchainError

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from helpers.schema_one import unpack
+from helpers.released import unpack
 
 from fuzz import runner
 from fuzz.runner import Sandbox, fuzz, judge, unsplice, variant

@@ -14,7 +14,7 @@ from typing import Any
 
 import jinja2
 import jinja2.debug  # imported by jinja2 itself only when a template first fails
-from helpers.schema_one import REQUESTS
+from helpers.released import REQUESTS
 
 SPARE_BYTES = 512 << 20
 _TOKENS = 3

@@ -70,6 +70,15 @@ def recompute(source: dict[str, np.ndarray], tied: bool, dtype: str) -> dict[str
     bias = -sum(weight[:, c].astype(np.float64).sum(axis=(1, 2, 3)) * mean[c] * 255 for c in range(3))
     made["visual.patch_embed.weight"] = weight.reshape(len(weight), -1)
     made["visual.patch_embed.bias"] = np.asarray(bias)
+    # the biases of linear layers are fp32 whatever the artifact's dtype is; those of norms are not
+    exact = {
+        name: source[name] for name in source if name.endswith(".bias") and "norm" not in name and "ln_q" not in name
+    }
+    for name in [name for name in exact if name in made]:
+        made[name] = exact[name].astype(np.float32)
+    for name in [name for name in exact if ".q_proj." in name]:
+        parts = [source[name.replace("q_proj", f"{p}_proj")] for p in "qkv"]
+        made[name.replace("q_proj", "qkv_proj")] = np.concatenate(parts).astype(np.float32)
     return made
 
 
@@ -324,6 +333,7 @@ def with_graphs(out: Path, dtype: str = "bf16") -> GePart:
             versions={},
             limits=(),
             operator_notes=(),
+            admitted=(),
             constants=staging.add("graphs/ge/constants", b"constants"),
             graphs=(
                 Graph(

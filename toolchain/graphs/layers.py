@@ -29,13 +29,14 @@ class Embedding(nn.Module):
 class Linear(nn.Module):
     """x [tokens, inputs] to [tokens, outputs]; one MatMul with the weight as stored.
 
-    npu_linear, because F.linear leaves a Transpose of every weight in the GE graph.
+    npu_linear, because F.linear leaves a Transpose of every weight in the GE graph. The bias is fp32, which MatMul
+    takes beside half-precision weights: CANN inserts a Cast before every node that has another.
     """
 
-    def __init__(self, inputs: int, outputs: int, bias: bool = True, bias_dtype: torch.dtype | None = None) -> None:
+    def __init__(self, inputs: int, outputs: int, bias: bool = True) -> None:
         super().__init__()
         self.weight = parameter(outputs, inputs)
-        self.bias = parameter(outputs, dtype=bias_dtype) if bias else None
+        self.bias = parameter(outputs, dtype=torch.float32) if bias else None
 
     def forward(self, x: Tensor) -> Tensor:
         return torch.ops.npu.npu_linear(x, self.weight, self.bias)

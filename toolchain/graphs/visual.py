@@ -107,7 +107,7 @@ class Visual(nn.Module):
 
     def __init__(self, config: VisionConfig) -> None:
         super().__init__()
-        self.patch_embed = Linear(config.patch_dim, config.embed_dim, bias_dtype=torch.float32)
+        self.patch_embed = Linear(config.patch_dim, config.embed_dim)
         # nn.ModuleList does not say what it holds
         self.blocks: Sequence[Block] = nn.ModuleList(Block(config) for _ in range(config.depth))  # type: ignore[assignment]
         self.merger = Merger(config)

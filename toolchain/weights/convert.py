@@ -226,7 +226,7 @@ def convert_planned(plan: Plan, staging: Staging, progress: Progress | None = No
         raise TargetError(
             f"{staging.target}: the disk is full; free some space and run the same command again: it resumes"
         ) from error
-    weights = WeightsPart(plan.dtype, plan.folding, files)
+    weights = WeightsPart(plan.dtype, FP32, plan.folding, files)
     return ConvertResult(plan.checkpoint.config, weights, processor, plan.bytes, resumed)
 
 
@@ -256,6 +256,8 @@ def _check_graphs_fit(base: Manifest, plan: Plan, target: Path) -> None:
         what = "a model of another shape or with other constants"
     elif base.ge.dtype != plan.dtype:
         what = f"dtype {base.ge.dtype}, the weights would be {plan.dtype}"
+    elif base.ge.admitted is None:
+        what = "the weights of an earlier release, whose biases have another dtype"
     else:
         return
     raise ArtifactError(
@@ -291,6 +293,7 @@ def convert(
                 # what was exported and verified referred to the old weights
                 air=None,
                 onnx=None,
+                selftest=None,
                 reports=(),
                 verification="none",
             )

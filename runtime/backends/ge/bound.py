@@ -69,7 +69,8 @@ def load_weights(artifact: Artifact, check: bool) -> dict[str, Tensor]:
             f"--out {artifact.path}`"
         )
     found: dict[str, Tensor] = {}
-    wanted_names = {wanted.name for wanted in parameters(artifact.manifest.model)}
+    wanted_tensors = list(parameters(artifact.manifest.model, part.bias_dtype))
+    wanted_names = {wanted.name for wanted in wanted_tensors}
     for entry in part.files:
         for name, tensor in mapped_tensors(artifact, entry, check).items():
             if name in found:
@@ -77,7 +78,7 @@ def load_weights(artifact: Artifact, check: bool) -> dict[str, Tensor]:
             if name not in wanted_names:
                 raise ArtifactError(f"{artifact.path}: {entry.path}: tensor {name[:80]} is none of the model's")
             found[name] = tensor
-    for wanted in parameters(artifact.manifest.model):
+    for wanted in wanted_tensors:
         tensor = found.get(wanted.name)  # type: ignore[assignment]
         dtype = TORCH_DTYPES["fp32" if wanted.dtype == FP32 else part.dtype]
         if tensor is None or tuple(tensor.shape) != wanted.shape or tensor.dtype != dtype:
