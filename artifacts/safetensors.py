@@ -25,7 +25,7 @@ ITEM_BYTES = {
 # the artifact's names of the dtypes
 DTYPE_NAMES = {"bf16": "BF16", "fp16": "F16", "fp32": "F32"}
 # those of tensors that graphs read: weights, and tables, of which one is a mask
-GRAPH_DTYPE_NAMES = {**DTYPE_NAMES, "bool": "BOOL"}
+GRAPH_DTYPE_NAMES = {**DTYPE_NAMES, "int64": "I64", "bool": "BOOL"}
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from ..artifacts.errors import ArtifactError, RequestError
+from ..artifacts.errors import ArtifactError, RequestError, ToolchainError
 from .backends.base import Backend, Ints, Step
 from .phases import Phases
 from .prompt import Processor, Prompt
@@ -126,13 +126,17 @@ class Row:
         """Tokens that may still be made."""
         return 0 if self.finish_reason else self.limit - len(self.made)
 
-    def check(self, logits: np.ndarray[Any, np.dtype[np.float32]]) -> None:
-        """Raises ToolchainError when the logits of the next token, [vocabulary], hold no number to go by."""
-        check_logits(logits, "decode" if self.made else "prefill")
+    def step(self, row: int) -> str:
+        """The next token's place, as errors say it."""
+        return f"row {row}, token {len(self.made)}: {'decode' if self.made else 'prefill'}"
 
-    def choose(self, logits: np.ndarray[Any, np.dtype[np.float32]]) -> int:
+    def check(self, logits: np.ndarray[Any, np.dtype[np.float32]], row: int) -> None:
+        """Raises ToolchainError when the logits of the next token, [vocabulary], hold no number to go by."""
+        check_logits(logits, self.step(row))
+
+    def choose(self, logits: np.ndarray[Any, np.dtype[np.float32]], row: int) -> int:
         """The next token, from logits [vocabulary]. Raises what `check` raises."""
-        self.check(logits)
+        self.check(logits, row)
         return self._sampler.choose(logits, self._seen, len(self.made))
 
     def take(self, token: int, row: int) -> Token:
@@ -224,13 +228,16 @@ def _take(rows: Sequence[Row], tokens: Iterable[int]) -> list[Token]:
 def _largest(backend: Backend, rows: Sequence[Row], step: Step) -> Ints:
     """The rows' next tokens, as the graph chose them. Raises ToolchainError where that was among no numbers.
 
-    On another device this is not noticed: its logits would have to be copied to the host for every token.
+    The graph says so itself, by a negative token; where one does not, the logits of a CPU are at hand.
     """
-    if backend.device == "cpu":
-        for row, logits in zip(rows, backend.logits(step), strict=False):
-            if row.left:
-                row.check(logits)
-    return backend.tokens(step)[: len(rows)]
+    tokens = backend.tokens(step)[: len(rows)]
+    looked = step.checked_token is None and backend.device == "cpu"
+    for i, (row, token) in enumerate(zip(rows, tokens, strict=True)):
+        if row.left and (looked or token < 0):
+            row.check(backend.logits(step)[i], i)
+        if row.left and token < 0:
+            raise ToolchainError(f"{row.step(i)}: its logits hold -inf; verify the artifact")
+    return tokens
 
 
 @dataclass(frozen=True)
@@ -297,7 +304,9 @@ def _on_host(backend: Backend, cache: Any, rows: Sequence[Row], firsts: list[Ste
     """Tokens are chosen here, from logits that come to the host at every step."""
     logits = [backend.logits(first)[0] for first in firsts]
     while True:
-        chosen = [row.choose(each) if row.left else 0 for row, each in zip(rows, logits, strict=True)]
+        chosen = [
+            row.choose(each, i) if row.left else 0 for i, (row, each) in enumerate(zip(rows, logits, strict=True))
+        ]
         yield _take(rows, chosen)
         if not any(row.left for row in rows):
             return

@@ -35,7 +35,7 @@ class CompileOptions:
     dtype: str | None = None
     dump_pbtxt: bool = False
     operators: str = "fused"
-    visual_attention: str = "tnd"
+    visual_attention: str = "segments"
     passes: tuple[str, ...] | None = None
 
     @property
@@ -189,11 +189,6 @@ def _check_room(manifest: Manifest, options: CompileOptions, dtype: str) -> None
 
 def _limits(options: CompileOptions, dtype: str) -> Iterator[str]:
     """Where the documentation of torch-npu 2.13.0 does not cover what the graphs ask for."""
-    if options.visual_attention == "tnd":
-        yield (
-            "vision attention: the TND layout is documented for head_dim 192, bf16 and 65,536 tokens, and this tower "
-            "differs; if the device refuses it, compile with --visual-attention masked"
-        )
     if dtype == "fp32":
         yield "fp32: the NPU's attention takes bf16 and fp16; these graphs are for CPU"
 
@@ -233,8 +228,8 @@ def _trace_all(config: ModelConfig, options: CompileOptions, dtype: str) -> list
                 signature.arguments,
                 tuple(signature.outputs),
                 CACHES,
-                # documented as not supported together with FusedInferAttentionScore in the TND layout
-                tiling_schedule=signature.name != "visual" or options.visual_attention != "tnd",
+                # tiling on the device takes a static graph: only decode's sizes are all fixed
+                tiling_schedule=signature.name.startswith("decode"),
             )
             _check_binding(traced.binding, config)
             return _stage_graph(staging, traced.model, traced.binding, signature, options), traced.notes
@@ -296,7 +291,8 @@ def _stage_constants(staging: Staging, config: ModelConfig, options: CompileOpti
 
     torch_dtype = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[dtype]
     tables = constant_tables(config, options.max_length, torch_dtype, options.form)
-    names = {name: "bool" if table.dtype == torch.bool else dtype for name, table in tables.items()}
+    named = {torch.bool: "bool", torch.int64: "int64"}
+    names = {name: named.get(table.dtype, dtype) for name, table in tables.items()}
     header = header_bytes((name, GRAPH_DTYPE_NAMES[names[name]], tuple(t.shape)) for name, t in tables.items())
     body = b"".join(table.view(torch.uint8).numpy().tobytes() for table in tables.values())
     return staging.add(f"{FOLDER}/constants.safetensors", header + body)

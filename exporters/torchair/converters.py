@@ -6,14 +6,16 @@ from typing import Any
 
 @functools.cache
 def register_converters() -> None:
-    """Make torchair translate npu_add_layer_norm to AddLayerNorm, as CANN's registry declares it:
+    """Make torchair translate these, as CANN's registry declares them. The device must be open.
 
-    REG_OP(AddLayerNorm): x1, x2, gamma, beta, optional bias; outputs y, mean, rstd, x; epsilon, additional_output.
-    The device must be open. Tracing records the operator among those to ask CANN for.
+    npu_add_layer_norm to AddLayerNorm: x1, x2, gamma, beta, optional bias; outputs y, mean, rstd, x; epsilon,
+    additional_output. Tracing records it among the operators to ask CANN for.
+    isfinite to IsFinite (x; y), and all over one dimension to ReduceAll (x, axes; y; keep_dims).
     """
     import torch
     import torchair
     from torchair import ge
+    from torchair._ge_concrete_graph import auto_generated_ge_raw_ops as raw
     from torchair._ge_concrete_graph.compat_ir import IrDef, ge_op
 
     definition = (
@@ -48,3 +50,11 @@ def register_converters() -> None:
             outputs=["y", "mean", "rstd", "x"],
             ir=definition,
         )
+
+    @torchair.register_fx_node_ge_converter(torch.ops.aten.isfinite.default)
+    def is_finite(self: Any, meta_outputs: Any = None) -> Any:
+        return raw.IsFinite(self)
+
+    @torchair.register_fx_node_ge_converter(torch.ops.aten.all.dim)
+    def all_of_dimension(self: Any, dim: int, keepdim: bool = False, meta_outputs: Any = None) -> Any:
+        return raw.ReduceAll(self, ge.Const([dim], dtype=ge.DataType.DT_INT32), keep_dims=keepdim)

@@ -6,7 +6,15 @@ Every pass keeps the graph's outputs and in-place writes equal, bit for bit; tes
 from collections.abc import Callable, Iterable
 from typing import Any
 
-from ...artifacts.ge_ops import CONSTANT, INPUTS, Op, count_kinds, live_ops
+from ...artifacts.ge_ops import Op, count_kinds, live_ops
+from .device_passes import (
+    describe_dtypes,
+    drop_what_is_not_asked,
+    normalise_over_int32,
+    rotate_any_width,
+    write_fresh_tensors,
+)
+from .dtypes import input_dtypes, tensor_dtypes
 
 
 def _producer(edge: str) -> str:
@@ -45,13 +53,11 @@ def merge_equal_constants(graph: Any) -> None:
 
 def drop_same_dtype_casts(graph: Any) -> None:
     """Drop Casts to the dtype that the value already has: torchair puts one behind every half-precision product."""
-    dtypes = _dtypes(graph)
+    dtypes = tensor_dtypes(graph)
     source: dict[str, str] = {}
     for op in graph.op:
-        if op.type == "Cast":
-            wanted = _FROM_ATTRIBUTE.get(op.attr["dst_type"].i)
-            if wanted is not None and dtypes.get(_producer(op.input[0])) == wanted:
-                source[op.name] = source.get(_producer(op.input[0]), op.input[0])
+        if op.type == "Cast" and dtypes[op.name] == input_dtypes(op, dtypes)[:1]:
+            source[op.name] = source.get(_producer(op.input[0]), op.input[0])
     for op in graph.op:
         for i, edge in enumerate(op.input):
             if edge and _producer(edge) in source:
@@ -61,31 +67,39 @@ def drop_same_dtype_casts(graph: Any) -> None:
     _keep(graph, [op.name for op in graph.op if op.name not in source])
 
 
-# Operators whose only output, or whose every output that is read, has the dtype of their first input.
-_LIKE_FIRST_INPUT = frozenset({"GatherV2", "Mul", "Add", "Reshape", "ReduceSum", "SplitV", "TensorMove"})
-# ge::DataType, in attributes, to ge.proto.DataType, in descriptors
-_FROM_ATTRIBUTE = {0: 1, 1: 2, 27: 27}
+# Shape arithmetic: pure, so two that read the same give the same.
+_SHAPE_OPS = ("Shape", "Gather", "Pack")
 
 
-def _dtypes(graph: Any) -> dict[str, int]:
-    """ge.proto.DataType of the operators whose dtype follows from the graph; descriptors inside it say nothing."""
-    found: dict[str, int] = {}
+def merge_equal_shapes(graph: Any) -> None:
+    """Keep one of each set of operators that compute the same shape: torchair packs one for every view."""
+    first: dict[tuple[Any, ...], str] = {}
+    renamed: dict[str, str] = {}
     for op in graph.op:
-        if op.type in (*INPUTS, CONSTANT):
-            found[op.name] = op.output_desc[0].dtype
-        elif op.type in ("Cast", "FileConstant"):
-            number = op.attr["dst_type"].i if op.type == "Cast" else op.attr["dtype"].dt
-            if (dtype := _FROM_ATTRIBUTE.get(number)) is not None:
-                found[op.name] = dtype
-        elif op.type in _LIKE_FIRST_INPUT and (dtype := found.get(_producer(op.input[0]))) is not None:
-            found[op.name] = dtype
-    return found
+        for i, edge in enumerate(op.input):
+            if edge and (name := renamed.get(_producer(edge))):
+                op.input[i] = f"{name}:{edge.rpartition(':')[2]}"
+        if op.type in _SHAPE_OPS:
+            attributes = tuple(
+                sorted((k, v.SerializeToString(deterministic=True)) for k, v in op.attr.items() if k[0] != "_")
+            )
+            name = first.setdefault((op.type, tuple(op.input), attributes), op.name)
+            if name != op.name:
+                renamed[op.name] = name
+    _keep(graph, [op.name for op in graph.op if op.name not in renamed])
 
 
 PASSES: dict[str, Callable[[Any], None]] = {
+    # before constants are shared
+    "normalise_over_int32": normalise_over_int32,
     "drop_same_dtype_casts": drop_same_dtype_casts,
     "remove_dead_ops": remove_dead_ops,
     "merge_equal_constants": merge_equal_constants,
+    "merge_equal_shapes": merge_equal_shapes,
+    "rotate_any_width": rotate_any_width,
+    "write_fresh_tensors": write_fresh_tensors,
+    "drop_what_is_not_asked": drop_what_is_not_asked,
+    "describe_dtypes": describe_dtypes,
 }
 
 

@@ -19,14 +19,18 @@ Ints = NDArray[np.int64]
 class Step:
     """What prefill or decode gave, on the device.
 
-    next_token [rows] is the largest logit's index; logits [rows, vocabulary]. cache_index and positions [rows] are the
-    next decode step's inputs; None after prefill, which serves one row.
+    next_token [rows] is the largest logit's index; logits [rows, vocabulary]. cache_index and positions, in the form
+    that the engine takes, are the next decode step's inputs; None after prefill, which serves one row. checked_token
+    [rows] is next_token where the row's logits are finite and -1 where not; None where an engine does not look.
     """
 
     next_token: Any
     logits: Any
     cache_index: Any = None
     positions: Any = None
+    checked_token: Any = None
+    # last cache position of each row that this step writes; None where the next one does not follow from it
+    written: list[int] | None = None
 
 
 @dataclass(frozen=True)
@@ -91,7 +95,8 @@ class Backend(ABC):
 
     @abstractmethod
     def tokens(self, step: Step) -> Ints:
-        """next_token on the host: [rows]. The one wait for the device in a greedy step."""
+        """next_token on the host: [rows], -1 where the engine knows that its logits hold NaN or infinity. The one wait
+        for the device in a greedy step."""
 
     @abstractmethod
     def logits(self, step: Step) -> NDArray[np.float32]:

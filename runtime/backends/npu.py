@@ -119,11 +119,12 @@ class NpuBackend(GeBackend):
 
         A copy asked for later would stand behind the steps launched since, and wait for them all.
         """
-        host = torch.empty(step.next_token.shape, dtype=step.next_token.dtype, pin_memory=True)
-        host.copy_(step.next_token, non_blocking=True)
+        read = step.next_token if step.checked_token is None else step.checked_token
+        host = torch.empty(read.shape, dtype=read.dtype, pin_memory=True)
+        host.copy_(read, non_blocking=True)
         copied = self._torch_npu.npu.Event()
         copied.record()
-        return NpuStep(step.next_token, step.logits, step.cache_index, step.positions, host, copied)
+        return NpuStep(**vars(step), host_token=host, copied=copied)
 
     def tokens(self, step: Step) -> Ints:
         if not isinstance(step, NpuStep):

@@ -11,7 +11,7 @@ import mmap
 import os
 import platform
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -23,6 +23,7 @@ from numpy.typing import NDArray
 from ...artifacts.errors import ArtifactError, MissingDependencyError, RequestError, TargetError
 from ...artifacts.manifest import OnnxGraph
 from ...artifacts.store import Artifact, onnx_part
+from ..segments import Piece, pieces, plan_runs, rows_of
 from .base import Backend, Embeds, Ints, Step
 from .onnx_files import external_locations
 
@@ -99,16 +100,19 @@ class OnnxBackend(Backend):
         return Cache(rows, dict(zip(names, arrays, strict=True)))
 
     def visual(self, patches: NDArray[np.uint8], positions: Ints, segment_ends: list[int]) -> Embeds:
-        found = []
-        for begin, count, length in _batches(segment_ends):
-            end = begin + count * length
-            feeds = {
-                "patches": patches[begin:end].reshape(count, length, -1),
-                "positions": positions[:, begin:end].reshape(2, count, length),
-            }
-            found.append(self._visual.run(["embeds"], feeds)[0])
-        embeds = found[0] if len(found) == 1 else np.concatenate(found)
-        return Embeds(embeds, len(embeds))
+        merge = self._model.vision.spatial_merge_size
+        count = len(patches) // merge**2
+        embeds = np.empty((count, self._model.vision.hidden_size), np.float32)
+        # this model takes no lengths: rows of one length only
+        for run in plan_runs(segment_ends, _VISUAL_PATCHES, pads=False):
+            taken, places = rows_of(run, segment_ends, patches, positions)
+            (made,) = self._visual.run(["embeds"], {"patches": taken, "positions": places})
+            found = list(pieces(run, segment_ends, merge))
+            if found == [Piece(0, count, 0)]:
+                return Embeds(made, count)
+            for piece in found:
+                embeds[piece.to : piece.to + piece.count] = made[piece.begin : piece.begin + piece.count]
+        return Embeds(embeds, count)
 
     def prefill(
         self, cache: Cache, row: int, start: int, token_ids: Ints, positions: Ints, embeds: Embeds | None, index: Ints
@@ -201,19 +205,6 @@ class OnnxBackend(Backend):
     def logits(self, step: Step) -> NDArray[np.float32]:
         logits: NDArray[np.float32] = step.logits
         return logits
-
-
-def _batches(segment_ends: list[int]) -> Iterator[tuple[int, int, int]]:
-    """(first patch, segments, patches in each): neighbours of one length together, up to _VISUAL_PATCHES."""
-    begin = count = length = 0
-    for end in segment_ends:
-        size = end - begin - count * length
-        if count and (size != length or (count + 1) * length > _VISUAL_PATCHES):
-            yield begin, count, length
-            begin, count = begin + count * length, 0
-        count, length = count + 1, size
-    if count:
-        yield begin, count, length
 
 
 def import_onnxruntime() -> Any:

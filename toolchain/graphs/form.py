@@ -3,16 +3,17 @@
 from dataclasses import dataclass
 
 OPERATORS = ("fused", "recipe")
-VISUAL_ATTENTION = ("tnd", "masked")
+VISUAL_ATTENTION = ("segments", "tnd")
 
 
 @dataclass(frozen=True)
 class Form:
     """operators: "fused" attends with FusedInferAttentionScore, "recipe" with PromptFlashAttention over a dense mask
-    and IncreFlashAttention. visual_attention: "tnd" attends within sequence lengths, "masked" over a dense mask.
+    and IncreFlashAttention.
 
-    The second of each is for CANN versions that refuse the first: head_dim 80 in the TND layout, say.
+    visual_attention: "segments" attends in BSH with the segments as the batch, "tnd" over segments packed end to end,
+    one run for pictures of any sizes, which CANN takes from 9.0 on.
     """
 
     operators: str = "fused"
-    visual_attention: str = "tnd"
+    visual_attention: str = "segments"

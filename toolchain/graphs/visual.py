@@ -4,15 +4,25 @@ Shapes: N patches, M = N / merge**2 merged tokens, E embed_dim, D head_dim, H th
 """
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
 from ...artifacts.config import VisionConfig
-from .layers import ALL_TOKENS, LayerNorm, Linear
+from .layers import LayerNorm, Linear
 
-# segment ends, cumulative; or a mask [1, 1, N, N], true where a pair belongs to different segments
-Segments = list[int] | Tensor
+
+@dataclass(frozen=True)
+class Segments:
+    """How patches fall into segments.
+
+    batch: (F, S), rows and patches in each, padding included, with `lengths` the true ones; or None, for segments
+    packed end to end with `lengths` their cumulative ends (HF's cu_seqlens without the leading 0).
+    """
+
+    batch: tuple[int, int] | None
+    lengths: list[int]
 
 
 class Attention(nn.Module):
@@ -31,33 +41,19 @@ class Attention(nn.Module):
         # One split and two rotations: rotating q and k together takes a second split, which copies both once more.
         q, k, v = self.qkv(x).split([self.width, self.width, self.width], -1)
         q, k = (torch.ops.npu.npu_rotary_mul(t.view(1, -1, self.heads, self.head_dim), cos, sin) for t in (q, k))
-        attend = self.attend_masked if isinstance(segments, Tensor) else self.attend_packed
-        return self.proj(attend(q, k, v, segments))  # type: ignore[arg-type]  # each gets its own kind
-
-    def attend_packed(self, q: Tensor, k: Tensor, v: Tensor, segment_ends: list[int]) -> Tensor:
-        """Sequences end to end with their cumulative lengths: no mask."""
-        packed = (t.view(-1, self.heads, self.head_dim) for t in (q, k, v))
+        shape = (*segments.batch, self.width) if segments.batch else (-1, self.heads, self.head_dim)
         out = torch.ops.npu.npu_fused_infer_attention_score(
-            *packed,
-            actual_seq_lengths=segment_ends,
-            actual_seq_lengths_kv=segment_ends,
+            *(t.view(shape) for t in (q, k, v)),
+            # of the query, too: what lies behind a row's length costs nothing and comes out as zeros
+            actual_seq_lengths=segments.lengths,
+            actual_seq_lengths_kv=segments.lengths,
             num_heads=self.heads,
+            # as many as heads, and written all the same: CANN's tiling of TND divides by the attribute
+            num_key_value_heads=self.heads,
             scale=self.scale,
-            input_layout="TND",
+            input_layout="BSH" if segments.batch else "TND",
         )[0]
-        return out.view(-1, self.width)
-
-    def attend_masked(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
-        """One sequence of all patches, with a mask [1, 1, N, N] that is true between segments."""
-        out = torch.ops.npu.npu_prompt_flash_attention(
-            *(t.view(1, -1, self.width) for t in (q, k, v)),
-            atten_mask=mask,
-            num_heads=self.heads,
-            scale_value=self.scale,
-            next_tokens=ALL_TOKENS,
-            input_layout="BSH",
-        )
-        return out.view(-1, self.width)
+        return self.proj(out.view(-1, self.width))
 
 
 class Mlp(nn.Module):
@@ -120,7 +116,6 @@ class Visual(nn.Module):
 
         patches uint8 [N, patch_dim], in merge-window order; rescaling and normalisation are in the weights.
         positions int64 [2, N]: row and column of every patch.
-        segments: cumulative patch counts, one per frame group (HF's cu_seqlens without the leading 0), or the mask.
         rope [sides, 2 D] holds cos | sin of every coordinate, rope_axes [2, 1, 2 D] selects each axis' columns.
         Returns [M, H].
         """

@@ -19,10 +19,13 @@ from ....artifacts.manifest import FileEntry
 from ....artifacts.parameters import FP32, parameters
 from ....artifacts.safetensors import GRAPH_DTYPE_NAMES, read_header
 from ....artifacts.store import Artifact, ge_part
+from ...segments import Piece, pieces, plan_runs, rows_of
 from ..base import Backend, Embeds, Ints, Step
 from .checks import check_binding
 from .operators import TORCH_DTYPES
 
+# of one run of the visual graph, padding included: what CANN's host code was run to, and the longest the pictures get
+_VISUAL_PATCHES = 65536
 _SAFETENSORS_DTYPES = {stored: name for name, stored in GRAPH_DTYPE_NAMES.items()}
 
 
@@ -178,6 +181,7 @@ class ModelBackend(Backend):
         self._where = str(artifact.path)
         self._dtype = TORCH_DTYPES[part.dtype]
         self.max_rows = max(part.batches)
+        self._by_head = any(output.name == "rope_rows" for graph in part.graphs for output in graph.outputs)
         # The recipe's operators multiply what the mask hides by zero, and zero times a stray NaN is NaN: its caches
         # start as zeros. The fused form never reads past a row's length.
         self.reuses_caches = part.operators != "recipe"
@@ -262,28 +266,50 @@ class ModelBackend(Backend):
                 f"a picture is {int(positions.max()) + 1} patches long, the visual graph takes {self._max_side}; "
                 "make it smaller, with max_pixels for instance"
             )
+        merge = self._model.vision.spatial_merge_size
+        count = len(patches) // merge**2
+        if self._part.visual_attention != "segments":
+            return Embeds(self._packed(patches, positions, segment_ends), count)
+        runs = plan_runs(segment_ends, _VISUAL_PATCHES, pads=True)
+        embeds = None
+        for run in runs:
+            taken, places = rows_of(run, segment_ends, patches, positions)
+            arguments = {"patches": self.to_device(taken), "positions": self.to_device(places)}
+            made = self.run("visual", arguments, {"segment_lengths": list(run.lengths)})["embeds"]
+            found = list(pieces(run, segment_ends, merge))
+            if found == [Piece(0, count, 0)]:
+                return Embeds(made, count)
+            if embeds is None:
+                embeds = torch.empty((count, made.shape[1]), dtype=made.dtype, device=made.device)
+            for piece in found:
+                embeds[piece.to : piece.to + piece.count].copy_(made[piece.begin : piece.begin + piece.count])
+        return Embeds(embeds, count)
+
+    def _packed(self, patches: NDArray[np.uint8], positions: Ints, segment_ends: list[int]) -> Tensor:
+        """All segments end to end, in one run."""
         arguments = {"patches": self.to_device(patches), "positions": self.to_device(positions)}
         lengths = {"segment_ends": segment_ends}
         if self._part.visual_attention == "masked":
+            # only artifacts of the schemas before 3 have this form
             lengths = {}
             segment = np.searchsorted(segment_ends, np.arange(len(patches)), side="right")
             arguments["segment_mask"] = self.to_device((segment[:, None] != segment[None])[None, None])
-        outputs = self.run("visual", arguments, lengths)
-        return Embeds(outputs["embeds"], patches.shape[0] // self._model.vision.spatial_merge_size**2)
+        return self.run("visual", arguments, lengths)["embeds"]
 
     def prefill(
         self, cache: Cache, row: int, start: int, token_ids: Ints, positions: Ints, embeds: Embeds | None, index: Ints
     ) -> Step:
         count = len(token_ids)
-        if count == 1 and self._part.operators == "fused":
-            # With one query token the fused operator takes no causal mask. A second token, read by nobody and
+        if count == 1:
+            # With one query token the attention of prefill takes no causal mask. A second token, read by nobody and
             # overwritten by the next step, makes it two.
-            if start + 2 > self._part.max_length:
+            if start + 2 > self.max_length:
                 raise RequestError(
-                    f"one token at cache position {start}, the last of {self._part.max_length}, cannot be prefilled; "
+                    f"one token at cache position {start}, the last of {self.max_length}, cannot be prefilled; "
                     f"compile with --max-length {start + 2}"
                 )
             token_ids, positions = np.repeat(token_ids, 2), np.repeat(positions, 2, 1)
+        self._check_room(start, start + len(token_ids), int(positions.max(initial=0)))
         written = len(token_ids)
         if embeds is None:
             # The graph always writes rows of embeddings. With no picture it writes the first token's own embedding
@@ -304,27 +330,66 @@ class ModelBackend(Backend):
             hidden = np.arange(self._part.max_length)[None] > start + np.arange(written)[:, None]
             arguments["mask"] = self.to_device(hidden[None, None])
         outputs = self.run("prefill", arguments, {"kv_lengths": [start + written]}, cache.row(row))
-        return Step(outputs["next_token"], outputs["logits"])
+        return Step(outputs["next_token"], outputs["logits"], checked_token=outputs.get("checked_token"))
+
+    def _check_room(self, begin: int, end: int, position: int) -> None:
+        """Raises RequestError unless cache positions from `begin` to before `end` exist, and rotary ones to `position`:
+        the device's operators write and read wherever an index points."""
+        if begin < 0 or not begin < end <= self.max_length or not 0 <= position < self.max_length:
+            raise RequestError(
+                f"cache positions {begin} to {end} and rotary position {position} are needed, the artifact has "
+                f"{self.max_length}; compile with --max-length {max(end, position + 1)}"
+            )
 
     def begin(self, cache: Cache, tokens: Ints | Step, cache_index: Ints, positions: Ints) -> Step:
         def padded(values: Ints) -> Tensor:
             # rows that the batch has and the request has not repeat the last one's values into their own cache row
-            return self.to_device(np.pad(values, (0, cache.rows - len(values)), mode="edge"))
+            missing = [(0, cache.rows - len(values)), *[(0, 0)] * (values.ndim - 1)]
+            return self.to_device(np.pad(values, missing, mode="edge"))
 
+        for at, position in zip(cache_index.tolist(), positions.tolist(), strict=True):
+            self._check_room(at, at + 1, position)
         if isinstance(tokens, Step):
-            token_ids = tokens.next_token if cache.rows == 1 else padded(self.tokens(tokens))
+            # a row without a token is an error as soon as it is read, and until then stays within the embedding
+            token_ids = tokens.next_token if cache.rows == 1 else padded(np.maximum(self.tokens(tokens), 0))
         else:
             token_ids = padded(tokens)
-        return Step(token_ids, None, padded(cache_index), padded(positions))
+        return Step(
+            token_ids, None, padded(cache_index), padded(self._rope_rows(positions)), written=cache_index.tolist()
+        )
+
+    def _rope_rows(self, positions: Ints) -> Ints:
+        """Rotary positions [rows] as decode takes them: a row of its table for every head, the one that turns nothing
+        for those of v. Graphs of the schemas before 3 take them as they are."""
+        if not self._by_head:
+            return positions
+        text = self._model.text
+        rows = np.repeat(positions[:, None], text.num_heads + 2 * text.num_kv_heads, axis=1)
+        rows[:, -text.num_kv_heads :] = self.max_length
+        return rows
 
     def decode(self, cache: Cache, step: Step, kv_lengths: list[int]) -> Step:
-        arguments = {"token_ids": step.next_token, "cache_index": step.cache_index, "positions": step.positions}
+        if kv_lengths != [at + 1 for at in step.written or ()] or max(kv_lengths) > self.max_length:
+            raise RequestError(
+                f"a step after cache positions {step.written} was asked for with lengths {kv_lengths}; the artifact "
+                f"has {self.max_length}"
+            )
+        place = "rope_rows" if self._by_head else "positions"
+        arguments = {"token_ids": step.next_token, "cache_index": step.cache_index, place: step.positions}
         lengths = kv_lengths + [kv_lengths[-1]] * (cache.rows - len(kv_lengths))
         outputs = self.run(f"decode_b{cache.rows}", arguments, {"kv_lengths": lengths}, cache)
-        return Step(outputs["next_token"], outputs["logits"], outputs["cache_index"], outputs["positions"])
+        return Step(
+            outputs["next_token"],
+            outputs["logits"],
+            outputs["cache_index"],
+            outputs[place],
+            outputs.get("checked_token"),
+            kv_lengths,
+        )
 
     def tokens(self, step: Step) -> Ints:
-        tokens: Ints = step.next_token.cpu().numpy()
+        read = step.next_token if step.checked_token is None else step.checked_token
+        tokens: Ints = read.cpu().numpy()
         return tokens
 
     def logits(self, step: Step) -> NDArray[np.float32]:

@@ -10,7 +10,7 @@ from .graph import GeGraph, written_by
 _OUTPUTS = {
     "visual": ("embeds",),
     "prefill": ("next_token", "logits"),
-    "decode": ("next_token", "logits", "cache_index", "positions"),
+    "decode": ("next_token", "logits", "cache_index"),
 }
 
 
@@ -21,6 +21,9 @@ def check_binding(binding: Binding, name: str, part: GePart, model: ModelConfig,
         raise ArtifactError(f"{where}: is the binding of {binding.graph}, the manifest says {name}; compile again")
     kind, _, batch = name.partition("_b")
     outputs = [output.name for output in binding.outputs]
+    listed = next((graph.outputs for graph in part.graphs if graph.name == name), ())
+    if outputs != [output.name for output in listed]:
+        raise ArtifactError(f"{where}: has the outputs {', '.join(outputs)}, the manifest lists others; compile again")
     if set(_OUTPUTS.get(kind, ())) - set(outputs) or len(set(outputs)) != len(outputs):
         raise ArtifactError(
             f"{where}: has the outputs {', '.join(outputs)}, expected {', '.join(_OUTPUTS.get(kind, ()))}"
