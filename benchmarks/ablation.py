@@ -58,8 +58,8 @@ class Row:
 
 
 def open_emulated_device() -> None:
+    from qwen2vl_tc.artifacts.soc import DEFAULT_SOC
     from qwen2vl_tc.exporters.torchair.device import open_device
-    from qwen2vl_tc.toolchain.compile import DEFAULT_SOC
 
     open_device(DEFAULT_SOC)
 

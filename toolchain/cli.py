@@ -13,6 +13,7 @@ import typer
 
 from ..artifacts.errors import ConfigError, TargetError
 from ..artifacts.process import prepare_process
+from ..artifacts.soc import DEFAULT_SOC
 from . import cli_bench, cli_generate
 from .cli_errors import FAILED, Commands
 from .cli_options import (
@@ -35,7 +36,7 @@ from .cli_options import (
     examples,
 )
 from .cli_values import batches, check_mode, check_source, config_file, dump, passes
-from .compile import DEFAULT_MAX_LENGTH, DEFAULT_SOC
+from .compile import DEFAULT_MAX_LENGTH
 from .onnx_export import DEFAULT_WEIGHTS
 
 DEBUG_VARIABLE = "QWEN2VL_TC_DEBUG"

@@ -12,6 +12,7 @@ from ..artifacts.manifest import DTYPES, FileEntry, GePart, Graph, Manifest, Ope
 from ..artifacts.parameters import FP32, parameters
 from ..artifacts.safetensors import GRAPH_DTYPE_NAMES, header_bytes
 from ..artifacts.schema import parse_json
+from ..artifacts.soc import DEFAULT_SOC
 from ..artifacts.staging import Staging, stage
 from ..artifacts.vendor import no_lost_interrupt
 from .graphs.form import OPERATORS, VISUAL_ATTENTION, Form
@@ -19,7 +20,6 @@ from .graphs.form import OPERATORS, VISUAL_ATTENTION, Form
 if TYPE_CHECKING:
     from .graphs.signatures import Signature
 
-DEFAULT_SOC = "Ascend910B2"
 DEFAULT_MAX_LENGTH = 8192
 FOLDER = "graphs/ge"
 Progress = Callable[[str, int, int], None]

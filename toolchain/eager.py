@@ -66,7 +66,7 @@ class EagerBackend(ModelBackend):
         if self.device == CPU:
             npu_ops.register()
         caches = {"keys": list(cache.keys), "values": list(cache.values)} if cache else {}
-        with torch.inference_mode():
+        with torch.inference_mode(), npu_ops.kernels_of(self._part.soc):
             outputs = self._methods[name.partition("_")[0]](**arguments, **lengths, **caches)
         outputs = outputs if isinstance(outputs, tuple) else (outputs,)
         return dict(zip(self._outputs[name], outputs, strict=True))

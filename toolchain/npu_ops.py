@@ -6,18 +6,24 @@ torch_npu's; its own definitions are used where it is imported, and these are ta
 
 import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..artifacts.errors import ArtifactError
+from ..artifacts.soc import DEFAULT_SOC
 from ..artifacts.vendor import before_vendor_import
-from ..runtime.backends.ge import attention, operators
 from ..runtime.backends.ge.graph import Node
+from ..runtime.backends.ge.kernel import Outputs
+from ..runtime.backends.ge.operators import operator
 
 _UNLIMITED = 2147483647
+# npu_prompt_flash_attention has no inner_precise: these ask for 0, the exact mode, with sparse_mode 0 to 4
+_EXACT_SPARSE_MODES = range(10, 15)
 
 # What torch_npu 2.13.0 registers.
 SCHEMAS = (
@@ -62,23 +68,42 @@ SCHEMAS = (
 class _Call(Node):
     """An operator called by itself, with what its reference reads of a graph's node."""
 
-    def __init__(self, op: str, **attributes: Any) -> None:
-        super().__init__(op, op, (), 0, None)
+    def __init__(self, op: str, name: str, attributes: dict[str, Any]) -> None:
+        super().__init__(name, op, (), 0, None)
         # where the base class keeps what it reads from a graph
         self.__dict__["attributes"] = attributes
 
     @property
     def where(self) -> str:
-        return f"npu::{self.op}"
+        return f"npu::{self.name}"
 
 
-def _attributes(op: str, defaults: dict[str, Any], given: dict[str, Any]) -> dict[str, Any]:
+# models for different SoCs may run in one process, each in its thread
+_soc: ContextVar[str] = ContextVar("soc", default=DEFAULT_SOC)
+
+
+@contextmanager
+def kernels_of(soc: str) -> Iterator[None]:
+    """Inside, operators compute what `soc` does, where SoCs differ."""
+    before = _soc.set(soc)
+    try:
+        yield
+    finally:
+        _soc.reset(before)
+
+
+def _run(op: str, name: str, *inputs: Tensor | None, **attributes: Any) -> Outputs:
+    call = _Call(op, name, attributes)
+    return operator(call, "eager", _soc.get())(call, *inputs)
+
+
+def _attributes(name: str, defaults: dict[str, Any], given: dict[str, Any]) -> dict[str, Any]:
     """The operator's attributes with their defaults. `given` holds what the caller said otherwise, and only that.
 
     Raises ArtifactError for an argument that the reference does not have.
     """
     if unknown := sorted(given.keys() - defaults.keys()):
-        raise ArtifactError(f"npu::{op}: {', '.join(unknown)} is not supported on CPU")
+        raise ArtifactError(f"npu::{name}: {', '.join(unknown)} is not supported on CPU")
     return {**defaults, **given}
 
 
@@ -87,50 +112,50 @@ def _lengths(values: list[int] | None) -> Tensor | None:
 
 
 def npu_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    return operators.mat_mul(_Call("npu_linear", transpose_x2=True), x, weight, bias)[0]
+    return _run("MatMul", "npu_linear", x, weight, bias, transpose_x2=True)[0]
 
 
-def npu_rms_norm(x: Tensor, gamma: Tensor, epsilon: float = 1e-6) -> operators.Outputs:
-    return operators.rms_norm(_Call("npu_rms_norm", epsilon=epsilon), x, gamma)
+def npu_rms_norm(x: Tensor, gamma: Tensor, epsilon: float = 1e-6) -> Outputs:
+    return _run("RmsNorm", "npu_rms_norm", x, gamma, epsilon=epsilon)
 
 
-def npu_add_rms_norm(x1: Tensor, x2: Tensor, gamma: Tensor, epsilon: float = 1e-6) -> operators.Outputs:
-    return operators.add_rms_norm(_Call("npu_add_rms_norm", epsilon=epsilon), x1, x2, gamma)
+def npu_add_rms_norm(x1: Tensor, x2: Tensor, gamma: Tensor, epsilon: float = 1e-6) -> Outputs:
+    return _run("AddRmsNorm", "npu_add_rms_norm", x1, x2, gamma, epsilon=epsilon)
 
 
 def npu_add_layer_norm(
     x1: Tensor, x2: Tensor, gamma: Tensor, beta: Tensor, epsilon: float = 1e-5, additional_output: bool = False
-) -> operators.Outputs:
+) -> Outputs:
     if not additional_output:
         raise ArtifactError("npu::npu_add_layer_norm: only additional_output=True is supported on CPU")
-    return operators.add_layer_norm(_Call("npu_add_layer_norm", epsilon=epsilon), x1, x2, gamma, beta)
+    return _run("AddLayerNorm", "npu_add_layer_norm", x1, x2, gamma, beta, epsilon=epsilon)
 
 
-def npu_rotary_mul(x: Tensor, r1: Tensor, r2: Tensor, *given: Any) -> Tensor:
-    if given not in ((), ("half",)):
-        raise ArtifactError(f"npu::npu_rotary_mul: only rotary_mode half is supported on CPU, got {given[0]}")
-    return operators.rotary_mul(_Call("npu_rotary_mul"), x, r1, r2)[0]
+def npu_rotary_mul(
+    x: Tensor, r1: Tensor, r2: Tensor, rotary_mode: str = "half", rotate: Tensor | None = None
+) -> Tensor:
+    return _run("RotaryMul", "npu_rotary_mul", x, r1, r2, rotate, rotary_mode=rotary_mode)[0]
 
 
 def npu_swiglu(x: Tensor, dim: int = -1) -> Tensor:
-    return operators.swi_glu(_Call("npu_swiglu", dim=dim), x)[0]
+    return _run("SwiGlu", "npu_swiglu", x, dim=dim)[0]
 
 
 def npu_fast_gelu(x: Tensor) -> Tensor:
-    return operators.fast_gelu(_Call("npu_fast_gelu"), x)[0]
+    return _run("FastGelu", "npu_fast_gelu", x)[0]
 
 
 def npu_gelu(x: Tensor, *, approximate: str = "none") -> Tensor:
-    return operators.gelu(_Call("npu_gelu", approximate=approximate), x)[0]
+    return _run("GeluV2", "npu_gelu", x, approximate=approximate)[0]
 
 
 def npu_scatter_nd_update(var: Tensor, indices: Tensor, updates: Tensor) -> Tensor:
     """Not in place, unlike GE's operator: the graphs have a TensorMove before it."""
-    return operators.scatter_nd_update(_Call("npu_scatter_nd_update"), var.clone(), indices, updates)[0]
+    return _run("ScatterNdUpdate", "npu_scatter_nd_update", var.clone(), indices, updates)[0]
 
 
 def scatter_update_(var: Tensor, indices: Tensor, updates: Tensor, axis: int) -> Tensor:
-    return operators.scatter(_Call("scatter_update_", reduce="update", axis=axis), var, indices, updates)[0]
+    return _run("Scatter", "scatter_update_", var, indices, updates, reduce="update", axis=axis)[0]
 
 
 def npu_fused_infer_attention_score(
@@ -142,17 +167,35 @@ def npu_fused_infer_attention_score(
     actual_seq_lengths: list[int] | None = None,
     actual_seq_lengths_kv: list[int] | None = None,
     **given: Any,
-) -> operators.Outputs:
-    op = "npu_fused_infer_attention_score"
-    defaults = {"num_heads": 1, "num_key_value_heads": 0, "scale": 1.0, "input_layout": "BSH", "sparse_mode": 0}
+) -> Outputs:
+    name = "npu_fused_infer_attention_score"
+    # inner_precise chooses between speed and precision on the device; the reference is always precise
+    defaults = {
+        "num_heads": 1,
+        "num_key_value_heads": 0,
+        "scale": 1.0,
+        "input_layout": "BSH",
+        "sparse_mode": 0,
+        "pre_tokens": _UNLIMITED,
+        "next_tokens": _UNLIMITED,
+        "inner_precise": 0,
+        "softmax_lse_flag": False,
+    }
     inputs = (query, key, value, None, atten_mask, _lengths(actual_seq_lengths), _lengths(actual_seq_lengths_kv))
-    return attention.fused_infer_attention_score(_Call(op, **_attributes(op, defaults, given)), *inputs)
+    return _run("FusedInferAttentionScore", name, *inputs, **_attributes(name, defaults, given))
 
 
 def npu_prompt_flash_attention(
-    query: Tensor, key: Tensor, value: Tensor, *, atten_mask: Tensor | None = None, **given: Any
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    *,
+    atten_mask: Tensor | None = None,
+    actual_seq_lengths: list[int] | None = None,
+    actual_seq_lengths_kv: list[int] | None = None,
+    **given: Any,
 ) -> Tensor:
-    op = "npu_prompt_flash_attention"
+    name = "npu_prompt_flash_attention"
     defaults = {
         "num_heads": 1,
         "num_key_value_heads": 0,
@@ -162,15 +205,18 @@ def npu_prompt_flash_attention(
         "pre_tokens": _UNLIMITED,
         "next_tokens": 0,
     }
-    call = _Call(op, **_attributes(op, defaults, given))
-    return attention.prompt_flash_attention(call, query, key, value, None, atten_mask)[0]
+    attributes = _attributes(name, defaults, given)
+    if attributes["sparse_mode"] in _EXACT_SPARSE_MODES:
+        attributes["sparse_mode"] -= _EXACT_SPARSE_MODES.start
+    inputs = (query, key, value, None, atten_mask, _lengths(actual_seq_lengths), _lengths(actual_seq_lengths_kv))
+    return _run("PromptFlashAttention", name, *inputs, **attributes)[0]
 
 
 def npu_incre_flash_attention(
     query: Tensor, key: Tensor, value: Tensor, *, actual_seq_lengths: list[int] | None = None, **given: Any
 ) -> Tensor:
-    op = "npu_incre_flash_attention"
-    # inner_precise chooses between speed and precision on the device; the reference is always precise
+    name = "npu_incre_flash_attention"
+    # inner_precise as above
     defaults = {
         "num_heads": 1,
         "num_key_value_heads": 0,
@@ -178,8 +224,8 @@ def npu_incre_flash_attention(
         "input_layout": "BSH",
         "inner_precise": 1,
     }
-    call = _Call(op, **_attributes(op, defaults, given))
-    return attention.incre_flash_attention(call, query, key, value, None, None, _lengths(actual_seq_lengths))[0]
+    inputs = (query, key, value, None, None, _lengths(actual_seq_lengths))
+    return _run("IncreFlashAttention", name, *inputs, **_attributes(name, defaults, given))[0]
 
 
 KERNELS: dict[str, Callable[..., Any]] = {

@@ -17,6 +17,7 @@ from torch import Tensor
 from ...artifacts.errors import MissingDependencyError, TargetError
 from ...artifacts.manifest import GePart
 from ...artifacts.process import cache_home, driver_version, emulated, release
+from ...artifacts.soc import soc_family
 from ...artifacts.store import Artifact, ge_part
 from ...artifacts.vendor import vendor_import
 from ..memory import check_fits, check_free
@@ -223,14 +224,6 @@ def _check_operators(artifact: Artifact) -> None:
             f"{artifact.path}: this CANN lacks {', '.join(sorted(missing))}: {next(iter(missing.values()))}; "
             "install a newer CANN"
         )
-
-
-def soc_family(soc: str) -> str:
-    """Ascend910B2 and Ascend910B4 run the same kernels; Ascend910_9382 and Ascend310P3 do not."""
-    for family in ("Ascend910B", "Ascend910_93", "Ascend310P", "Ascend310B"):
-        if soc.startswith(family):
-            return family
-    return soc
 
 
 def compile_cache(artifact: Artifact, torch_npu: Any, cann: str) -> Path:

@@ -38,7 +38,7 @@ class ReferenceBackend(GeBackend):
     def load_graph(self, name: str, data: bytes, where: str) -> None:
         graph = read_graph(data, where)
         check_graph(graph, self.binding(name), where)
-        self._executors[name] = Executor(graph, where)
+        self._executors[name] = Executor(graph, where, soc=self._part.soc)
 
     def run_graph(self, name: str, inputs: list[Tensor]) -> list[Tensor]:
         observer = self.observer

@@ -48,7 +48,8 @@ PACKAGES = {"PIL", "blake3", "google", "jinja2", "markupsafe", "numpy", "tokeniz
 PACKAGES |= {"mpmath", "torchgen", "tqdm", "typing_extensions"}
 OF_ONNXRUNTIME = {"onnxruntime", "flatbuffers", "packaging"}
 NOT_OF_TORCH = ("torch._dynamo", "torch._inductor", "torch.onnx", "sympy")
-GE = ("bound", "checks", "operators", "attention", "graph", "proto")
+KERNELS = ("operators", "kernel", "attention", "indexing", "norms", "pointwise")
+GE = ("bound", "checks", "graph", "proto", *KERNELS)
 BACKENDS = {
     "reference": {"base", "ge", "reference", *(f"ge.{name}" for name in (*GE, "executor"))},
     "npu": {"base", "ge", "npu", *(f"ge.{name}" for name in GE)},

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from ....artifacts.errors import ArtifactError
 from ....artifacts.manifest import AirGraph, FileEntry
-from ....artifacts.store import Artifact
+from ....artifacts.store import Artifact, ge_part
 from .bound import mapped_bytes
 from .executor import Executor
 from .graph import ATTRIBUTE_DTYPES, ITEM_BYTES, Node, read_graph
@@ -34,7 +34,7 @@ def load_air(artifact: Artifact, name: str, check: bool = True) -> Executor:
                 artifact.check(entry)
                 checked.add(entry.path)
             constants[node.name] = _constant(artifact, node, entry, where)
-    return Executor(graph, where, constants)
+    return Executor(graph, where, constants, soc=ge_part(artifact.manifest, artifact.path).soc)
 
 
 def _graph(artifact: Artifact, name: str) -> AirGraph:

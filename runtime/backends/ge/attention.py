@@ -1,149 +1,263 @@
 """FusedInferAttentionScore, PromptFlashAttention and IncreFlashAttention on CPU.
 
 Semantics after the operators' documentation (aclnnFusedInferAttentionScore and the other two, CANN): scaled
-dot-product attention with grouped heads; layouts BSH and TND; actual_seq_lengths_kv limits what is read of the cache;
-sparse_mode 3 (rightDownCausal) aligns the causal triangle with the last key.
+dot-product attention with grouped heads, in layouts BSH and TND. What the reference computes is inner_precise 0, the
+exact mode: scores and softmax in fp32, one rounding at the output. inner_precise 1, which PromptFlashAttention in fp16
+has unless torch_npu is called with sparse_mode 10 to 14, keeps fp16 scores on the device; bf16 has one mode.
+
+Lengths in BSH are one for all rows or one a row, and more than there are rows are ignored: keys beyond a row's length
+are not read, queries beyond it come out 0. A query that sees no key comes out 0. sparse_mode 3 (rightDownCausal) aligns
+the causal triangle with a row's last key and its last query, both by length.
 """
+
+import functools
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ....artifacts.errors import ArtifactError
 from .graph import Node
+from .kernel import Outputs, dtype_name, floating, ints, kernel, refused, required, same_dtype
 
 _FULL, _RIGHT_DOWN_CAUSAL = 0, 3
-# Inputs by position in the operator's definition; the rest must be unfed.
+# Inputs by position in the operators' definitions; the rest must be unfed.
 _ATTEN_MASK, _LENGTHS, _LENGTHS_KV = 4, 5, 6
+_CAUSAL_MASK = 2048
 # Rows of the query that share one mask, so that a long prompt needs no mask of its own squared.
 _QUERY_BLOCK = 512
 
 
-def _attend(q: Tensor, k: Tensor, v: Tensor, scale: float, causal: bool) -> Tensor:
-    """q [tokens, heads, dim], k and v [length, kv_heads, dim] to [tokens, heads, dim], computed in fp32."""
+@dataclass(frozen=True)
+class _Operands:
+    """BSH: q [batch, tokens, heads * dim], k and v [batch, length, kv_heads * dim].
+    TND: q [tokens, heads, dim], k and v [length, kv_heads, dim]."""
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    heads: int
+    kv_heads: int
+    dim: int
+
+
+def _operands(node: Node, inputs: Sequence[Tensor | None], layout: str, takes: set[int]) -> _Operands:
+    fed = {i for i, x in enumerate(inputs) if x is not None}
+    q, k, v = inputs[:3]
+    if q is None or k is None or v is None or fed - {0, 1, 2} - takes:
+        raise refused(node, f"inputs {sorted(fed)} are fed; supported are 0 to 2 and {sorted(takes)}")
+    floating(node, q, k, v)
+    same_dtype(node, q, k, v)
+    heads = required(node, "num_heads")
+    kv_heads = node.attributes.get("num_key_value_heads", 0) or heads
+    if heads < 1 or kv_heads < 1 or heads % kv_heads:
+        raise refused(node, f"{heads} heads do not share {kv_heads} key and value heads")
+    found = f"query {list(q.shape)}, key {list(k.shape)}, value {list(v.shape)}, {heads} and {kv_heads} heads"
+    if q.dim() != 3 or k.dim() != 3 or k.shape != v.shape:
+        raise refused(node, f"layout {layout} does not hold {found}")
+    if layout == "TND":
+        dim = q.shape[2]
+        fits = (q.shape[1], *k.shape[1:]) == (heads, kv_heads, dim)
+    else:
+        dim = q.shape[2] // heads
+        fits = q.shape[2] == heads * dim and (k.shape[0], k.shape[2]) == (q.shape[0], kv_heads * dim)
+    if not fits:
+        raise refused(node, f"layout {layout} does not hold {found}")
+    return _Operands(q, k, v, heads, kv_heads, dim)
+
+
+def _attend(
+    q: Tensor, k: Tensor, v: Tensor, scale: float, hidden: Tensor | None = None, offset: int | None = None
+) -> Tensor:
+    """q [tokens, heads, dim], k and v [length, kv_heads, dim] to [tokens, heads, dim], computed in fp32.
+
+    hidden [tokens, length]: true where a query does not see a key. offset: query i sees the keys up to i + offset.
+    """
+    out = torch.zeros_like(q)
+    blind = max(0, -offset) if offset is not None else 0
+    q, offset = q[blind:], None if offset is None else max(0, offset)
     tokens, length = q.shape[0], k.shape[0]
+    if not tokens or not length:
+        return out
     q4, k4, v4 = (x.float().transpose(0, 1)[None] for x in (q, k, v))
     grouped = q.shape[1] != k.shape[1]
-    if not causal or tokens == 1 or tokens == length:
-        out = F.scaled_dot_product_attention(
-            q4, k4, v4, is_causal=causal and tokens > 1, scale=scale, enable_gqa=grouped
+    if offset is None or tokens == 1 or not offset:
+        seen = None if hidden is None else ~hidden
+        found = F.scaled_dot_product_attention(
+            q4, k4, v4, seen, is_causal=offset == 0 and tokens > 1, scale=scale, enable_gqa=grouped
         )
     else:
         parts = []
         for start in range(0, tokens, _QUERY_BLOCK):
             rows = torch.arange(start, min(start + _QUERY_BLOCK, tokens))
-            seen = int(rows[-1]) + 1 + length - tokens
-            mask = torch.arange(seen)[None] <= rows[:, None] + (length - tokens)
-            part = q4[:, :, rows[0] : rows[-1] + 1]
+            end = int(rows[-1]) + 1 + offset
+            seen = torch.arange(end)[None] <= rows[:, None] + offset
+            part = q4[:, :, start : int(rows[-1]) + 1]
             parts.append(
                 F.scaled_dot_product_attention(
-                    part, k4[:, :, :seen], v4[:, :, :seen], attn_mask=mask, scale=scale, enable_gqa=grouped
+                    part, k4[:, :, :end], v4[:, :, :end], seen, scale=scale, enable_gqa=grouped
                 )
             )
-        out = torch.cat(parts, 2)
-    return out[0].transpose(0, 1).to(q.dtype)
+        found = torch.cat(parts, 2)
+    out[blind:] = found[0].transpose(0, 1)
+    return out
 
 
-def _lengths(node: Node, tensor: Tensor | None, default: list[int], limit: int) -> list[int]:
+def _row_lengths(node: Node, tensor: Tensor | None, rows: int, limit: int) -> list[int]:
+    """The lengths of a batch: all of `limit` if not given, one for all rows, or the first `rows` of them."""
     if tensor is None:
-        return default
-    found = [int(value) for value in tensor.tolist()]
+        return [limit] * rows
+    found = ints(node, tensor)
+    if tensor.dim() != 1 or len(found) not in (1, *range(rows, len(found) + 1)):
+        raise refused(node, f"sequence lengths {list(tensor.shape)} for a batch of {rows}, expected 1 or {rows}")
+    found = found * rows if len(found) == 1 else found[:rows]
     if any(not 0 <= value <= limit for value in found):
-        raise ArtifactError(f"{node.where}: sequence lengths {found} are outside 0 to {limit}")
+        raise refused(node, f"sequence lengths {found} are outside 0 to {limit}")
     return found
 
 
-def _tnd(node: Node, q: Tensor, k: Tensor, v: Tensor, lengths: Tensor | None, lengths_kv: Tensor | None) -> Tensor:
-    """q, k, v [tokens, heads, dim]; the lengths are cumulative ends of the sequences."""
-    ends = _lengths(node, lengths, [q.shape[0]], q.shape[0])
-    ends_kv = _lengths(node, lengths_kv, [k.shape[0]], k.shape[0])
-    if len(ends) != len(ends_kv) or ends != sorted(ends) or ends_kv != sorted(ends_kv) or ends[-1:] != [q.shape[0]]:
-        raise ArtifactError(f"{node.where}: TND lengths {ends} and {ends_kv} do not partition {q.shape[0]} tokens")
-    out = torch.empty_like(q)
+def _bsh(
+    node: Node,
+    of: _Operands,
+    scale: float,
+    lengths: Tensor | None,
+    lengths_kv: Tensor | None,
+    mask: Tensor | None = None,
+    causal: bool = False,
+) -> Tensor:
+    """mask [batch or 1, tokens, length], true where hidden."""
+    batch, tokens, width = of.q.shape
+    out = torch.zeros_like(of.q)
+    ends = _row_lengths(node, lengths, batch, tokens)
+    ends_kv = _row_lengths(node, lengths_kv, batch, of.k.shape[1])
+    for row, (end, end_kv) in enumerate(zip(ends, ends_kv, strict=True)):
+        out[row, :end] = _attend(
+            of.q[row, :end].view(end, of.heads, of.dim),
+            of.k[row, :end_kv].view(end_kv, of.kv_heads, of.dim),
+            of.v[row, :end_kv].view(end_kv, of.kv_heads, of.dim),
+            scale,
+            None if mask is None else mask[row % len(mask), :end, :end_kv],
+            end_kv - end if causal else None,
+        ).reshape(end, width)
+    return out
+
+
+def _tnd(node: Node, of: _Operands, scale: float, lengths: Tensor | None, lengths_kv: Tensor | None) -> Tensor:
+    """The lengths are cumulative ends of the sequences, of queries and of keys."""
+    if lengths is None or lengths_kv is None:
+        raise refused(node, "layout TND needs both sequence lengths")
+    ends, ends_kv = ints(node, lengths), ints(node, lengths_kv)
+    for found, x in ((ends, of.q), (ends_kv, of.k)):
+        if any(not 0 <= end <= x.shape[0] for end in found):
+            raise refused(node, f"sequence lengths {found} are outside 0 to {x.shape[0]}")
+        if found != sorted(found) or found[-1:] != [x.shape[0]] or len(ends) != len(ends_kv):
+            raise refused(
+                node,
+                f"TND lengths {ends} and {ends_kv} do not partition {of.q.shape[0]} tokens and {of.k.shape[0]} keys",
+            )
+    out = torch.zeros_like(of.q)
     start = start_kv = 0
     for end, end_kv in zip(ends, ends_kv, strict=True):
-        if end > start:
-            out[start:end] = _attend(
-                q[start:end], k[start_kv:end_kv], v[start_kv:end_kv], node.attributes["scale"], causal=False
-            )
+        out[start:end] = _attend(of.q[start:end], of.k[start_kv:end_kv], of.v[start_kv:end_kv], scale)
         start, start_kv = end, end_kv
     return out
 
 
-def _bsh(node: Node, scale: float, q: Tensor, k: Tensor, v: Tensor, lengths_kv: Tensor | None, causal: bool) -> Tensor:
-    """q [batch, tokens, heads * dim], k and v [batch, length, kv_heads * dim]."""
-    heads = node.attributes["num_heads"]
-    kv_heads = node.attributes["num_key_value_heads"] or heads
-    batch, tokens, width = q.shape
-    dim = width // heads
-    lengths = _lengths(node, lengths_kv, [k.shape[1]] * batch, k.shape[1])
-    if len(lengths) != batch or k.shape[2] != kv_heads * dim:
-        raise ArtifactError(f"{node.where}: {len(lengths)} lengths, key {list(k.shape)} for query {list(q.shape)}")
-    out = torch.empty_like(q)
-    for row, length in enumerate(lengths):
-        if causal and tokens == 1:
-            raise ArtifactError(f"{node.where}: with one query token the operator takes no causal mask")
-        if causal and length < tokens:
-            raise ArtifactError(f"{node.where}: {tokens} tokens attend to a cache of only {length}")
-        out[row] = _attend(
-            q[row].view(tokens, heads, dim),
-            k[row, :length].view(length, kv_heads, dim),
-            v[row, :length].view(length, kv_heads, dim),
-            scale,
-            causal,
-        ).reshape(tokens, width)
-    return out
+@functools.cache
+def _triangle() -> Tensor:
+    return torch.ones(_CAUSAL_MASK, _CAUSAL_MASK, dtype=torch.bool).triu(1)
 
 
-def fused_infer_attention_score(node: Node, *inputs: Tensor | None) -> tuple[Tensor, ...]:
-    """Outputs attention_out; softmax_lse is a placeholder of one zero, as with softmax_lse_flag false on the device."""
-    q, k, v = inputs[:3]
-    fed = {i for i, x in enumerate(inputs) if x is not None}
-    if q is None or k is None or v is None or fed - {0, 1, 2, _ATTEN_MASK, _LENGTHS, _LENGTHS_KV}:
-        raise ArtifactError(f"{node.where}: inputs {sorted(fed)} are fed; supported are 0 to 2 and 4 to 6")
-    mode, layout = node.attributes["sparse_mode"], node.attributes["input_layout"]
-    if mode not in (_FULL, _RIGHT_DOWN_CAUSAL) or (mode == _FULL and _ATTEN_MASK in fed):
-        raise ArtifactError(f"{node.where}: sparse_mode {mode} with this mask is not supported")
-    if mode == _RIGHT_DOWN_CAUSAL and _ATTEN_MASK not in fed:
-        raise ArtifactError(f"{node.where}: sparse_mode 3 needs its 2048 x 2048 mask")
-    if layout == "TND" and mode == _FULL:
-        out = _tnd(node, q, k, v, inputs[_LENGTHS], inputs[_LENGTHS_KV])
-    elif layout == "BSH":
-        out = _bsh(node, node.attributes["scale"], q, k, v, inputs[_LENGTHS_KV], causal=mode == _RIGHT_DOWN_CAUSAL)
-    else:
-        raise ArtifactError(f"{node.where}: layout {layout} with sparse_mode {mode} is not supported")
+def _mask_dtype(node: Node, mask: Tensor) -> None:
+    if mask.dtype not in (torch.bool, torch.int8, torch.uint8):
+        raise refused(node, f"the mask is {dtype_name(mask)}, expected bool, int8 or uint8")
+
+
+def _check_causal_mask(node: Node, mask: Tensor) -> None:
+    """sparse_mode 3 takes one mask, whatever the lengths: the strict upper triangle of 2048 x 2048."""
+    _mask_dtype(node, mask)
+    sizes = list(mask.shape)
+    if sizes[-2:] != [_CAUSAL_MASK] * 2 or sizes[:-2] not in ([], [1], [1, 1]):
+        raise refused(node, f"sparse_mode 3 takes a mask of 2048 x 2048, got {sizes}")
+    if not torch.equal(mask.reshape(_CAUSAL_MASK, _CAUSAL_MASK).bool(), _triangle()):
+        raise refused(node, "sparse_mode 3 takes a mask that hides what is above the diagonal, and nothing else")
+
+
+def _full_mask(node: Node, mask: Tensor, of: _Operands) -> Tensor:
+    """A mask of sparse_mode 0 as bool [batch or 1, tokens, length].
+
+    Documented shapes: [batch or 1, 1, S, L], [batch or 1, S, L], [S, L], and for one query token [batch, L].
+    """
+    _mask_dtype(node, mask)
+    (batch, tokens, _), length = of.q.shape, of.k.shape[1]
+    documented = [[rows, *one, tokens, length] for rows in (batch, 1) for one in ([], [1])]
+    documented.append([batch, length] if tokens == 1 else [tokens, length])
+    if list(mask.shape) not in documented:
+        raise refused(node, f"a mask {list(mask.shape)} for {batch} rows, {tokens} queries and {length} keys")
+    return mask.reshape(-1, tokens, length).bool()
+
+
+@kernel
+def fused_infer_attention_score(node: Node, *inputs: Tensor | None) -> Outputs:
+    """Inputs query, key, value, and as 4 to 6 mask, lengths of the queries and of the keys.
+
+    Without a mask pre_tokens and next_tokens have no effect, as documented. Outputs attention_out; softmax_lse is a
+    placeholder of one zero, as with softmax_lse_flag false on the device.
+    """
+    given = node.attributes
+    layout, mode, scale = given.get("input_layout", "BSH"), given.get("sparse_mode", 0), given.get("scale", 1.0)
+    if layout not in ("BSH", "TND") or (layout == "TND" and mode != _FULL):
+        raise refused(node, f"layout {layout} with sparse_mode {mode} is not supported")
+    if given.get("softmax_lse_flag"):
+        raise refused(node, "softmax_lse_flag is not supported")
+    of = _operands(node, inputs, layout, {_ATTEN_MASK, _LENGTHS, _LENGTHS_KV})
+    mask, lengths, lengths_kv = (*inputs, *[None] * _LENGTHS_KV)[_ATTEN_MASK : _LENGTHS_KV + 1]
+    if mode not in (_FULL, _RIGHT_DOWN_CAUSAL) or (mode == _FULL and mask is not None):
+        raise refused(node, f"sparse_mode {mode} with this mask is not supported")
+    if layout == "TND":
+        return _tnd(node, of, scale, lengths, lengths_kv), torch.zeros(1)
+    if mode == _RIGHT_DOWN_CAUSAL:
+        if mask is None:
+            raise refused(node, "sparse_mode 3 needs its 2048 x 2048 mask")
+        _check_causal_mask(node, mask)
+        if of.q.shape[1] == 1:
+            raise refused(node, "with one query token the operator takes no causal mask")
+    out = _bsh(node, of, scale, lengths, lengths_kv, causal=mode == _RIGHT_DOWN_CAUSAL)
     return out, torch.zeros(1)
 
 
-def incre_flash_attention(node: Node, *inputs: Tensor | None) -> tuple[Tensor, ...]:
-    """One query token a row over the cache, by lengths: inputs query, key, value, and actual_seq_lengths as the 6th."""
-    q, k, v = inputs[:3]
-    fed = {i for i, x in enumerate(inputs) if x is not None}
-    if q is None or k is None or v is None or fed - {0, 1, 2, 5} or node.attributes["input_layout"] != "BSH":
-        raise ArtifactError(f"{node.where}: inputs {sorted(fed)} are fed; supported are 0 to 2 and 5, in layout BSH")
-    return (_bsh(node, node.attributes["scale_value"], q, k, v, inputs[5], causal=False),)
+@kernel
+def incre_flash_attention(node: Node, *inputs: Tensor | None) -> Outputs:
+    """One query token a row over the cache: inputs query, key, value, and the lengths of the keys as 5; layout BSH."""
+    layout = node.attributes.get("input_layout", "BSH")
+    if layout != "BSH":
+        raise refused(node, f"layout {layout} is not supported")
+    of = _operands(node, inputs, layout, {_LENGTHS})
+    if of.q.shape[1] != 1:
+        raise refused(node, f"takes one query token a row, got {of.q.shape[1]}")
+    lengths_kv = inputs[_LENGTHS] if len(inputs) > _LENGTHS else None
+    return (_bsh(node, of, node.attributes.get("scale_value", 1.0), None, lengths_kv),)
 
 
-def prompt_flash_attention(node: Node, *inputs: Tensor | None) -> tuple[Tensor, ...]:
-    """All query tokens over all keys under a dense mask [1, 1, tokens, length], true where hidden; BSH, sparse_mode 0.
+@kernel
+def prompt_flash_attention(node: Node, *inputs: Tensor | None) -> Outputs:
+    """All query tokens over all keys, in layout BSH and sparse_mode 0.
 
-    Without a mask nothing is hidden. next_tokens limits the mask's reach and must not, here.
+    Inputs query, key, value, and as 4 to 6 a dense mask that is true where hidden, lengths of the queries and of the
+    keys. Without a mask nothing is hidden, whatever pre_tokens and next_tokens say; with one, they limit what it shows
+    and must not, here.
     """
-    q, k, v, _, mask = inputs[:5]
-    fed = {i for i, x in enumerate(inputs) if x is not None}
     given = node.attributes
-    if q is None or k is None or v is None or fed - {0, 1, 2, 4} or given["input_layout"] != "BSH":
-        raise ArtifactError(f"{node.where}: inputs {sorted(fed)} are fed; supported are 0 to 2 and 4, in layout BSH")
-    if given.get("sparse_mode") or given["next_tokens"] < k.shape[1] or given["pre_tokens"] < k.shape[1]:
-        raise ArtifactError(f"{node.where}: only sparse_mode 0 with unlimited tokens is supported, got {given}")
-    heads = given["num_heads"]
-    kv_heads = given["num_key_value_heads"] or heads
-    batch, tokens, width = q.shape
-    dim = width // heads
-    q4, k4, v4 = (
-        x.float().view(batch, -1, n, dim).transpose(1, 2) for x, n in ((q, heads), (k, kv_heads), (v, kv_heads))
-    )
-    out = F.scaled_dot_product_attention(
-        q4, k4, v4, attn_mask=None if mask is None else ~mask.bool(), scale=given["scale_value"], enable_gqa=True
-    )
-    return (out.transpose(1, 2).reshape(batch, tokens, width).to(q.dtype),)
+    layout, mode = given.get("input_layout", "BSH"), given.get("sparse_mode", 0)
+    if layout != "BSH" or mode != _FULL:
+        raise refused(node, f"layout {layout} with sparse_mode {mode} is not supported")
+    of = _operands(node, inputs, layout, {_ATTEN_MASK, _LENGTHS, _LENGTHS_KV})
+    mask, lengths, lengths_kv = (*inputs, *[None] * _LENGTHS_KV)[_ATTEN_MASK : _LENGTHS_KV + 1]
+    hidden = None
+    if mask is not None:
+        hidden = _full_mask(node, mask, of)
+        before, after = given.get("pre_tokens", 214748647), given.get("next_tokens", 0)
+        if before < of.q.shape[1] - 1 or after < of.k.shape[1] - 1:
+            raise refused(node, f"pre_tokens {before} and next_tokens {after} beside a mask are not supported")
+    return (_bsh(node, of, given.get("scale_value", 1.0), lengths, lengths_kv, hidden),)

@@ -6,9 +6,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ....artifacts.errors import ArtifactError, ToolchainError
+from ....artifacts.errors import ArtifactError
+from ....artifacts.soc import DEFAULT_SOC
 from .graph import INPUT_TYPES, GeGraph, Node, written_by
-from .operators import TORCH_DTYPES, Operator, operator
+from .kernel import Operator
+from .operators import TORCH_DTYPES, operator
 
 Observer = Callable[[str, tuple[Tensor, ...]], None]
 
@@ -27,10 +29,17 @@ class Executor:
     """One graph, ready to run. Raises ArtifactError at construction for an operator it does not know, and for one that
     writes into a constant.
 
-    constants: the tensors of its FileConstants, by name.
+    constants: the tensors of its FileConstants, by name. soc: whose kernels are computed, where they differ.
     """
 
-    def __init__(self, graph: GeGraph, where: str, constants: Mapping[str, Tensor] | None = None) -> None:
+    def __init__(
+        self,
+        graph: GeGraph,
+        where: str,
+        constants: Mapping[str, Tensor] | None = None,
+        *,
+        soc: str = DEFAULT_SOC,
+    ) -> None:
         self.name = graph.name
         slots: dict[str, int] = {node.name: i for i, node in enumerate(graph.nodes)}
         self._inputs = [slots[node.name] for node in graph.inputs]
@@ -56,7 +65,7 @@ class Executor:
         self._steps = [
             _Step(
                 node,
-                operator(node, where),
+                operator(node, where, soc),
                 # index -1 is a control edge: an order, not a value
                 tuple((slots[e[0]], e[1]) if e else None for e in node.inputs if e is None or e[1] >= 0),
                 slots[node.name],
@@ -85,15 +94,8 @@ class Executor:
                 arguments = [None if e is None else self._value(values, *e, step.node) for e in step.inputs]
                 try:
                     outputs = step.function(step.node, *arguments)
-                except ToolchainError:
-                    raise
-                # a graph may feed an operator anything, attributes included: torch and Python then raise anything
-                except Exception as error:
-                    given = ", ".join("-" if x is None else f"{list(x.shape)} {x.dtype}" for x in arguments)
-                    raise ArtifactError(
-                        f"graph {self.name}: {step.node.where} cannot run on ({given}) with {step.node.attributes}: "
-                        f"{error}"
-                    ) from error
+                except ArtifactError as error:
+                    raise ArtifactError(f"graph {self.name}: {error}") from error
                 values[step.slot] = outputs
                 if observer is not None:
                     observer(step.node.name, outputs)

@@ -1,0 +1,88 @@
+"""What the operators on CPU share: how one is refused, and the checks that keep a wrong result from being silent."""
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ....artifacts.errors import ArtifactError, ToolchainError
+from .graph import Node
+
+Outputs = tuple[Tensor, ...]
+Operator = Callable[..., Outputs]
+
+
+def refused(node: Node, reason: str) -> ArtifactError:
+    """The error of an operator that does not compute this, to be raised by the caller."""
+    return ArtifactError(f"{node.where}: {reason}")
+
+
+def kernel(function: Operator) -> Operator:
+    """An operator f(node, *inputs) that raises nothing but ArtifactError, which names it and what it was given.
+
+    A graph may feed an operator anything, attributes included: torch and Python then raise anything.
+    """
+
+    @functools.wraps(function)
+    def run(node: Node, *inputs: Tensor | None) -> Outputs:
+        try:
+            return function(node, *inputs)
+        except ToolchainError:
+            raise
+        except Exception as error:
+            given = ", ".join("-" if x is None else _described(x) for x in inputs)
+            reason = str(error).partition("\n")[0] or "no reason given"
+            raise refused(
+                node, f"cannot run on ({given}) with {node.attributes}: {type(error).__name__}: {reason}"
+            ) from error
+
+    return run
+
+
+def _described(value: Any) -> str:
+    return f"{list(value.shape)} {dtype_name(value)}" if isinstance(value, Tensor) else type(value).__name__
+
+
+def dtype_name(tensor: Tensor) -> str:
+    return str(tensor.dtype).removeprefix("torch.")
+
+
+def required(node: Node, name: str) -> Any:
+    """An attribute that has no default."""
+    if name not in node.attributes:
+        raise refused(node, f"the attribute {name} is missing")
+    return node.attributes[name]
+
+
+def unfed(node: Node, inputs: tuple[Tensor | None, ...]) -> None:
+    """Refuses inputs that the reference does not know: what they would change is not computed here."""
+    if any(x is not None for x in inputs):
+        raise refused(node, "an input is fed that is not supported")
+
+
+def floating(node: Node, *tensors: Tensor | None) -> None:
+    """Refuses integers where the device takes fp32, fp16 or bf16: computed in fp32, they would come out rounded."""
+    for tensor in tensors:
+        if tensor is not None and not tensor.is_floating_point():
+            raise refused(node, f"got {dtype_name(tensor)}, expected fp32, fp16 or bf16")
+
+
+def same_dtype(node: Node, *tensors: Tensor) -> None:
+    if len({tensor.dtype for tensor in tensors}) > 1:
+        raise refused(node, f"its inputs are {', '.join(map(dtype_name, tensors))}, expected one dtype")
+
+
+def ints(node: Node, tensor: Tensor) -> list[int]:
+    """The values of an integer tensor, whatever its shape."""
+    if tensor.dtype not in (torch.int64, torch.int32):
+        raise refused(node, f"got {dtype_name(tensor)} values, expected int64 or int32")
+    return [int(value) for value in tensor.reshape(-1).tolist()]
+
+
+def axis(node: Node, number: int, x: Tensor) -> int:
+    """`number`, which may count from the end, as an axis of x."""
+    if not -x.dim() <= number < x.dim():
+        raise refused(node, f"axis {number} of a tensor of {x.dim()} dimensions")
+    return number % x.dim()
