@@ -45,7 +45,7 @@ def build(tmp_path_factory: pytest.TempPathFactory) -> Build:
         batches: str = "1",
         max_length: int = 256,
         operators: str = "fused",
-        visual_attention: str = "tnd",
+        visual_attention: str = "segments",
         **checkpoint: Any,
     ) -> tuple[Path, Path]:
         if name not in made:

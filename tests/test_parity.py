@@ -44,7 +44,7 @@ SHAPES: dict[str, dict[str, Any]] = {
         "vision": {"depth": 1, "embed_dim": 160, "num_heads": 2, "mlp_ratio": 4},
     },
 }
-OPERATOR_SETS = [("fused", "tnd"), ("recipe", "masked")]
+OPERATOR_SETS = [("fused", "segments"), ("recipe", "tnd")]
 # both layouts of config.json, both namings, one file and several, all meet a shape
 FORMS: dict[str, dict[str, Any]] = {
     "gqa1_untied": {"layout": "nested", "names": "new"},

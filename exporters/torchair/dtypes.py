@@ -69,18 +69,18 @@ _RULES: dict[str, _Rule] = {
 
 
 def tensor_dtypes(graph: Any) -> dict[str, Dtypes]:
-    """ge.proto.DataType of every operator's outputs, by its name; the graph is in an order that can be run.
+    """ge.proto.DataType of every operator's outputs, by its name; all but inputs and constants are in an order that can
+    be run.
 
     Raises TargetError for an operator whose dtypes no rule gives.
     """
-    found: dict[str, Dtypes] = {}
+    found = {op.name: [op.output_desc[0].dtype] for op in graph.op if op.type in (*INPUTS, CONSTANT)}
     for op in graph.op:
-        if op.type in (*INPUTS, CONSTANT):
-            found[op.name] = [op.output_desc[0].dtype]
-        elif op.type in _RULES:
-            found[op.name] = _RULES[op.type](op, input_dtypes(op, found))
-        else:
+        if op.name in found:
+            continue
+        if op.type not in _RULES:
             raise TargetError(f"{op.type} {op.name}: no rule says which dtypes it gives")
+        found[op.name] = _RULES[op.type](op, input_dtypes(op, found))
     return found
 
 

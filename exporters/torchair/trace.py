@@ -272,14 +272,14 @@ def _named_model(graph: Any, name: str) -> Any:
 
 
 def open_length_lists(model: Any, binding: Binding) -> Binding:
-    """Let the visual graph's list of segment ends have any length.
+    """Let the visual graph's list of segments have any length.
 
     torchair bakes the list's length into the one host input that carries it, though no operator depends on it; with a
     dimension of -1 the number of pictures and frames is free.
     """
     inputs = list(binding.inputs)
     for i, bound in enumerate(inputs):
-        if bound.kind == LENGTHS and bound.name == "segment_ends":
+        if bound.kind == LENGTHS and bound.name in ("segment_lengths", "segment_ends"):
             op = _data_op(model.graph[0], i)
             for desc in (*op.input_desc, *op.output_desc):
                 desc.shape.dim[:] = [-1]

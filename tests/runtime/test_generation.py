@@ -174,7 +174,7 @@ def test_the_kv_cache_is_allocated_once_for_many_requests(model: Model, monkeypa
 
 def test_the_recipe_s_operators_meet_no_value_of_an_earlier_request(build: Any) -> None:
     """They multiply what the mask hides by zero, and zero times a NaN is NaN."""
-    _, path = build("requests_recipe", tiny_config(), operators="recipe", visual_attention="masked")
+    _, path = build("requests_recipe", tiny_config(), operators="recipe", visual_attention="tnd")
     model = load(path)
     expected = model.generate(QUESTION, max_new_tokens=4).token_ids
     caches: list[Any] = []

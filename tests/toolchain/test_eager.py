@@ -51,7 +51,7 @@ def steps(model: Model, count: int) -> list[np.ndarray]:
     return found
 
 
-@pytest.mark.parametrize(("operators", "visual_attention"), [("fused", "tnd"), ("recipe", "masked")])
+@pytest.mark.parametrize(("operators", "visual_attention"), [("fused", "segments"), ("recipe", "tnd")])
 @pytest.mark.parametrize("dtype", ["fp32", "bf16", "fp16"])
 def test_a_batch_runs_eagerly_as_its_graphs_do_step_by_step(
     build: Any, dtype: str, operators: str, visual_attention: str
@@ -64,7 +64,7 @@ def test_a_batch_runs_eagerly_as_its_graphs_do_step_by_step(
         assert np.array_equal(ours, theirs)
 
 
-@pytest.mark.parametrize(("operators", "visual_attention"), [("fused", "tnd"), ("recipe", "masked")])
+@pytest.mark.parametrize(("operators", "visual_attention"), [("fused", "segments"), ("recipe", "tnd")])
 def test_on_an_npu_the_modules_run_there_with_its_operators(
     build: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, operators: str, visual_attention: str
 ) -> None:

@@ -58,7 +58,7 @@ def built(source: Path, dtype: str, options: CompileOptions) -> Path:
 @pytest.fixture(scope="module")
 def fp32(source: Path) -> Path:
     # the other form of the graphs than bf16 below: landmarks are found in both
-    options = CompileOptions(max_length=256, batches=(1, 2), operators="recipe", visual_attention="masked")
+    options = CompileOptions(max_length=256, batches=(1, 2), operators="recipe", visual_attention="tnd")
     return built(source, "fp32", options)
 
 

@@ -27,8 +27,8 @@ def constant_tables(config: ModelConfig, max_length: int, dtype: torch.dtype, fo
     """The tensors of `signatures.Constants`, by name.
 
     text_rope [max_length + 1, 2 D] and vision_rope [sides, 2 D]: cos | sin by position, each laid out for the
-    half-split rotation; text_rope's last row is cos 1 and sin 0. The axes tables hold 1 in the columns that turn by that
-    axis' position and 0 elsewhere.
+    half-split rotation; text_rope's last row is cos 1 and sin 0. The axes tables hold 1 in the columns that turn by
+    that axis' position and 0 elsewhere.
     """
     text, vision = config.text, config.vision
     section = torch.repeat_interleave(torch.arange(3), torch.tensor(text.mrope_section))

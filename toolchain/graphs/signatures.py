@@ -219,11 +219,9 @@ def signatures(
             "segment_ends": [171 * merge, patches - 2],
         }
     yield Signature("visual", methods["visual"], visual, {"embeds": (-1, hidden)})
-    dense = (
-        {"mask": _example(device, 1, 1, tokens, max_length, dtype=torch.bool, dynamic=(2,))}
-        if model.form.operators == "recipe"
-        else {}
-    )
+    dense: dict[str, Any] = {}
+    if model.form.operators == "recipe":
+        dense["mask"] = _example(device, 1, 1, tokens, max_length, dtype=torch.bool, dynamic=(2,))
     yield Signature(
         "prefill",
         methods["prefill"],

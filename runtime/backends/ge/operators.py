@@ -14,6 +14,7 @@ from torch import Tensor
 
 from ....artifacts.errors import ArtifactError
 from ....artifacts.soc import DEFAULT_SOC, soc_family
+from . import shapes
 from .attention import fused_infer_attention_score, incre_flash_attention, prompt_flash_attention
 from .graph import ATTRIBUTE_DTYPES, Node
 from .indexing import (
@@ -84,8 +85,10 @@ def mat_mul(node: Node, x1: Tensor, x2: Tensor, bias: Tensor | None = None, *res
     if bias is not None and bias.shape != weight.shape[:1]:
         raise refused(node, f"bias {list(bias.shape)} for {weight.shape[0]} columns")
     native = x1.dtype == torch.float32 or x1.shape[0] < _GEMV_ROWS or (x1.dtype == torch.bfloat16 and _bf16_units())
-    if native and (bias is None or bias.dtype == x1.dtype):
-        return (F.linear(x1, weight, bias),)
+    narrow = None if bias is None else bias.to(x1.dtype)
+    # an fp32 bias that came from half precision is the same number there
+    if native and (bias is None or narrow is bias or torch.equal(narrow.to(bias.dtype), bias)):  # type: ignore[union-attr]
+        return (F.linear(x1, weight, narrow),)
     return (F.linear(x1.float(), weight.float(), None if bias is None else bias.float()).to(x1.dtype),)
 
 
@@ -111,6 +114,7 @@ OPERATORS: dict[str, Operator] = {
     "Cast": cast,
     "FastGelu": fast_gelu,
     "FusedInferAttentionScore": fused_infer_attention_score,
+    "Gather": shapes.gather,
     "GatherV2": gather,
     "GeluV2": gelu,
     "Identity": identity,
@@ -119,6 +123,7 @@ OPERATORS: dict[str, Operator] = {
     "LayerNormV4": layer_norm,
     "MatMul": mat_mul,
     "Mul": mul,
+    "Pack": shapes.pack,
     "PromptFlashAttention": prompt_flash_attention,
     "ReduceAll": reduce_all,
     "ReduceSum": reduce_sum,
@@ -130,6 +135,7 @@ OPERATORS: dict[str, Operator] = {
     "ScatterNdUpdate": scatter_nd_update,
     "Select": select,
     "SelectV2": select_v2,
+    "Shape": shapes.shape,
     "SplitV": split_v,
     "SwiGlu": swi_glu,
     "TensorMove": tensor_move,
