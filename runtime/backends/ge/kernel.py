@@ -65,7 +65,8 @@ def attribute(node: Node, name: str, default: T) -> T:
 def required(node: Node, name: str, example: T) -> T:
     """An attribute of the example's type that has no default."""
     if name not in node.attributes:
-        raise refused(node, f"the attribute {name} is missing")
+        # not refused by itself: `kernel` says what it was given beside
+        raise LookupError(f"the attribute {name} is missing")
     return attribute(node, name, example)
 
 
