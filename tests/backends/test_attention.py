@@ -94,6 +94,21 @@ def test_attention_over_a_cache_reads_only_what_each_row_has(dtype: torch.dtype)
         assert not got[2].any()
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_without_any_key_attention_gives_zeros(dtype: torch.dtype) -> None:
+    given = {"num_heads": 4, "num_key_value_heads": 2}
+    found = operands(2, 3, 0, 4, 2, 8, dtype)
+    packed = [x[0].view(-1, n, 8) for x, n in zip(found, (4, 2, 2), strict=True)]
+    for got in (
+        fia(*found, **given),
+        fia(*found, TRIANGLE, sparse_mode=3, **given),
+        pfa(*found, **given),
+        ifa(found[0][:, :1], *found[1:], **given),
+        fia(*packed, None, [3], [0], input_layout="TND", **given),
+    ):
+        assert got.dtype == dtype and got.numel() and not got.any()
+
+
 @pytest.mark.parametrize(("heads", "kv_heads"), [(28, 4), (12, 2), (8, 1), (5, 1), (3, 3)])
 @pytest.mark.parametrize(("tokens", "length"), [(5, 5), (3, 9)])
 def test_heads_share_keys_in_order(heads: int, kv_heads: int, tokens: int, length: int) -> None:
