@@ -3,6 +3,7 @@
 from typing import Any
 
 import pytest
+import torch
 
 from qwen2vl_tc.artifacts.errors import ArtifactError
 from qwen2vl_tc.runtime.backends.ge.executor import Executor
@@ -67,6 +68,35 @@ def test_an_unknown_operator_is_refused_when_the_graph_is_loaded() -> None:
     data = serialized(("a", "Data", []), ("b", "Teleport", ["a:0"]), ("out", "NetOutput", ["b:0"]))
     with pytest.raises(ArtifactError, match=r"Teleport b is not an operator of the reference backend; it knows Add,"):
         Executor(read_graph(data, "g"), "g")
+
+
+def test_an_operator_that_cannot_run_is_named_with_its_graph_and_the_cause_is_kept() -> None:
+    data = serialized(
+        ("a", "Data", []), ("b", "Data", []), ("sum", "Add", ["a:0", "b:0"]), ("out", "NetOutput", ["sum:0"])
+    )
+    executor = Executor(read_graph(data, "g"), "g")
+    with pytest.raises(
+        ArtifactError, match=r"^graph g: Add sum: cannot run on \(\[2\] float32, \[3\] float32\)"
+    ) as caught:
+        executor.run([torch.ones(2), torch.ones(3)])
+    causes = [caught.value.__cause__]
+    while causes[-1] is not None:
+        causes.append(causes[-1].__cause__)
+    assert any(isinstance(cause, RuntimeError) for cause in causes)
+
+
+@pytest.mark.parametrize(
+    ("soc", "rounds"), [("Ascend910B2", True), ("Ascend910_9391", True), ("Ascend950PR_9589", False)]
+)
+def test_a_graph_is_computed_as_its_soc_does(soc: str, rounds: bool) -> None:
+    nodes = [("a", "Data", []), ("b", "Data", []), ("g", "Data", []), ("norm", "AddRmsNorm", ["a:0", "b:0", "g:0"])]
+    a, b, gamma = torch.randn(3, 64, 64, generator=torch.Generator().manual_seed(0)).bfloat16()
+    executor = Executor(read_graph(serialized(*nodes, ("out", "NetOutput", ["norm:0"])), "g"), "g", soc=soc)
+    (y,) = executor.run([a, b, gamma[0]])
+    total = (a + b).float() if rounds else a.float() + b.float()
+    scaled = total * torch.rsqrt(total.square().mean(-1, keepdim=True) + 1e-6)
+    scaled = scaled.bfloat16().float() if rounds else scaled
+    assert torch.equal(y, (scaled * gamma[0].float()).bfloat16())
 
 
 def test_a_deep_chain_does_not_exhaust_the_stack() -> None:

@@ -1,58 +1,16 @@
 """CPU operators against their documented formulas, written out here in float64 with numpy."""
 
-from types import SimpleNamespace
+from math import erf
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from helpers.kernels import FP32, assert_close, assert_rounded, normal, rounded, run, share_beside, ulp, wide
 
 from qwen2vl_tc.artifacts.errors import ArtifactError
-from qwen2vl_tc.runtime.backends.ge.attention import fused_infer_attention_score
-from qwen2vl_tc.runtime.backends.ge.operators import OPERATORS
 
-# one fp32 rounding each of a few operations on values of order 1
-FP32 = 2e-6
-
-
-def node(**attributes: Any) -> Any:
-    return SimpleNamespace(attributes=attributes, where="Op under_test", op="Op", name="under_test")
-
-
-def run(operator: str, *inputs: Any, **attributes: Any) -> tuple[torch.Tensor, ...]:
-    return OPERATORS[operator](node(**attributes), *inputs)
-
-
-def normal(*shape: int, seed: int = 0) -> torch.Tensor:
-    return torch.from_numpy(np.random.default_rng(seed).standard_normal(shape).astype(np.float32))
-
-
-def wide(tensor: torch.Tensor) -> np.ndarray:
-    result: np.ndarray = tensor.double().numpy()
-    return result
-
-
-def assert_close(got: torch.Tensor, expected: np.ndarray, tolerance: float = FP32) -> None:
-    assert np.abs(wide(got) - expected).max() < tolerance
-
-
-def softmax(scores: np.ndarray) -> np.ndarray:
-    powers = np.exp(scores - scores.max(-1, keepdims=True))
-    result: np.ndarray = powers / powers.sum(-1, keepdims=True)
-    return result
-
-
-def attention(q: np.ndarray, k: np.ndarray, v: np.ndarray, scale: float, offset: int | None) -> np.ndarray:
-    """q [tokens, heads, dim], k and v [length, kv_heads, dim]; query i sees keys up to i + offset, or all."""
-    out = np.empty_like(q)
-    for head in range(q.shape[1]):
-        kv = head // (q.shape[1] // k.shape[1])
-        scores = q[:, head] @ k[:, kv].T * scale
-        if offset is not None:
-            hidden = np.arange(k.shape[0])[None] > np.arange(q.shape[0])[:, None] + offset
-            scores = np.where(hidden, -np.inf, scores)
-        out[:, head] = softmax(scores) @ v[:, kv]
-    return out
+HALVES = [torch.bfloat16, torch.float16]
 
 
 def test_mat_mul_transposes_by_attribute_and_adds_the_bias() -> None:
@@ -80,146 +38,185 @@ def test_an_fp32_bias_keeps_its_precision_beside_half_precision_weights() -> Non
     assert_close(got, np.full((1, 4), 1.0), 0.01)
 
 
-def test_rms_norm_and_its_fused_addition() -> None:
-    x1, x2, gamma = normal(3, 8), normal(3, 8, seed=1), normal(8, seed=2)
-    y, rstd, total = run("AddRmsNorm", x1, x2, gamma, epsilon=1e-6)
-    exact = wide(x1) + wide(x2)
-    scale = 1 / np.sqrt((exact**2).mean(-1, keepdims=True) + 1e-6)
-    assert_close(total, exact)
-    assert_close(rstd, scale)
-    assert_close(y, exact * scale * wide(gamma))
-    assert_close(
-        run("RmsNorm", x1, gamma, epsilon=1e-6)[0],
-        wide(x1) / np.sqrt((wide(x1) ** 2).mean(-1, keepdims=True) + 1e-6) * wide(gamma),
+def assert_sum_rounded(got: torch.Tensor, exact: np.ndarray) -> None:
+    """As assert_rounded, for a sum of products: where they cancel, what is left of fp32 is coarser than the dtype."""
+    expected = rounded(exact, got.dtype)
+    assert (np.abs(wide(got) - expected) <= ulp(expected, got.dtype) + FP32).all()
+    assert share_beside(got, expected) < 0.02
+
+
+def half_rotated(x: np.ndarray, cos: np.ndarray, sin: np.ndarray) -> np.ndarray:
+    half = x.shape[-1] // 2
+    rotated = np.concatenate([-x[..., half:], x[..., :half]], -1)
+    result: np.ndarray = x * cos + rotated * sin
+    return result
+
+
+@pytest.mark.parametrize("op", ["RotaryMul", "RotaryPositionEmbedding"])
+@pytest.mark.parametrize("dim", [2, 80, 128])
+@pytest.mark.parametrize("table", [(2, 3, 4), (2, 3, 1), (1, 3, 1), (1, 3, 4)])
+def test_rotation_turns_the_halves_and_rounds_once(op: str, dim: int, table: tuple[int, ...]) -> None:
+    x, cos, sin = normal(2, 3, 4, dim), normal(*table, dim, seed=1), normal(*table, dim, seed=2)
+    assert_close(run(op, x, cos, sin)[0], half_rotated(wide(x), wide(cos), wide(sin)))
+    for dtype in HALVES:
+        given = [tensor.to(dtype) for tensor in (x, cos, sin)]
+        exact = half_rotated(*(wide(tensor) for tensor in given))
+        got = run(op, *given)[0]
+        # where the two products cancel, what is left of fp32 is coarser than the dtype
+        assert np.isclose(
+            wide(got), rounded(exact, dtype), rtol=2**-7 if dtype == torch.bfloat16 else 2**-10, atol=FP32
+        ).all()
+        assert (wide(got) == rounded(exact, dtype)).mean() > 0.98
+
+
+def test_rotary_position_embedding_is_rotary_mul_bit_for_bit() -> None:
+    x, cos, sin = (
+        normal(*shape, seed=seed).bfloat16() for seed, shape in enumerate([(2, 9, 4, 80), *[(2, 9, 1, 80)] * 2])
     )
-
-
-def test_layer_norm() -> None:
-    x, gamma, beta = normal(3, 8), normal(8, seed=1), normal(8, seed=2)
-    y, mean, rstd = run("LayerNormV4", x, torch.tensor([8]), gamma, beta, epsilon=1e-6)
-    exact = wide(x)
-    expected_mean = exact.mean(-1, keepdims=True)
-    expected_rstd = 1 / np.sqrt(exact.var(-1, keepdims=True) + 1e-6)
-    assert_close(mean, expected_mean)
-    assert_close(rstd, expected_rstd)
-    assert_close(y, (exact - expected_mean) * expected_rstd * wide(gamma) + wide(beta))
-
-
-def test_rotary_mul_rotates_the_halves() -> None:
-    x, cos, sin = normal(1, 3, 2, 8), normal(1, 3, 1, 8, seed=1), normal(1, 3, 1, 8, seed=2)
-    exact = wide(x)
-    rotated = np.concatenate([-exact[..., 4:], exact[..., :4]], -1)
-    assert_close(run("RotaryMul", x, cos, sin)[0], exact * wide(cos) + rotated * wide(sin))
-
-
-def test_activations() -> None:
-    from math import erf
-
-    x = normal(4, 6) * 3
-    exact = wide(x)
-    a, b = exact[:, :3], exact[:, 3:]
-    assert_close(run("SwiGlu", x, dim=-1)[0], a / (1 + np.exp(-a)) * b, 1e-5)
-    absolute = np.abs(exact)
-    assert_close(run("FastGelu", x)[0], exact / (1 + np.exp(-1.702 * absolute)) * np.exp(0.851 * (exact - absolute)))
-    assert_close(run("GeluV2", x)[0], exact * 0.5 * (1 + np.vectorize(erf)(exact / np.sqrt(2))))
-    tanh = 0.5 * exact * (1 + np.tanh(np.sqrt(2 / np.pi) * (exact + 0.044715 * exact**3)))
-    assert_close(run("GeluV2", x, approximate="tanh")[0], tanh)
-
-
-def test_scatter_writes_each_row_at_its_own_index_in_place() -> None:
-    var = torch.zeros(2, 5, 3)
-    updates = normal(2, 1, 3)
-    (got,) = run("Scatter", var, torch.tensor([4, 1]), updates, axis=1, reduce="update")
-    assert got is var
-    assert torch.equal(var[0, 4], updates[0, 0])
-    assert torch.equal(var[1, 1], updates[1, 0])
-    assert var.count_nonzero() == 6
-
-
-def test_scatter_outside_the_cache_is_refused() -> None:
-    with pytest.raises(ArtifactError, match="writes 5 to 6 of axis 1, which has 5"):
-        run("Scatter", torch.zeros(1, 5, 3), torch.tensor([5]), torch.zeros(1, 1, 3), axis=1, reduce="update")
-    with pytest.raises(ArtifactError, match="reduce=update"):
-        run("Scatter", torch.zeros(1, 5, 3), torch.tensor([5]), torch.zeros(1, 1, 3), axis=1, reduce="add")
-
-
-def test_indexing_and_shape_operators() -> None:
-    x = normal(4, 3)
-    assert torch.equal(run("GatherV2", x, torch.tensor([[2, 0]]), torch.tensor([0]))[0], x[[2, 0]][None])
-    assert torch.equal(run("GatherV2", x, torch.tensor([1]), torch.tensor([1]))[0], x[:, 1:2])
-    moved = run("TensorMove", x)[0]
-    updated = run("ScatterNdUpdate", moved, torch.tensor([[3], [1]]), normal(2, 3, seed=1))[0]
-    assert torch.equal(updated[[3, 1]], normal(2, 3, seed=1))
-    assert torch.equal(x, normal(4, 3)), "TensorMove protects what it copies"
-    assert [part.shape for part in run("SplitV", x, torch.tensor([1, 3]), torch.tensor(0))] == [(1, 3), (3, 3)]
-    assert run("Reshape", x, torch.tensor([0, -1, 1]), axis=0, num_axes=-1)[0].shape == (4, 3, 1)
-    assert_close(run("ReduceSum", x, torch.tensor([0]), keep_dims=False)[0], wide(x).sum(0))
-    assert run("Cast", x, dst_type=27)[0].dtype == torch.bfloat16
-    assert torch.equal(run("Add", x, x)[0], run("Mul", x, torch.tensor(2.0))[0])
-
-
-def test_arg_max_takes_the_first_of_equal_values() -> None:
-    (got,) = run("ArgMaxV2", torch.tensor([[1.0, 3.0, 3.0]]), torch.tensor([-1]), dtype=9)
-    assert (got.tolist(), got.dtype) == ([1], torch.int64)
-
-
-def fia(q: Any, k: Any, v: Any, mask: Any = None, ends: Any = None, ends_kv: Any = None, **given: Any) -> torch.Tensor:
-    inputs = [q, k, v, None, mask, ends, ends_kv, *([None] * 20)]
-    return fused_infer_attention_score(node(**{"sparse_mode": 0, "scale": 0.3, **given}), *inputs)[0]
-
-
-def test_attention_over_a_cache_reads_only_what_each_row_has() -> None:
-    q, k, v = normal(2, 1, 4 * 8), normal(2, 6, 2 * 8, seed=1), normal(2, 6, 2 * 8, seed=2)
-    got = fia(q, k, v, ends_kv=torch.tensor([3, 6]), input_layout="BSH", num_heads=4, num_key_value_heads=2)
-    for row, length in enumerate([3, 6]):
-        heads = [wide(x[row]).reshape(-1, n, 8) for x, n in ((q, 4), (k, 2), (v, 2))]
-        exact = attention(heads[0], heads[1][:length], heads[2][:length], 0.3, None)
-        assert_close(got[row], exact.reshape(1, -1))
-
-
-@pytest.mark.parametrize(("tokens", "length"), [(5, 5), (3, 9), (600, 700)])
-def test_right_down_causal_attention_aligns_with_the_end_of_the_cache(tokens: int, length: int) -> None:
-    q, k, v = normal(1, tokens, 2 * 8), normal(1, length + 3, 8, seed=1), normal(1, length + 3, 8, seed=2)
-    mask = torch.ones(2048, 2048, dtype=torch.bool).triu(1)
-    got = fia(
-        q, k, v, mask, None, torch.tensor([length]), input_layout="BSH", num_heads=2, num_key_value_heads=1,
-        sparse_mode=3,
-    )  # fmt: skip
-    parts = wide(q[0]).reshape(tokens, 2, 8), *(wide(x[0, :length]).reshape(length, 1, 8) for x in (k, v))
-    assert_close(got[0], attention(*parts, 0.3, length - tokens).reshape(tokens, -1))
-
-
-def test_packed_sequences_attend_within_themselves() -> None:
-    q, k, v = normal(9, 2, 8), normal(9, 2, 8, seed=1), normal(9, 2, 8, seed=2)
-    ends = torch.tensor([4, 4, 9])
-    got = fia(q, k, v, None, ends, ends, input_layout="TND", num_heads=2, num_key_value_heads=0)
-    for start, end in ((0, 4), (4, 9)):
-        assert_close(got[start:end], attention(*(wide(x[start:end]) for x in (q, k, v)), 0.3, None))
+    assert torch.equal(run("RotaryPositionEmbedding", x, cos, sin, mode=0)[0], run("RotaryMul", x, cos, sin)[0])
 
 
 @pytest.mark.parametrize(
-    ("arguments", "message"),
+    ("op", "shapes", "given", "message"),
     [
-        ({"ends": torch.tensor([4]), "ends_kv": torch.tensor([4])}, "do not partition 9 tokens"),
-        ({"ends": torch.tensor([10]), "ends_kv": torch.tensor([10])}, "outside 0 to 9"),
-        ({"ends": torch.tensor([5, 4, 9]), "ends_kv": torch.tensor([5, 4, 9])}, "do not partition"),
+        ("RotaryMul", ((1, 3, 2, 8), (1, 3, 1, 8)), {"rotary_mode": "interleave"}, "rotary_mode interleave"),
+        ("RotaryPositionEmbedding", ((1, 3, 2, 8), (1, 3, 1, 8)), {"mode": 1}, "mode 1 is not supported, only 0"),
+        ("RotaryPositionEmbedding", ((1, 3, 2, 8), (1, 1, 1, 8)), {}, r"tables \[1, 1, 1, 8\] for 3 positions"),
+        ("RotaryPositionEmbedding", ((1, 3, 2, 8), (1, 2, 1, 8)), {}, r"tables \[1, 2, 1, 8\] .* do not fit x"),
+        ("RotaryPositionEmbedding", ((1, 3, 2, 8), (1, 3, 1, 4)), {}, "do not fit x"),
+        ("RotaryPositionEmbedding", ((1, 3, 2, 8), (1, 3, 1, 1)), {}, "do not fit x"),
+        ("RotaryPositionEmbedding", ((1, 3, 2, 8), (3, 8)), {}, "do not fit x"),
+        ("RotaryPositionEmbedding", ((3, 2, 8), (3, 1, 8)), {}, "expected 4 dimensions"),
+        ("RotaryPositionEmbedding", ((1, 3, 2, 7), (1, 3, 1, 7)), {}, "the last of them even"),
+        ("RotaryMul", ((1, 3, 2, 1), (1, 3, 1, 1)), {}, "the last of them even"),
     ],
 )
-def test_lengths_that_do_not_fit_are_refused(arguments: dict[str, Any], message: str) -> None:
-    x = normal(9, 2, 8)
-    with pytest.raises(ArtifactError, match=message):
-        fia(x, x, x, None, *arguments.values(), input_layout="TND", num_heads=2, num_key_value_heads=0)
+def test_rotations_that_do_not_fit_are_refused(op: str, shapes: Any, given: dict[str, Any], message: str) -> None:
+    x, table = (normal(*shape) for shape in shapes)
+    with pytest.raises(ArtifactError, match=f"{op} under_test: .*{message}"):
+        run(op, x, table, table, **given)
 
 
-def test_unsupported_attention_is_refused_by_name() -> None:
-    x = normal(1, 9, 16)
-    with pytest.raises(ArtifactError, match="sparse_mode 4"):
-        fia(x, x, x, input_layout="BSH", num_heads=2, num_key_value_heads=0, sparse_mode=4)
-    with pytest.raises(ArtifactError, match="layout BNSD"):
-        fia(x, x, x, input_layout="BNSD", num_heads=2, num_key_value_heads=0)
+def test_tables_of_another_dtype_and_fed_options_are_refused() -> None:
+    x, table = normal(1, 3, 2, 8).bfloat16(), normal(1, 3, 1, 8)
+    with pytest.raises(ArtifactError, match="bfloat16, float32, float32, expected one dtype"):
+        run("RotaryPositionEmbedding", x, table, table)
+    with pytest.raises(ArtifactError, match="an input is fed that is not supported"):
+        run("RotaryPositionEmbedding", table, table, table, table)
+    with pytest.raises(ArtifactError, match="an input is fed that is not supported"):
+        run("MatMul", normal(2, 3), normal(3, 2), None, normal(1))
+    assert run("RotaryPositionEmbedding", table, table, table, None)[0].shape == table.shape
 
 
-def test_one_query_token_with_a_causal_mask_is_refused_as_the_operator_documents() -> None:
-    x, mask = normal(1, 1, 16), torch.ones(2048, 2048, dtype=torch.bool).triu(1)
-    with pytest.raises(ArtifactError, match="takes no causal mask"):
-        fia(x, x, x, mask, input_layout="BSH", num_heads=2, num_key_value_heads=0, sparse_mode=3)
+def swi_glu(x: np.ndarray) -> np.ndarray:
+    a, b = np.split(x, 2, -1)
+    result: np.ndarray = a / (1 + np.exp(-a)) * b
+    return result
+
+
+def fast_gelu(x: np.ndarray) -> np.ndarray:
+    result: np.ndarray = x / (1 + np.exp(-1.702 * np.abs(x))) * np.exp(0.851 * (x - np.abs(x)))
+    return result
+
+
+def gelu(x: np.ndarray) -> np.ndarray:
+    result: np.ndarray = x * 0.5 * (1 + np.vectorize(erf)(x / np.sqrt(2)))
+    return result
+
+
+def gelu_tanh(x: np.ndarray) -> np.ndarray:
+    result: np.ndarray = 0.5 * x * (1 + np.tanh(np.sqrt(2 / np.pi) * (x + 0.044715 * x**3)))
+    return result
+
+
+@pytest.mark.parametrize(
+    ("op", "given", "formula"),
+    [
+        ("SwiGlu", {}, swi_glu),
+        ("SwiGlu", {"dim": 1}, swi_glu),
+        ("FastGelu", {}, fast_gelu),
+        ("GeluV2", {}, gelu),
+        ("GeluV2", {"approximate": "none"}, gelu),
+        ("GeluV2", {"approximate": "tanh"}, gelu_tanh),
+    ],
+)
+def test_activations(op: str, given: dict[str, Any], formula: Any) -> None:
+    x = normal(64, 48) * 3
+    assert_close(run(op, x, **given)[0], formula(wide(x)), 1e-5)
+    for dtype in HALVES:
+        # gelu's tail is what fp32 leaves of 1 + erf: far below the values that are rounded
+        half = x.clamp(min=-2).to(dtype)
+        assert_rounded(run(op, half, **given)[0], rounded(formula(wide(half)), dtype))
+
+
+@pytest.mark.parametrize("count", [1, 13, 64, 1000])
+@pytest.mark.parametrize("approximate", ["none", "tanh"])
+@pytest.mark.parametrize("dtype", [torch.float32, *HALVES])
+def test_gelu_of_what_overflows_is_itself(count: int, approximate: str, dtype: torch.dtype) -> None:
+    for value in (float("inf"), 3.3e38, 1e20, 6e4, 40.0):
+        x = torch.full((count,), value).to(dtype)
+        assert torch.equal(run("GeluV2", x, approximate=approximate)[0], x)
+    assert not run("GeluV2", torch.full((count,), -3.3e38), approximate=approximate)[0].any()
+    assert run("GeluV2", torch.full((count,), float("nan")), approximate=approximate)[0].isnan().all()
+
+
+def test_halves_that_are_none_are_refused() -> None:
+    with pytest.raises(ArtifactError, match=r"axis 1 of \[2, 3\] has no two halves"):
+        run("SwiGlu", normal(2, 3))
+    with pytest.raises(ArtifactError, match="axis 2 of a tensor of 2 dimensions"):
+        run("SwiGlu", normal(2, 4), dim=2)
+
+
+@pytest.mark.parametrize("dtype", HALVES)
+def test_addcmul_rounds_once(dtype: torch.dtype) -> None:
+    a, b, c = normal(64, 32, dtype=dtype), normal(1, 32, seed=1, dtype=dtype), normal(64, 1, seed=2, dtype=dtype)
+    value = torch.tensor([0.75], dtype=dtype)
+    (got,) = run("Addcmul", a, b, c, value)
+    exact = wide(a) + 0.75 * wide(b) * wide(c)
+    assert np.isclose(
+        wide(got), rounded(exact, dtype), rtol=2**-7 if dtype == torch.bfloat16 else 2**-10, atol=FP32
+    ).all()
+    assert (wide(got) == rounded(exact, dtype)).mean() > 0.98
+    counts = run("Addcmul", *(torch.tensor([n]) for n in (1 << 40, 3, 5)), torch.tensor(2))[0]
+    assert counts.tolist() == [(1 << 40) + 30]
+    with pytest.raises(ArtifactError, match=r"value has the shape \[2\]"):
+        run("Addcmul", a, b, c, value.expand(2))
+
+
+def test_is_finite_and_what_selects_by_it() -> None:
+    x = torch.tensor([[1.0, float("nan"), 2.0], [float("inf"), -float("inf"), 3.0]])
+    (finite,) = run("IsFinite", x)
+    assert (finite.dtype, finite.tolist()) == (torch.bool, [[True, False, True], [False, False, True]])
+    assert run("IsFinite", torch.tensor([7e4, 6e4]).half())[0].tolist() == [False, True]
+    for op in ("SelectV2", "Select"):
+        assert run(op, finite, x, torch.zeros(2, 3))[0].tolist() == [[1, 0, 2], [0, 0, 3]]
+        assert run(op, torch.tensor(False), torch.tensor([1, 2]), torch.tensor([-1]))[0].tolist() == [-1, -1]
+    rows = torch.tensor([True, False, True])
+    assert run("SelectV2", rows, torch.ones(2, 3), torch.tensor(0.0))[0].tolist() == [[1, 0, 1]] * 2
+    with pytest.raises(ArtifactError, match=r"a condition \[3\] for \[3, 3\] chooses rows"):
+        run("Select", rows, torch.ones(3, 3), torch.zeros(3, 3))
+    with pytest.raises(ArtifactError, match="the condition is int64, expected bool"):
+        run("SelectV2", rows.long(), x, x)
+
+
+@pytest.mark.parametrize("op", ["Add", "Mul"])
+def test_arithmetic_broadcasts_and_takes_one_dtype(op: str) -> None:
+    x, y = normal(4, 1), normal(3, seed=1)
+    assert_close(run(op, x, y)[0], wide(x) + wide(y) if op == "Add" else wide(x) * wide(y))
+    with pytest.raises(ArtifactError, match="float32, bfloat16, expected one dtype"):
+        run(op, x, y.bfloat16())
+
+
+@pytest.mark.parametrize(
+    ("inputs", "message"),
+    [
+        ((normal(2, 3), normal(3, 2), normal(1)), r"bias \[1\] for 2 columns"),
+        ((normal(2, 2, 3), normal(3, 2)), r"multiplies \[2, 2, 3\] by \[3, 2\], expected two matrices"),
+        ((normal(2, 3), normal(3, 2).half()), "expected one dtype"),
+        ((torch.ones(2, 3).int(), torch.ones(3, 2).int()), "got int32"),
+        ((normal(2, 3), normal(2, 3)), r"cannot run on \(\[2, 3\] float32, \[2, 3\] float32\)"),
+    ],
+)
+def test_products_that_do_not_fit_are_refused(inputs: Any, message: str) -> None:
+    with pytest.raises(ArtifactError, match=f"MatMul under_test: .*{message}"):
+        run("MatMul", *inputs)

@@ -22,6 +22,7 @@ from qwen2vl_tc.artifacts.staging import stage
 from qwen2vl_tc.artifacts.store import open_artifact, read_manifest
 from qwen2vl_tc.exporters.torchair.air import convert_to_air, input_name
 from qwen2vl_tc.runtime import load
+from qwen2vl_tc.runtime.backends.ge import air as air_reader
 from qwen2vl_tc.runtime.backends.ge.air import load_air
 from qwen2vl_tc.runtime.backends.ge.graph import ATTRIBUTE_DTYPES
 from qwen2vl_tc.runtime.backends.ge.operators import TORCH_DTYPES
@@ -326,6 +327,18 @@ def test_a_constant_that_points_elsewhere_is_refused_naming_operator_and_file(
         load_air(artifact, "visual")
     assert caught.match(message) and caught.match("FileConstant visual.patch_embed.weight")
     assert caught.match(r"graphs/air/visual/visual\.air")
+
+
+def test_an_offline_model_is_computed_as_the_artifact_s_soc_does(copied: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    manifest = read_manifest(copied)
+    assert manifest.ge is not None
+    ge = replace(manifest.ge, soc="Ascend950PR_9589")
+    (copied / "manifest.json").write_bytes(replace(manifest, ge=ge).to_bytes())
+    asked: list[str] = []
+    monkeypatch.setattr(air_reader, "Executor", lambda *args, soc: asked.append(soc))
+    with open_artifact(copied) as artifact:
+        load_air(artifact, "visual")
+    assert asked == ["Ascend950PR_9589"]
 
 
 def test_a_model_of_another_graph_and_one_that_is_not_there_are_refused(copied: Path) -> None:

@@ -6,6 +6,7 @@ Its agreement with transformers is measured beside the graphs', in tests/test_pa
 import dataclasses
 import json
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -18,7 +19,7 @@ from helpers.emulated_npu import EmulatedKernels, emulated_npu
 from PIL import Image
 
 from qwen2vl_tc.artifacts.errors import ArtifactError, TargetError
-from qwen2vl_tc.artifacts.store import Artifact, open_artifact
+from qwen2vl_tc.artifacts.store import Artifact, open_artifact, read_manifest
 from qwen2vl_tc.runtime import Model, load, loader
 from qwen2vl_tc.runtime.backends.ge.bound import mapped_bytes
 from qwen2vl_tc.runtime.generate import Timings, prefill_prompt
@@ -195,22 +196,73 @@ def test_operators_change_what_their_schema_says_and_nothing_else(ops: Any) -> N
         ("npu_fused_infer_attention_score", {"block_size": 128}, "block_size is not supported on CPU"),
         ("npu_fused_infer_attention_score", {"softmax_lse_flag": True}, "softmax_lse_flag is not supported"),
         ("npu_fused_infer_attention_score", {"sparse_mode": 4}, "sparse_mode 4"),
-        ("npu_prompt_flash_attention", {"actual_seq_lengths": [1]}, "actual_seq_lengths is not supported on CPU"),
-        ("npu_prompt_flash_attention", {}, "only sparse_mode 0 with unlimited tokens"),
+        ("npu_fused_infer_attention_score", {"actual_seq_lengths": [1, 2]}, "for a batch of 3"),
+        ("npu_prompt_flash_attention", {"actual_seq_lengths": [4]}, r"\[4, 4, 4\] are outside 0 to 3"),
+        ("npu_prompt_flash_attention", {"sparse_mode": 12}, "sparse_mode 2"),
+        ("npu_prompt_flash_attention", {"pse_shift": torch.zeros(1)}, "pse_shift is not supported on CPU"),
+        ("npu_incre_flash_attention", {}, "takes one query token a row, got 3"),
         ("npu_incre_flash_attention", {"kv_padding_size": torch.zeros(1)}, "kv_padding_size is not supported on CPU"),
     ],
 )
 def test_what_the_references_do_not_compute_is_refused_by_name(
     ops: Any, name: str, given: dict[str, Any], message: str
 ) -> None:
-    x = torch.ones(1, 3, 8)
-    with pytest.raises(ArtifactError, match=f"{name}: .*{message}"):
+    x = torch.ones(3, 3, 8)
+    with pytest.raises(ArtifactError, match=f"npu::{name}: .*{message}"):
         getattr(ops, name)(x, x, x, num_heads=2, **given)
+
+
+def test_what_an_operator_cannot_run_on_is_refused_by_its_name(ops: Any) -> None:
+    x = torch.ones(2, 8)
+    for name, given in (
+        ("npu_linear", (x, torch.ones(4, 7))),
+        ("npu_rms_norm", (x, torch.ones(7))),
+        ("npu_swiglu", (torch.ones(2, 7),)),
+        ("npu_gelu", (x.long(),)),
+        ("npu_scatter_nd_update", (x, torch.tensor([[-1]]), torch.ones(1, 8))),
+        ("scatter_update_", (torch.zeros(2, 4, 8), torch.tensor([4, 0]), torch.ones(2, 1, 8), 1)),
+        ("npu_rotary_mul", (torch.ones(1, 2, 1, 8), *[torch.ones(1, 3, 1, 8)] * 2)),
+    ):
+        with pytest.raises(ArtifactError, match=f"npu::{name}: "):
+            getattr(ops, name)(*given)
+
+
+def test_attention_takes_the_lengths_and_the_exact_mode_that_torch_npu_s_does(ops: Any) -> None:
+    q, k, v = torch.randn(3, 2, 4, 16, generator=torch.Generator().manual_seed(0))
+    given = {"num_heads": 2, "actual_seq_lengths": [1, 3], "actual_seq_lengths_kv": [4, 2]}
+    got = ops.npu_fused_infer_attention_score(q, k, v, scale=0.25, pre_tokens=65535, next_tokens=65535, **given)[0]
+    assert not got[0, 1:].any() and not got[1, 3:].any()
+    assert got[0, 0].any() and got[1, 2].any()
+    alone = ops.npu_fused_infer_attention_score(q[1:, :3], k[1:, :2], v[1:, :2], scale=0.25, num_heads=2)[0]
+    assert torch.equal(got[1:, :3], alone)
+    for sparse_mode in (0, 10):
+        prompt = ops.npu_prompt_flash_attention(q, k, v, scale_value=0.25, sparse_mode=sparse_mode, **given)
+        assert torch.equal(prompt, got)
+
+
+def with_soc(artifact: Path, out: Path, soc: str) -> Path:
+    shutil.copytree(artifact, out)
+    manifest = read_manifest(out)
+    assert manifest.ge
+    changed = dataclasses.replace(manifest, ge=dataclasses.replace(manifest.ge, soc=soc))
+    (out / "manifest.json").write_bytes(changed.to_bytes())
+    return out
+
+
+def test_graphs_and_modules_compute_what_the_artifact_s_soc_does(build: Any, tmp_path: Path) -> None:
+    _, artifact = build("eager_bf16_fused", tiny_config(), dtype="bf16", batches="1,3")
+    other = with_soc(artifact, tmp_path / "other", "Ascend950PR_9589")
+    found = {}
+    for path in (artifact, other):
+        graphs, modules = (steps(load(path, choice), 2) for choice in ("reference", engine("eager")))
+        assert all(np.array_equal(ours, theirs) for ours, theirs in zip(modules, graphs, strict=True))
+        found[path] = np.stack(graphs[:1])
+    assert not np.array_equal(found[artifact], found[other]), "AddRmsNorm rounds on one of them only"
 
 
 def test_other_forms_of_an_operator_are_refused(ops: Any) -> None:
     x = torch.ones(1, 3, 2, 8)
-    with pytest.raises(ArtifactError, match=r"rotary_mode half .* got interleave"):
+    with pytest.raises(ArtifactError, match="npu::npu_rotary_mul: rotary_mode interleave is not supported"):
         ops.npu_rotary_mul(x, x, x, "interleave")
     with pytest.raises(ArtifactError, match="additional_output=True"):
         ops.npu_add_layer_norm(x, x, torch.ones(8), torch.ones(8))

@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .graph import Node
-from .kernel import Outputs, dtype_name, floating, ints, kernel, refused, required, same_dtype
+from .kernel import Outputs, attribute, dtype_name, floating, ints, kernel, refused, required, same_dtype
 
 _FULL, _RIGHT_DOWN_CAUSAL = 0, 3
 # Inputs by position in the operators' definitions; the rest must be unfed.
@@ -49,8 +49,8 @@ def _operands(node: Node, inputs: Sequence[Tensor | None], layout: str, takes: s
         raise refused(node, f"inputs {sorted(fed)} are fed; supported are 0 to 2 and {sorted(takes)}")
     floating(node, q, k, v)
     same_dtype(node, q, k, v)
-    heads = required(node, "num_heads")
-    kv_heads = node.attributes.get("num_key_value_heads", 0) or heads
+    heads = required(node, "num_heads", 1)
+    kv_heads = attribute(node, "num_key_value_heads", 0) or heads
     if heads < 1 or kv_heads < 1 or heads % kv_heads:
         raise refused(node, f"{heads} heads do not share {kv_heads} key and value heads")
     found = f"query {list(q.shape)}, key {list(k.shape)}, value {list(v.shape)}, {heads} and {kv_heads} heads"
@@ -205,11 +205,11 @@ def fused_infer_attention_score(node: Node, *inputs: Tensor | None) -> Outputs:
     Without a mask pre_tokens and next_tokens have no effect, as documented. Outputs attention_out; softmax_lse is a
     placeholder of one zero, as with softmax_lse_flag false on the device.
     """
-    given = node.attributes
-    layout, mode, scale = given.get("input_layout", "BSH"), given.get("sparse_mode", 0), given.get("scale", 1.0)
+    layout, mode = attribute(node, "input_layout", "BSH"), attribute(node, "sparse_mode", _FULL)
+    scale = attribute(node, "scale", 1.0)
     if layout not in ("BSH", "TND") or (layout == "TND" and mode != _FULL):
         raise refused(node, f"layout {layout} with sparse_mode {mode} is not supported")
-    if given.get("softmax_lse_flag"):
+    if attribute(node, "softmax_lse_flag", False):
         raise refused(node, "softmax_lse_flag is not supported")
     of = _operands(node, inputs, layout, {_ATTEN_MASK, _LENGTHS, _LENGTHS_KV})
     mask, lengths, lengths_kv = (*inputs, *[None] * _LENGTHS_KV)[_ATTEN_MASK : _LENGTHS_KV + 1]
@@ -230,14 +230,14 @@ def fused_infer_attention_score(node: Node, *inputs: Tensor | None) -> Outputs:
 @kernel
 def incre_flash_attention(node: Node, *inputs: Tensor | None) -> Outputs:
     """One query token a row over the cache: inputs query, key, value, and the lengths of the keys as 5; layout BSH."""
-    layout = node.attributes.get("input_layout", "BSH")
+    layout = attribute(node, "input_layout", "BSH")
     if layout != "BSH":
         raise refused(node, f"layout {layout} is not supported")
     of = _operands(node, inputs, layout, {_LENGTHS})
     if of.q.shape[1] != 1:
         raise refused(node, f"takes one query token a row, got {of.q.shape[1]}")
     lengths_kv = inputs[_LENGTHS] if len(inputs) > _LENGTHS else None
-    return (_bsh(node, of, node.attributes.get("scale_value", 1.0), None, lengths_kv),)
+    return (_bsh(node, of, attribute(node, "scale_value", 1.0), None, lengths_kv),)
 
 
 @kernel
@@ -248,8 +248,7 @@ def prompt_flash_attention(node: Node, *inputs: Tensor | None) -> Outputs:
     keys. Without a mask nothing is hidden, whatever pre_tokens and next_tokens say; with one, they limit what it shows
     and must not, here.
     """
-    given = node.attributes
-    layout, mode = given.get("input_layout", "BSH"), given.get("sparse_mode", 0)
+    layout, mode = attribute(node, "input_layout", "BSH"), attribute(node, "sparse_mode", _FULL)
     if layout != "BSH" or mode != _FULL:
         raise refused(node, f"layout {layout} with sparse_mode {mode} is not supported")
     of = _operands(node, inputs, layout, {_ATTEN_MASK, _LENGTHS, _LENGTHS_KV})
@@ -257,7 +256,7 @@ def prompt_flash_attention(node: Node, *inputs: Tensor | None) -> Outputs:
     hidden = None
     if mask is not None:
         hidden = _full_mask(node, mask, of)
-        before, after = given.get("pre_tokens", 214748647), given.get("next_tokens", 0)
+        before, after = attribute(node, "pre_tokens", 214748647), attribute(node, "next_tokens", 0)
         if before < of.q.shape[1] - 1 or after < of.k.shape[1] - 1:
             raise refused(node, f"pre_tokens {before} and next_tokens {after} beside a mask are not supported")
-    return (_bsh(node, of, given.get("scale_value", 1.0), lengths, lengths_kv, hidden),)
+    return (_bsh(node, of, attribute(node, "scale_value", 1.0), lengths, lengths_kv, hidden),)

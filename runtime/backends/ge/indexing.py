@@ -7,13 +7,13 @@ theirs and writes wherever it points, so everything that it would not is refused
 from torch import Tensor
 
 from .graph import Node
-from .kernel import Outputs, axis, dtype_name, ints, kernel, refused, same_dtype
+from .kernel import Outputs, attribute, axis, dtype_name, ints, kernel, refused, required, same_dtype
 
 
 @kernel
 def scatter(node: Node, var: Tensor, indices: Tensor, updates: Tensor) -> Outputs:
     """Scatter with reduce="update": writes updates[b] into var[b] at indices[b] along `axis`, in place."""
-    reduce = node.attributes.get("reduce")
+    reduce = required(node, "reduce", "update")
     if reduce != "update" or indices.dim() != 1 or len(indices) != len(var):
         raise refused(
             node,
@@ -21,7 +21,7 @@ def scatter(node: Node, var: Tensor, indices: Tensor, updates: Tensor) -> Output
             f"var {list(var.shape)}",
         )
     same_dtype(node, var, updates)
-    along = axis(node, node.attributes.get("axis", 0), var)
+    along = axis(node, attribute(node, "axis", 0), var)
     if not along:
         raise refused(node, "axis 0 holds the rows, and cannot be the one that is written along")
     expected, got = list(var.shape), list(updates.shape)
@@ -56,8 +56,8 @@ def scatter_nd_update(node: Node, var: Tensor, indices: Tensor, updates: Tensor)
 def gather(node: Node, x: Tensor, indices: Tensor, dimension: Tensor) -> Outputs:
     """GatherV2: rows of x along an axis, batch_dims 0."""
     (number,) = ints(node, dimension)
-    if node.attributes.get("batch_dims"):
-        raise refused(node, f"batch_dims={node.attributes['batch_dims']} is not supported")
+    if batch_dims := attribute(node, "batch_dims", 0):
+        raise refused(node, f"batch_dims={batch_dims} is not supported")
     along = axis(node, number, x)
     picked = x.index_select(along, indices.reshape(-1))
     return (picked.reshape(*x.shape[:along], *indices.shape, *x.shape[along + 1 :]),)
@@ -73,7 +73,7 @@ def split_v(node: Node, x: Tensor, size_splits: Tensor, split_dim: Tensor) -> Ou
 @kernel
 def reshape(node: Node, x: Tensor, shape: Tensor) -> Outputs:
     """Reshape; 0 keeps a size, -1 is inferred."""
-    if node.attributes.get("axis") or node.attributes.get("num_axes", -1) != -1:
+    if attribute(node, "axis", 0) != 0 or attribute(node, "num_axes", -1) != -1:
         raise refused(node, f"only whole-shape Reshape is supported, got {node.attributes}")
     sizes = [x.shape[i] if size == 0 else size for i, size in enumerate(ints(node, shape))]
     return (x.reshape(sizes),)
@@ -91,7 +91,7 @@ def _axes(node: Node, x: Tensor, tensor: Tensor) -> list[int]:
 def reduce_sum(node: Node, x: Tensor, axes: Tensor) -> Outputs:
     """ReduceSum over the given axes; fp16 and bf16 are accumulated in fp32."""
     wide = x.float() if x.is_floating_point() else x
-    total = wide.sum(_axes(node, x, axes), keepdim=bool(node.attributes.get("keep_dims", False)), dtype=wide.dtype)
+    total = wide.sum(_axes(node, x, axes), keepdim=attribute(node, "keep_dims", False), dtype=wide.dtype)
     return (total.to(x.dtype),)
 
 
@@ -100,7 +100,7 @@ def reduce_all(node: Node, x: Tensor, axes: Tensor) -> Outputs:
     """ReduceAll: whether all of x (bool) hold over the given axes."""
     if dtype_name(x) != "bool":
         raise refused(node, f"got {dtype_name(x)}, expected bool")
-    return (x.all(dim=tuple(_axes(node, x, axes)), keepdim=bool(node.attributes.get("keep_dims", False))),)
+    return (x.all(dim=tuple(_axes(node, x, axes)), keepdim=attribute(node, "keep_dims", False)),)
 
 
 @kernel

@@ -2,7 +2,7 @@
 
 import functools
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -10,6 +10,7 @@ from torch import Tensor
 from ....artifacts.errors import ArtifactError, ToolchainError
 from .graph import Node
 
+T = TypeVar("T", bool, int, float, str)
 Outputs = tuple[Tensor, ...]
 Operator = Callable[..., Outputs]
 
@@ -27,6 +28,8 @@ def kernel(function: Operator) -> Operator:
 
     @functools.wraps(function)
     def run(node: Node, *inputs: Tensor | None) -> Outputs:
+        if not inputs or inputs[0] is None:
+            raise refused(node, "its first input is not fed")
         try:
             return function(node, *inputs)
         except ToolchainError:
@@ -49,11 +52,22 @@ def dtype_name(tensor: Tensor) -> str:
     return str(tensor.dtype).removeprefix("torch.")
 
 
-def required(node: Node, name: str) -> Any:
-    """An attribute that has no default."""
+def attribute(node: Node, name: str, default: T) -> T:
+    """An attribute of the default's type, which graphs may leave out."""
+    value = node.attributes.get(name, default)
+    # Python's 1 is as good as 1.0, and a bool is none of them
+    if type(value) is type(default) or (type(default) is float and type(value) is int):
+        found: T = value
+        return found
+    raise refused(node, f"attribute {name} is {value!r:.80}, expected {type(default).__name__}")
+
+
+def required(node: Node, name: str, example: T) -> T:
+    """An attribute of the example's type that has no default."""
     if name not in node.attributes:
-        raise refused(node, f"the attribute {name} is missing")
-    return node.attributes[name]
+        # not refused by itself: `kernel` says what it was given beside
+        raise LookupError(f"the attribute {name} is missing")
+    return attribute(node, name, example)
 
 
 def unfed(node: Node, inputs: tuple[Tensor | None, ...]) -> None:
@@ -63,9 +77,9 @@ def unfed(node: Node, inputs: tuple[Tensor | None, ...]) -> None:
 
 
 def floating(node: Node, *tensors: Tensor | None) -> None:
-    """Refuses integers where the device takes fp32, fp16 or bf16: computed in fp32, they would come out rounded."""
+    """Refuses what is computed in fp32 here and by no kernel of the device: integers would come out rounded."""
     for tensor in tensors:
-        if tensor is not None and not tensor.is_floating_point():
+        if tensor is not None and tensor.dtype not in (torch.float32, torch.float16, torch.bfloat16):
             raise refused(node, f"got {dtype_name(tensor)}, expected fp32, fp16 or bf16")
 
 

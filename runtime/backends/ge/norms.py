@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from .graph import Node
-from .kernel import Outputs, dtype_name, floating, ints, kernel, refused, same_dtype
+from .kernel import Outputs, attribute, dtype_name, floating, ints, kernel, refused, same_dtype
 
 
 def _rstd(node: Node, wide: Tensor, gamma: Tensor) -> Tensor:
@@ -24,7 +24,7 @@ def _rstd(node: Node, wide: Tensor, gamma: Tensor) -> Tensor:
     if not count or wide.shape[-count:] != gamma.shape:
         raise refused(node, f"gamma {list(gamma.shape)} does not end the shape {list(wide.shape)}")
     mean = wide.square().mean(tuple(range(-count, 0)), keepdim=True)
-    return torch.rsqrt(mean + node.attributes.get("epsilon", 1e-6))
+    return torch.rsqrt(mean + attribute(node, "epsilon", 1e-6))
 
 
 def _addends(node: Node, *tensors: Tensor) -> None:
@@ -72,7 +72,7 @@ def _layer_norm(
         shape,
         None if gamma is None else gamma.float(),
         None if beta is None else beta.float(),
-        node.attributes.get("epsilon", 1e-5),
+        attribute(node, "epsilon", 1e-5),
     )
     return y.to(dtype), mean, rstd
 

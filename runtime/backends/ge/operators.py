@@ -28,7 +28,7 @@ from .indexing import (
     split_v,
     tensor_move,
 )
-from .kernel import Operator, Outputs, axis, floating, ints, kernel, refused, required, same_dtype, unfed
+from .kernel import Operator, Outputs, attribute, axis, floating, ints, kernel, refused, required, same_dtype, unfed
 from .norms import add_layer_norm, add_rms_norm, add_rms_norm_in_fp32, layer_norm, rms_norm
 from .pointwise import (
     add,
@@ -79,9 +79,9 @@ def mat_mul(node: Node, x1: Tensor, x2: Tensor, bias: Tensor | None = None, *res
     same_dtype(node, x1, x2)
     if x1.dim() != 2 or x2.dim() != 2:
         raise refused(node, f"multiplies {list(x1.shape)} by {list(x2.shape)}, expected two matrices")
-    if node.attributes.get("transpose_x1"):
+    if attribute(node, "transpose_x1", False):
         x1 = x1.t()
-    weight = x2 if node.attributes.get("transpose_x2") else x2.t()
+    weight = x2 if attribute(node, "transpose_x2", False) else x2.t()
     if bias is not None and bias.shape != weight.shape[:1]:
         raise refused(node, f"bias {list(bias.shape)} for {weight.shape[0]} columns")
     native = x1.dtype == torch.float32 or x1.shape[0] < _GEMV_ROWS or (x1.dtype == torch.bfloat16 and _bf16_units())
@@ -96,13 +96,13 @@ def mat_mul(node: Node, x1: Tensor, x2: Tensor, bias: Tensor | None = None, *res
 def arg_max(node: Node, x: Tensor, dimension: Tensor) -> Outputs:
     """ArgMaxV2: index of the first largest value along `dimension`."""
     (number,) = ints(node, dimension)
-    return (x.argmax(axis(node, number, x)).to(_torch_dtype(node, "dtype", node.attributes.get("dtype", 9))),)
+    return (x.argmax(axis(node, number, x)).to(_torch_dtype(node, "dtype", attribute(node, "dtype", 9))),)
 
 
 @kernel
 def cast(node: Node, x: Tensor) -> Outputs:
     """Cast to dst_type (a ge::DataType)."""
-    return (x.to(_torch_dtype(node, "dst_type", required(node, "dst_type"))),)
+    return (x.to(_torch_dtype(node, "dst_type", required(node, "dst_type", 0))),)
 
 
 OPERATORS: dict[str, Operator] = {

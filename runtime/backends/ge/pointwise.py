@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .graph import Node
-from .kernel import Outputs, axis, dtype_name, floating, kernel, refused, same_dtype, unfed
+from .kernel import Outputs, attribute, axis, dtype_name, floating, kernel, refused, same_dtype, unfed
 
 # Values of an elementwise operator's temporaries: few enough to stay in the cache.
 _BLOCK_VALUES = 1 << 18
@@ -42,7 +42,7 @@ def _rotated(node: Node, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 def rotary_mul(node: Node, x: Tensor, r1: Tensor, r2: Tensor, *rest: Tensor | None) -> Outputs:
     """RotaryMul, half mode: y = x * r1 + concat(-x2, x1) * r2, where x = concat(x1, x2) on the last axis."""
     unfed(node, rest)
-    mode = node.attributes.get("rotary_mode", "half")
+    mode = attribute(node, "rotary_mode", "half")
     if mode != "half":
         raise refused(node, f"rotary_mode {mode} is not supported, only half")
     return (_rotated(node, x, r1, r2),)
@@ -55,7 +55,7 @@ def rotary_position_embedding(node: Node, x: Tensor, cos: Tensor, sin: Tensor, *
     One row of angles for several positions is refused: the device's tiling gives it no core.
     """
     unfed(node, rest)
-    mode = node.attributes.get("mode", 0)
+    mode = attribute(node, "mode", 0)
     if mode != 0:
         raise refused(node, f"mode {mode} is not supported, only 0 (rotate half)")
     if x.dim() == 4 and x.shape[1] > 1 and cos.dim() == 4 and cos.shape[:3] == (1, 1, 1):
@@ -67,7 +67,7 @@ def rotary_position_embedding(node: Node, x: Tensor, cos: Tensor, sin: Tensor, *
 def swi_glu(node: Node, x: Tensor) -> Outputs:
     """SwiGlu: silu(a) * b, where x = concat(a, b) on axis `dim`."""
     floating(node, x)
-    dim = axis(node, node.attributes.get("dim", -1), x)
+    dim = axis(node, attribute(node, "dim", -1), x)
     if x.shape[dim] % 2:
         raise refused(node, f"axis {dim} of {list(x.shape)} has no two halves")
     a, b = x.float().chunk(2, dim)
@@ -91,7 +91,7 @@ def gelu(node: Node, x: Tensor) -> Outputs:
     floating(node, x)
     wide = x.float()
     # torch's kernel for vectors squares its input, and makes NaN of what overflows
-    y = F.gelu(wide.clamp(max=_GELU_IDENTITY), approximate=node.attributes.get("approximate", "none"))
+    y = F.gelu(wide.clamp(max=_GELU_IDENTITY), approximate=attribute(node, "approximate", "none"))
     return (torch.where(wide > _GELU_IDENTITY, wide, y).to(x.dtype),)
 
 
