@@ -58,6 +58,10 @@ VisualAttention = Annotated[
         help="masked: a dense mask in the vision tower, for a CANN that refuses TND with its head size.",
     ),
 ]
+MustAdmit = Annotated[
+    str | None,
+    typer.Option("--cann", metavar="RELEASE,...", help="CANN releases that must take the graphs, such as 9.0,9.1."),
+]
 ExecuteMode = Annotated[
     str | None,
     typer.Option(
