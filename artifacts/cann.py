@@ -7,6 +7,10 @@ RELEASES = ("8.0", "8.1", "8.2", "8.3", "8.5", "9.0", "9.1")
 _VERSION = re.compile(r"\D*?(\d+)\.(\d+)(?!\d).*", re.DOTALL)
 
 
+class CannWarning(UserWarning):
+    """Said of a CANN that is newer than the rules: the graphs may run, and nothing is known."""
+
+
 def cann_release(version: str) -> str | None:
     """The release of a version: 9.0 of "9.0.0", "9.0.RC1" and "V9.0.0-beta.2"; None of what has no such number."""
     found = _VERSION.fullmatch(version.strip())

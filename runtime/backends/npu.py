@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...artifacts.cann import RELEASES, cann_release, is_newer, soc_family
+from ...artifacts.cann import RELEASES, CannWarning, cann_release, is_newer, soc_family
 from ...artifacts.errors import MissingDependencyError, TargetError
 from ...artifacts.manifest import GePart
 from ...artifacts.process import cache_home, driver_version, emulated, release
@@ -223,12 +223,13 @@ def _check_admitted(artifact: Artifact, admitted: tuple[str, ...], cann: str) ->
         warnings.warn(
             f"CANN {cann} is newer than the rules that the graphs were checked by (CANN {RELEASES[-1]}); they are "
             f"admitted by: {named}",
+            CannWarning,
             stacklevel=2,
         )
         return
     raise TargetError(
-        f"{artifact.path}: CANN {cann} does not admit its graphs, admitted by: {named}; "
-        f"`qwen2vl-tc check {artifact.path} --cann {release}` says why"
+        f"{artifact.path}: CANN {cann} does not admit its graphs, admitted by: {named}; use one of those, or compile "
+        f"another form: `qwen2vl-tc check {artifact.path}` says what is in the way"
     )
 
 

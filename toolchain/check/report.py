@@ -11,7 +11,7 @@ WIDTH = 80
 
 
 def as_json(found: ArtifactCheck) -> dict[str, Any]:
-    """The check with its verdicts: graphs.NAME.RELEASE.accepted and .violations, and what does not block as .remarks."""
+    """The check with its verdicts: graphs.NAME.RELEASE has accepted, violations, and remarks, which do not block."""
     return {
         "artifact": found.name,
         "soc": found.soc,
@@ -51,9 +51,7 @@ def lines(found: ArtifactCheck) -> Iterator[str]:
 
 def _summary(found: ArtifactCheck) -> str:
     if found.admitted == found.releases:
-        return (
-            f"accepted by CANN {', '.join(found.admitted)}: no device has run these graphs, published sources take them"
-        )
+        return f"accepted by CANN {', '.join(found.admitted)}, as published sources have it; no device has run this"
     refusing = [release for release in found.releases if release not in found.admitted]
     taken = f"; accepted by {', '.join(found.admitted)}" if found.admitted else ""
     return f"refused by CANN {', '.join(refusing)}{taken}"

@@ -1,4 +1,4 @@
-"""The smallest and the largest sizes that an artifact's graphs admit: what holds at both ends is taken to hold between."""
+"""The smallest and the largest sizes of an artifact's graphs: what holds at both ends is taken to hold between."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
