@@ -8,7 +8,7 @@ from ...artifacts.errors import TargetError
 from ..shapes import TensorSpec
 from .check import GraphCheck, admitted
 from .facts import NodeFacts
-from .rules import Rule, rule_set
+from .rules import BLOCKING, Rule, rule_set
 
 _FUSED = "FusedInferAttentionScore"
 # What the language model attends with where a row has several tokens, by set of operators.
@@ -70,13 +70,15 @@ def _refused_everywhere(facts: NodeFacts) -> Rule | None:
 
 
 def require_admitted(graphs: Iterable[GraphCheck], releases: Iterable[str]) -> None:
-    """Raises TargetError with the first violated rule's sentence for a release that does not admit every graph."""
+    """Raises TargetError with the sentence of a violated rule for a release that does not admit every graph."""
     checked = tuple(graphs)
     taken = admitted(checked)
     for release in releases:
         if release in taken:
             continue
-        graph, why = next((graph, graph.refusals(release)[0]) for graph in checked if graph.refusals(release))
+        refusing = [(graph, why) for graph in checked for why in graph.refusals(release)]
+        # the plainest reason: a refusal says more than a want of proof
+        graph, why = min(refusing, key=lambda item: BLOCKING.index(item[1].severity))
         node = f" {why.nodes[0]}" if why.nodes else ""
         others = f"; CANN {', '.join(taken)} admits them" if taken else ""
         raise TargetError(
