@@ -24,6 +24,7 @@ from .cli_options import (
     Json,
     MaxLength,
     Mode,
+    MustAdmit,
     NoSync,
     Operators,
     OptionalArtifact,
@@ -35,7 +36,7 @@ from .cli_options import (
     Weights,
     examples,
 )
-from .cli_values import batches, check_mode, check_source, config_file, dump, passes
+from .cli_values import batches, check_mode, check_source, config_file, dump, passes, releases
 from .compile import DEFAULT_MAX_LENGTH
 from .onnx_export import DEFAULT_WEIGHTS
 
@@ -122,6 +123,7 @@ def convert(
         "qwen2vl-tc compile",
         "qwen2vl-tc compile qwen2-vl-7b.artifact --mode dynamo --soc Ascend910B2 --max-length 8192 --batch 1,4",
         "qwen2vl-tc compile --config Qwen2-VL-72B-Instruct/config.json --out qwen2-vl-72b.artifact",
+        "qwen2vl-tc compile qwen2-vl-7b.artifact --cann 9.0,9.1",
         "qwen2vl-tc compile qwen2-vl-7b.artifact --mode air",
         "qwen2vl-tc compile qwen2-vl-7b.artifact --mode onnx --weights int4",
     )
@@ -134,9 +136,10 @@ def compile(
     batch: Batch = "1",
     dtype: Dtype = None,
     operators: Operators = "fused",
-    visual_attention: VisualAttention = "tnd",
+    visual_attention: VisualAttention = "segments",
     dump_format: Dump = None,
     pass_names: Passes = None,
+    cann: MustAdmit = None,
     weights: Weights = DEFAULT_WEIGHTS,
     standard_only: StandardOnly = False,
     config: Annotated[
@@ -152,7 +155,7 @@ def compile(
     Needs neither an NPU nor CANN.
     """
     from .air import export_air
-    from .cli_output import print_compiled, print_exported, print_onnx, print_written, warn_signed
+    from .cli_output import print_admitted, print_compiled, print_exported, print_onnx, print_written, warn_signed
     from .compile import CompileOptions, compile_artifact, compile_config
     from .console import step_progress
     from .locate import find_artifact
@@ -168,6 +171,7 @@ def compile(
         operators=operators,
         visual_attention=visual_attention,
         passes=passes(pass_names),
+        cann=releases(cann) if cann else (),
     )
     if (config is None) != (out is None) or (config is not None and artifact is not None):
         raise ConfigError("give either an artifact, or --config and --out together")
@@ -199,6 +203,7 @@ def compile(
         else:
             manifest = compile_config(config_file(config), target, options, progress)
     print_compiled(manifest)
+    print_admitted(manifest)
     print_written(manifest, target)
 
 
@@ -217,9 +222,10 @@ def build(
     batch: Batch = "1",
     dtype: Dtype = None,
     operators: Operators = "fused",
-    visual_attention: VisualAttention = "tnd",
+    visual_attention: VisualAttention = "segments",
     dump_format: Dump = None,
     pass_names: Passes = None,
+    cann: MustAdmit = None,
     no_verify: Annotated[
         bool, typer.Option("--no-verify", help="Do not compare with transformers; the manifest records that.")
     ] = False,
@@ -231,7 +237,7 @@ def build(
     """
     from .build import Phases
     from .build import build as build_artifact
-    from .cli_output import print_compiled, print_written, warn_signed
+    from .cli_output import print_admitted, print_compiled, print_written, warn_signed
     from .compile import CompileOptions
     from .console import bytes_progress, fail, stdout, step_progress
 
@@ -250,6 +256,7 @@ def build(
         operators=operators,
         visual_attention=visual_attention,
         passes=passes(pass_names),
+        cann=releases(cann) if cann else (),
     )
     warn_signed(out)
     phases = Phases(bytes_progress, step_progress)
@@ -264,6 +271,7 @@ def build(
     if not built.committed:
         fail(f"verification failed: {out} was not written")
         raise typer.Exit(FAILED)
+    print_admitted(built.manifest)
     print_written(built.manifest, out)
 
 
@@ -353,6 +361,40 @@ def inspect(
         result_json(dataclasses.asdict(inspection))
     else:
         render(inspection, stdout())
+
+
+@app.command(
+    epilog=examples(
+        "qwen2vl-tc check qwen2-vl-7b.artifact",
+        "qwen2vl-tc check qwen2-vl-7b.artifact --cann 8.1,8.5 --json",
+    )
+)
+def check(
+    artifact: OptionalArtifact = None,
+    cann: Annotated[
+        str, typer.Option("--cann", metavar="RELEASE,...", help="The CANN releases to ask about.")
+    ] = "8.5,9.0,9.1",
+    as_json: Json = False,
+) -> None:
+    """Hold every node of the graphs against the rules of CANN's releases, at the smallest and the largest sizes.
+
+    Needs neither an NPU nor CANN: the rules were read from published sources. The exit code is 1 if a release that was
+    asked about does not take every graph.
+    """
+    from .check.check import check_artifact
+    from .check.report import as_json as check_json
+    from .check.report import lines
+    from .console import result, result_json
+    from .locate import find_artifact
+
+    found = check_artifact(artifact or find_artifact(Path()), releases(cann))
+    if as_json:
+        result_json(check_json(found))
+    else:
+        for line in lines(found):
+            result(line)
+    if found.admitted != found.releases:
+        raise typer.Exit(FAILED)
 
 
 app.command(epilog=cli_generate.GENERATE_EXAMPLES)(cli_generate.generate)

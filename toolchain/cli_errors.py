@@ -3,13 +3,17 @@
 import os
 import sys
 import traceback
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import typer
 from typer.core import TyperGroup
 
+from ..artifacts.cann import CannWarning
 from ..artifacts.errors import ToolchainError
-from .console import fail, note
+from .console import fail, note, warn
 
 FAILED = 1  # the work was done and its answer is no: verification failed
 REFUSED = 2  # the input, the machine or the command line is at fault
@@ -27,6 +31,10 @@ class Commands(TyperGroup):
         return super().resolve_command(ctx, [two_words, *args[2:]] if two_words in self.commands else args)
 
     def invoke(self, ctx: Any) -> Any:
+        with _own_warnings_in_one_line():
+            return self._invoke(ctx)
+
+    def _invoke(self, ctx: Any) -> Any:
         debug = bool(ctx.params.get("debug"))
         try:
             value = super().invoke(ctx)
@@ -55,6 +63,24 @@ class Commands(TyperGroup):
                 raise
             raise _bug(error, debug) from error
         return value
+
+
+@contextmanager
+def _own_warnings_in_one_line() -> Iterator[None]:
+    """Our warnings as every other note of this command line; those of others as they are."""
+    original = warnings.showwarning
+
+    def show(message: Warning | str, category: type[Warning], *where: Any) -> None:
+        if issubclass(category, CannWarning):
+            warn(str(message))
+        else:
+            original(message, category, *where)
+
+    warnings.showwarning = show
+    try:
+        yield
+    finally:
+        warnings.showwarning = original
 
 
 def _is_own(error: Exception) -> bool:

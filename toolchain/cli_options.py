@@ -54,9 +54,14 @@ VisualAttention = Annotated[
     str,
     typer.Option(
         "--visual-attention",
-        metavar="tnd|masked",
-        help="masked: a dense mask in the vision tower, for a CANN that refuses TND with its head size.",
+        metavar="segments|tnd",
+        help="segments: a run for each size of picture. tnd: one run for pictures of any sizes, for many small ones; "
+        "takes CANN 9.0 or newer.",
     ),
+]
+MustAdmit = Annotated[
+    str | None,
+    typer.Option("--cann", metavar="RELEASE,...", help="CANN releases that must take the graphs, such as 9.0,9.1."),
 ]
 ExecuteMode = Annotated[
     str | None,

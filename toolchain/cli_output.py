@@ -4,6 +4,7 @@ import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from ..artifacts.cann import RELEASES
 from ..artifacts.errors import TargetError
 from ..artifacts.manifest import GePart, Graph, Manifest
 from ..artifacts.store import is_signed
@@ -128,6 +129,19 @@ def print_warmed(warmed: "Warmed", artifact: Path) -> None:
         f"warmed {', '.join(warmed.graphs)} in {warmed.seconds:.0f} s: {format_bytes(warmed.bytes)} in "
         f"{warmed.files} file(s), {warmed.cache}; next: {_next_after_loading(artifact)}"
     )
+
+
+def print_admitted(manifest: Manifest) -> None:
+    """Which CANN releases take the graphs, by the rules of `check`."""
+    part = manifest.ge
+    if part is None:
+        return
+    if part.admitted:
+        result(f"admitted by CANN {', '.join(part.admitted)}, by the rules of `qwen2vl-tc check`")
+    elif part.dtype == "fp32":
+        result("admitted by no CANN: its attention takes no fp32; these graphs are for CPU")
+    else:
+        warn(f"no CANN from {RELEASES[0]} to {RELEASES[-1]} admits the graphs: `qwen2vl-tc check` says why")
 
 
 def print_written(manifest: Manifest, out: Path) -> None:

@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ..artifacts.cann import RELEASES, cann_release
 from ..artifacts.errors import ConfigError, RequestError, TargetError
 
 if TYPE_CHECKING:
@@ -19,6 +20,14 @@ def batches(text: str) -> tuple[int, ...]:
         return tuple(int(size) for size in text.split(","))
     except ValueError as error:
         raise TargetError(f"--batch {text}: expected batch sizes separated by commas, such as 1,4") from error
+
+
+def releases(text: str, option: str = "--cann") -> tuple[str, ...]:
+    """`8.5,9.0.0` to ("8.5", "9.0"). Raises TargetError for a release that no rule speaks of."""
+    named = tuple(dict.fromkeys(cann_release(part) or part for part in text.split(",")))
+    if unknown := [name for name in named if name not in RELEASES]:
+        raise TargetError(f"{option} {', '.join(unknown)}: expected some of {', '.join(RELEASES)}, such as 8.5,9.0")
+    return named
 
 
 def passes(text: str | None) -> tuple[str, ...] | None:

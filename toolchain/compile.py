@@ -15,6 +15,9 @@ from ..artifacts.schema import parse_json
 from ..artifacts.soc import DEFAULT_SOC
 from ..artifacts.staging import Staging, stage
 from ..artifacts.vendor import no_lost_interrupt
+from ..runtime.backends.ge.graph import read_graph
+from .check.check import GraphCheck, admitted, check_graph
+from .check.target import check_head_dims, require_admitted
 from .graphs.form import OPERATORS, VISUAL_ATTENTION, Form
 
 if TYPE_CHECKING:
@@ -37,6 +40,8 @@ class CompileOptions:
     operators: str = "fused"
     visual_attention: str = "segments"
     passes: tuple[str, ...] | None = None
+    # releases that must admit the graphs
+    cann: tuple[str, ...] = ()
 
     @property
     def form(self) -> Form:
@@ -61,6 +66,12 @@ class CompileOptions:
                 raise TargetError(f"{option} {value}: expected one of {', '.join(known)}")
         if self.dtype is not None and self.dtype not in DTYPES:
             raise TargetError(f"--dtype {self.dtype}: expected one of {', '.join(DTYPES)}")
+        if self.dtype is not None:
+            self.check_heads(config, self.dtype)
+
+    def check_heads(self, config: ModelConfig, dtype: str) -> None:
+        """Raises TargetError for heads that no CANN takes in `dtype`."""
+        check_head_dims(config, dtype, self.operators, "TND" if self.visual_attention == "tnd" else "BSH")
 
 
 def compile_artifact(
@@ -121,6 +132,7 @@ def stage_graphs(
             f"{staging.target}: its weights are {weights_dtype}, the graphs would be {dtype}; compile with --dtype "
             f"{weights_dtype}, or build another artifact with --dtype {dtype}"
         )
+    options.check_heads(config, dtype)
     if manifest.weights and manifest.weights.bias_dtype != FP32:
         raise ArtifactError(
             f"{staging.target}: an earlier release converted its weights, whose biases cost the device a Cast each; "
@@ -137,13 +149,16 @@ def stage_graphs(
     report("constants", 1, total)
     constants = _stage_constants(staging, config, options, dtype)
     graphs: list[Graph] = []
+    checks: list[GraphCheck] = []
     notes: set[OperatorNote] = set()
     for traced in _trace_all(config, options, dtype):
         report(traced.name, 2 + len(graphs), total)
         with no_lost_interrupt():
-            graph, found = traced.run(staging)
+            graph, check, found = traced.run(staging)
         graphs.append(graph)
+        checks.append(check)
         notes.update(found)
+    require_admitted(checks, options.cann)
     report("done", total, total)
     return replace(
         manifest,
@@ -158,7 +173,7 @@ def stage_graphs(
             versions={"torch": device.torch, "torch-npu": device.torch_npu, "cann": device.cann_version or "none"},
             limits=tuple(_limits(options, dtype)),
             operator_notes=tuple(sorted(notes, key=lambda note: (note.operator, note.inputs, note.attributes))),
-            admitted=(),
+            admitted=admitted(checks),
             constants=constants,
             graphs=tuple(graphs),
         ),
@@ -205,7 +220,7 @@ def _passes(options: CompileOptions) -> tuple[str, ...]:
 @dataclass(frozen=True)
 class _PendingGraph:
     name: str
-    run: Callable[[Staging], tuple[Graph, tuple[OperatorNote, ...]]]
+    run: Callable[[Staging], tuple[Graph, GraphCheck, tuple[OperatorNote, ...]]]
 
 
 def _trace_all(config: ModelConfig, options: CompileOptions, dtype: str) -> list[_PendingGraph]:
@@ -221,7 +236,7 @@ def _trace_all(config: ModelConfig, options: CompileOptions, dtype: str) -> list
     model.requires_grad_(False)
 
     def pending(signature: Signature) -> _PendingGraph:
-        def run(staging: Staging) -> tuple[Graph, tuple[OperatorNote, ...]]:
+        def run(staging: Staging) -> tuple[Graph, GraphCheck, tuple[OperatorNote, ...]]:
             traced = trace(
                 signature.name,
                 signature.method,
@@ -232,7 +247,8 @@ def _trace_all(config: ModelConfig, options: CompileOptions, dtype: str) -> list
                 tiling_schedule=signature.name.startswith("decode"),
             )
             _check_binding(traced.binding, config)
-            return _stage_graph(staging, traced.model, traced.binding, signature, options), traced.notes
+            graph, check = _stage_graph(staging, traced.model, traced.binding, signature, options, config)
+            return graph, check, traced.notes
 
         return _PendingGraph(signature.name, run)
 
@@ -243,8 +259,13 @@ def _trace_all(config: ModelConfig, options: CompileOptions, dtype: str) -> list
 
 
 def _stage_graph(
-    staging: Staging, model: object, binding: Binding, signature: "Signature", options: CompileOptions
-) -> Graph:
+    staging: Staging,
+    model: object,
+    binding: Binding,
+    signature: "Signature",
+    options: CompileOptions,
+    config: ModelConfig,
+) -> tuple[Graph, GraphCheck]:
     from google.protobuf import text_format
 
     from ..exporters.torchair.passes import count_ops, run_passes
@@ -257,9 +278,11 @@ def _stage_graph(
     readable = None
     if options.dump_pbtxt:
         readable = staging.add(f"{folder}/graph.pbtxt", text_format.MessageToString(model).encode())  # type: ignore[arg-type]
-    return Graph(
+    where = f"{folder}/graph.pb"
+    check = check_graph(read_graph(data, where), binding, config, options.max_length, options.soc, where)
+    staged = Graph(
         name=binding.graph,
-        graph=staging.add(f"{folder}/graph.pb", data),
+        graph=staging.add(where, data),
         binding=staging.add(f"{folder}/binding.json", binding.to_bytes()),
         readable=readable,
         inputs=tuple(
@@ -270,6 +293,7 @@ def _stage_graph(
         outputs=tuple(Tensor(o.name, o.dtype, signature.outputs[o.name]) for o in binding.outputs),
         ops=count_ops(graph),
     )
+    return staged, check
 
 
 def _check_binding(binding: Binding, config: ModelConfig) -> None:

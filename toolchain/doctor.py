@@ -17,6 +17,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from ..artifacts.cann import cann_release, is_newer
 from ..artifacts.errors import ToolchainError
 from ..artifacts.process import cann_problem, npu_count, npu_usable, release
 from ..artifacts.store import ge_part, read_manifest
@@ -36,6 +37,17 @@ TORCH_NPU_IMPORTS = {
     "scipy": "scipy",
     "tornado": "tornado",
 }
+# The vendor's table of versions: torch-npu, and the newest CANN that it names beside it.
+VENDOR_PAIRS = {
+    "2.6.0": "8.5.0",
+    "2.7.1": "9.1.0",
+    "2.8.0": "9.0.0",
+    "2.9.0": "9.1.0",
+    "2.10.0": "9.1.0",
+    "2.11.0": "9.1.0",
+    "2.12.0": "9.1.0",
+}
+_NEWEST_PAIR = "torch-npu 2.12.0 with CANN 9.1.0"
 TRACING_MEMORY_BYTES = 2 << 30
 GIB = 1 << 30
 
@@ -81,6 +93,7 @@ def diagnose(artifact: Path | None = None) -> Diagnosis:
         _torch_npu_imports(),
         _npu(),
         _cann(),
+        _pair(),
         _compiler(),
         _stubs(),
         _package("transformers", "compile", "verifying against the original model needs it"),
@@ -95,7 +108,10 @@ def diagnose(artifact: Path | None = None) -> Diagnosis:
 def _artifact(path: Path) -> tuple[Finding, ...]:
     """Whether the CANN here has the operators that the artifact's graphs use and tracing could not ask for."""
     part = ge_part(read_manifest(path), path)
-    limits = tuple(Finding("artifact: limit", "warning", limit) for limit in part.limits)
+    limits = (
+        _admitted(part.admitted, path),
+        *(Finding("artifact: limit", "warning", limit) for limit in part.limits),
+    )
     names = ", ".join(sorted({note.operator for note in part.operator_notes}))
     piece = "artifact: operators"
     if not names:
@@ -111,6 +127,35 @@ def _artifact(path: Path) -> tuple[Finding, ...]:
     if missing := missing_operators(part):
         return (Finding(piece, "missing", ", ".join(sorted(missing)), "install a newer CANN"), *limits)
     return (Finding(piece, "ok", f"this CANN has {names}"), *limits)
+
+
+def _admitted(admitted: tuple[str, ...] | None, path: Path) -> Finding:
+    """What the rules say of the graphs: another statement than the vendor's table of versions."""
+    piece = "artifact: CANN"
+    if not admitted:
+        advice = f"qwen2vl-tc {'compile' if admitted is None else 'check'} {shlex.quote(str(path))}"
+        return Finding(piece, "warning", "no release is known to take its graphs", advice)
+    detail = f"by the rules of `check`, {', '.join(admitted)} take its graphs"
+    home = os.environ.get("ASCEND_HOME_PATH") or os.environ.get("ASCEND_TOOLKIT_HOME")
+    release_here = cann_release(_cann_version(home) or "") if cann_problem() is None else None
+    if release_here is None or release_here in admitted:
+        return Finding(piece, "ok", detail)
+    if is_newer(release_here):
+        return Finding(piece, "warning", f"{detail}; {release_here} is newer than the rules", "nothing is known of it")
+    return Finding(piece, "missing", f"{detail}, {release_here} does not", f"install CANN {admitted[-1]}")
+
+
+def _pair() -> Finding:
+    """Which CANN the vendor pairs with the torch-npu here: another statement than what the rules say of graphs."""
+    piece = "CANN for torch-npu"
+    version = _version("torch-npu")
+    if version is None:
+        return Finding(piece, "ok", f"the vendor's table ends at {_NEWEST_PAIR}")
+    number = ".".join(map(str, release(version)))
+    if number in VENDOR_PAIRS:
+        return Finding(piece, "ok", f"by the vendor's table {number} goes with CANN {VENDOR_PAIRS[number]}")
+    detail = f"{number} is not in the vendor's table, which ends at {_NEWEST_PAIR}"
+    return Finding(piece, "warning", detail, "take the newest CANN; the rules speak of graphs, not of this pair")
 
 
 def render(diagnosis: Diagnosis, console: Console) -> None:

@@ -12,6 +12,7 @@ from ..artifacts.store import Artifact, ge_part, open_artifact
 from ..runtime.backends.ge.checks import check_graph
 from ..runtime.backends.ge.graph import GeGraph, read_graph
 from ..runtime.memory import device_memory, soc_memory
+from .check.check import inserted
 from .dot import Drawing, draw_layer
 from .inspect_cost import Lengths, choose_lengths, graph_cost, input_specs
 from .inspect_report import operator_table, render
@@ -143,6 +144,7 @@ def _target(manifest: Manifest, part: GePart) -> TargetView:
         passes=part.passes,
         versions=part.versions,
         limits=part.limits,
+        admitted=part.admitted,
         operator_notes=part.operator_notes,
         kv_bytes={str(batch): batch * per_row for batch in part.batches},
         kv_bytes_per_token=per_row // part.max_length,
@@ -162,9 +164,10 @@ def _read(artifact: Artifact, graph: Graph) -> tuple[Binding, GeGraph, str]:
 
 def _graph(artifact: Artifact, graph: Graph, lengths: Lengths, assumed: Assumptions | None) -> GraphView:
     binding, parsed, where = _read(artifact, graph)
-    cost, no_cost = None, None
+    cost, no_cost, added = None, None, None
     try:
         cost = graph_cost(parsed, binding, lengths, assumed, where)
+        added = inserted(parsed, binding, propagate(parsed, input_specs(binding, lengths), where))
     except ArtifactError as error:
         # counting needs no shapes: a graph with an operator unknown here is still worth looking at
         no_cost = str(error)
@@ -173,6 +176,7 @@ def _graph(artifact: Artifact, graph: Graph, lengths: Lengths, assumed: Assumpti
         outputs=tuple(TensorView(tensor.name, tensor.dtype, tensor.shape) for tensor in graph.outputs),
         parameters=sum(bound.kind == PARAMETER for bound in binding.inputs),
         ops=count_graph_ops(parsed, binding),
+        inserted=added,
         bytes=graph.graph.bytes + graph.binding.bytes,
         cost=cost,
         no_cost=no_cost,

@@ -99,17 +99,18 @@ def input_specs(binding: Binding, lengths: Lengths) -> list[TensorSpec]:
 
 
 def _input_spec(graph: str, bound: BoundInput, lengths: Lengths) -> TensorSpec:
-    if bound.name == "segment_ends":
-        size: int | None = len(lengths.segments)
-    elif graph == "visual":
-        size = lengths.patches
+    free = bound.shape.count(-1)
+    known: tuple[int, ...] = ()
+    if graph == "visual":
+        # segments by the patches of the longest, or all patches end to end
+        known = (len(lengths.segments), max(lengths.segments)) if free == 2 else (lengths.patches,)
+        known = (len(lengths.segments),) if bound.kind == LENGTHS else known
     elif graph == "prefill":
-        size = lengths.image_tokens if bound.name in ("image_embeds", "image_index") else lengths.tokens
-    else:
-        size = None
-    if size is None and -1 in bound.shape:
+        known = (lengths.image_tokens if bound.name in ("image_embeds", "image_index") else lengths.tokens,)
+    if free not in (0, len(known)):
         raise TargetError(f"{graph}.{bound.name}: no length is known for its shape {list(bound.shape)}")
-    return TensorSpec(bound.dtype, tuple(size if n == -1 and size else n for n in bound.shape))
+    filling = iter(known)
+    return TensorSpec(bound.dtype, tuple(next(filling) if n == -1 else n for n in bound.shape))
 
 
 def _stated(graph: str, lengths: Lengths) -> dict[str, int]:

@@ -75,6 +75,7 @@ def _overview(inspection: Inspection) -> Table:
             ("target", f"{target.soc}, {target.dtype}, operators {target.operators}, ViT {target.visual_attention}"),
             ("KV cache", f"{caches}, for {target.max_length} tokens ({format_bytes(target.kv_bytes_per_token)} each)"),
             ("device memory", f"{format_bytes(target.device_bytes)}{of}, weights and largest KV cache"),
+            ("admitted by CANN", _admitted(target.admitted)),
             ("passes", ", ".join(target.passes) or "none"),
             ("made with", ", ".join(f"{name} {version}" for name, version in target.versions.items())),
         ]
@@ -98,6 +99,12 @@ def _overview(inspection: Inspection) -> Table:
     return table
 
 
+def _admitted(releases: tuple[str, ...] | None) -> str:
+    if releases is None:
+        return "none: an earlier release compiled the graphs; compile them again"
+    return ", ".join(releases) or "none; `qwen2vl-tc check` says why"
+
+
 def _recipe(name: str) -> dict[str, int]:
     return RECIPE_7B.get("decode" if name.startswith("decode") else name, {})
 
@@ -114,8 +121,15 @@ def _counts(graphs: dict[str, GraphView]) -> Table:
             recipe = _recipe(name).get(key)
             cells.append(("-" if value is None else str(value)) + ("" if recipe is None else f" ({recipe})"))
         table.add_row(title, *cells)
+    table.add_row(
+        "inserted: CANN adds these", *("-" if g.inserted is None else _by_type(g.inserted) for g in graphs.values())
+    )
     table.add_row("bytes of the graph", *(format_bytes(graph.bytes) for graph in graphs.values()))
     return table
+
+
+def _by_type(counts: dict[str, int]) -> str:
+    return ", ".join(f"{count} {op_type}" for op_type, count in counts.items()) or "0"
 
 
 def _cost_parts(inspection: Inspection) -> Iterator[Table | Text]:

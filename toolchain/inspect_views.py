@@ -51,6 +51,8 @@ class GraphView:
     outputs: tuple[TensorView, ...]
     parameters: int
     ops: OpCounts
+    # what CANN adds to the graph, by type: none of it is among `ops`; None where sizes cannot be followed
+    inserted: dict[str, int] | None
     bytes: int
     cost: GraphCost | None
     no_cost: str | None
@@ -80,6 +82,7 @@ class TargetView:
     passes: tuple[str, ...]
     versions: dict[str, str]
     limits: tuple[str, ...]
+    admitted: tuple[str, ...] | None
     operator_notes: tuple[OperatorNote, ...]
     kv_bytes: dict[str, int]
     kv_bytes_per_token: int

@@ -24,6 +24,7 @@ COUNTED = (
 )
 _RIGHT_DOWN_CAUSAL = 3
 # Where the operators' definitions have their lists of lengths; the reference executor reads them in the same places.
+_QUERY_LENGTHS = {"FusedInferAttentionScore": 5}
 _KV_LENGTHS = {"FusedInferAttentionScore": 6, "IncreFlashAttention": 5}
 
 
@@ -98,6 +99,10 @@ def _attention_cost(node: Node, inputs: Sequence[TensorSpec | None], outputs: Sp
         pairs = sum(length * length for length in sequences.segments)
         return OpCost(4 * pairs * q.shape[1] * q.shape[2], q.bytes + k.bytes + v.bytes + others)
     batch, tokens, width = q.shape
+    if node.op in _QUERY_LENGTHS and inputs[_QUERY_LENGTHS[node.op]] is not None:
+        # the vision tower's segments, each over itself
+        pairs = sum(length * length for length in sequences.segments)
+        return OpCost(4 * pairs * width, q.bytes + k.bytes + v.bytes + others)
     length = _read_length(node, inputs, k, sequences)
     pairs = tokens * length
     if node.attributes.get("sparse_mode") == _RIGHT_DOWN_CAUSAL:

@@ -207,7 +207,39 @@ def _reduced(x: TensorSpec, axes: Iterable[int], keep: bool) -> tuple[int, ...]:
 
 
 def _reduce_sum(node: Node, x: TensorSpec, axes: TensorSpec) -> Specs:
-    return (TensorSpec(x.dtype, _reduced(x, _values(axes), node.attributes["keep_dims"])),)
+    return (TensorSpec(x.dtype, _reduced(x, _values(axes), node.attributes.get("keep_dims", False))),)
+
+
+def _shape(node: Node, x: TensorSpec) -> Specs:
+    return (TensorSpec(ATTRIBUTE_DTYPES[node.attributes.get("dtype", 3)], (len(x.shape),), x.shape),)
+
+
+def _gather_sizes(node: Node, x: TensorSpec, indices: TensorSpec) -> Specs:
+    """Gather: elements of a vector, as arithmetic on shapes uses it."""
+    _fits(len(x.shape) == 1, "only vectors are gathered from")
+    return (TensorSpec(x.dtype, indices.shape, tuple(_values(x)[i] for i in _values(indices))),)
+
+
+def _pack_sizes(node: Node, *values: TensorSpec) -> Specs:
+    """Pack: numbers to a vector."""
+    _fits(all(value.shape == () for value in values), "only single numbers are packed")
+    return (TensorSpec(values[0].dtype, (len(values),), tuple(_values(value)[0] for value in values)),)
+
+
+def _is_finite(node: Node, x: TensorSpec) -> Specs:
+    return (TensorSpec("bool", x.shape),)
+
+
+def _select(node: Node, condition: TensorSpec, x1: TensorSpec, x2: TensorSpec) -> Specs:
+    _fits(condition.dtype == "bool" and x1.dtype == x2.dtype, "the dtypes differ")
+    chosen = TensorSpec(x1.dtype, _broadcast(x1, x2))
+    return (TensorSpec(x1.dtype, _broadcast(condition, chosen)),)
+
+
+def _add_product(node: Node, x: TensorSpec, x1: TensorSpec, x2: TensorSpec, value: TensorSpec) -> Specs:
+    """Addcmul: x + value * x1 * x2."""
+    _fits(x.dtype == x1.dtype == x2.dtype == value.dtype, "the dtypes differ")
+    return (TensorSpec(x.dtype, _broadcast(x, TensorSpec(x.dtype, _broadcast(x1, x2)))),)
 
 
 def _arg_max(node: Node, x: TensorSpec, dimension: TensorSpec) -> Specs:
@@ -240,23 +272,32 @@ RULES: dict[str, Rule] = {
     "Add": _elementwise,
     "AddLayerNorm": _add_layer_norm,
     "AddRmsNorm": _add_rms_norm,
+    "Addcmul": _add_product,
     "ArgMaxV2": _arg_max,
     "Cast": _cast,
     "FastGelu": _same,
     "FusedInferAttentionScore": _fused_attention,
+    "Gather": _gather_sizes,
     "GatherV2": _gather,
     "GeluV2": _same,
+    "Identity": _same,
     "IncreFlashAttention": _attention,
+    "IsFinite": _is_finite,
     "LayerNormV4": _layer_norm,
     "MatMul": _mat_mul,
     "Mul": _elementwise,
+    "Pack": _pack_sizes,
     "PromptFlashAttention": _attention,
+    "ReduceAll": _reduce_sum,
     "ReduceSum": _reduce_sum,
     "Reshape": _reshape,
     "RmsNorm": _rms_norm,
     "RotaryMul": _rotary_mul,
+    "RotaryPositionEmbedding": _rotary_mul,
     "Scatter": _in_place,
     "ScatterNdUpdate": _in_place,
+    "SelectV2": _select,
+    "Shape": _shape,
     "SplitV": _split_v,
     "SwiGlu": _swi_glu,
     "TensorMove": _same,

@@ -6,6 +6,7 @@ internal formats from the inputs, load, compile, run.
 
 import importlib.metadata
 import os
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ...artifacts.cann import RELEASES, CannWarning, cann_release, is_newer
 from ...artifacts.errors import MissingDependencyError, TargetError
 from ...artifacts.manifest import GePart
 from ...artifacts.process import cache_home, driver_version, emulated, release
@@ -185,6 +187,11 @@ def _check_model(torch_npu: Any, artifact: Artifact) -> None:
 def _check_graphs(torch_npu: Any, artifact: Artifact) -> str:
     """Compare the device with the graphs' target; returns CANN's version. Raises TargetError."""
     part = ge_part(artifact.manifest, artifact.path)
+    if part.admitted is None:
+        raise TargetError(
+            f"{artifact.path}: an earlier release of qwen2vl-tc compiled its graphs, which no CANN may take; "
+            f"run `qwen2vl-tc compile {artifact.path}` again"
+        )
     soc = str(torch_npu.npu.get_device_name(0))
     if soc_family(soc) != soc_family(part.soc):
         raise TargetError(
@@ -198,8 +205,34 @@ def _check_graphs(torch_npu: Any, artifact: Artifact) -> str:
         )
     if emulated():
         return "none"
+    cann = str(torch_npu.npu.utils.get_cann_version())
+    _check_admitted(artifact, part.admitted, cann)
     _check_operators(artifact)
-    return str(torch_npu.npu.utils.get_cann_version())
+    return cann
+
+
+def _check_admitted(artifact: Artifact, admitted: tuple[str, ...], cann: str) -> None:
+    """Raises TargetError unless the graphs obey the rules of this CANN, or it is newer than the rules are."""
+    release, named = cann_release(cann), ", ".join(admitted) or "none"
+    if release is None:
+        raise TargetError(
+            f"{artifact.path}: CANN reports the version {cann!r}, and its graphs are admitted by {named}; "
+            "check the installation with `qwen2vl-tc doctor`"
+        )
+    if release in admitted:
+        return
+    if is_newer(release):
+        warnings.warn(
+            f"CANN {cann} is newer than the rules that the graphs were checked by (CANN {RELEASES[-1]}); they are "
+            f"admitted by: {named}",
+            CannWarning,
+            stacklevel=2,
+        )
+        return
+    raise TargetError(
+        f"{artifact.path}: CANN {cann} does not admit its graphs, admitted by: {named}; use one of those, or compile "
+        f"another form: `qwen2vl-tc check {artifact.path}` says what is in the way"
+    )
 
 
 def missing_operators(part: GePart) -> dict[str, str]:

@@ -1,4 +1,4 @@
-"""Segments of pictures and clips in runs: each is computed once, in its place, and padding is as little as is stated."""
+"""Segments of pictures and clips in runs: each is computed once, in its place, and padding is as little as stated."""
 
 import itertools
 
