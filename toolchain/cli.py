@@ -14,7 +14,7 @@ import typer
 from ..artifacts.errors import ConfigError, TargetError
 from ..artifacts.process import prepare_process
 from ..artifacts.soc import DEFAULT_SOC
-from . import cli_bench, cli_generate
+from . import cli_bench, cli_check, cli_generate
 from .cli_errors import FAILED, Commands
 from .cli_options import (
     Artifact,
@@ -363,40 +363,7 @@ def inspect(
         render(inspection, stdout())
 
 
-@app.command(
-    epilog=examples(
-        "qwen2vl-tc check qwen2-vl-7b.artifact",
-        "qwen2vl-tc check qwen2-vl-7b.artifact --cann 8.1,8.5 --json",
-    )
-)
-def check(
-    artifact: OptionalArtifact = None,
-    cann: Annotated[
-        str, typer.Option("--cann", metavar="RELEASE,...", help="The CANN releases to ask about.")
-    ] = "8.5,9.0,9.1",
-    as_json: Json = False,
-) -> None:
-    """Hold every node of the graphs against the rules of CANN's releases, at the smallest and the largest sizes.
-
-    Needs neither an NPU nor CANN: the rules were read from published sources. The exit code is 1 if a release that was
-    asked about does not take every graph.
-    """
-    from .check.check import check_artifact
-    from .check.report import as_json as check_json
-    from .check.report import lines
-    from .console import result, result_json
-    from .locate import find_artifact
-
-    found = check_artifact(artifact or find_artifact(Path()), releases(cann))
-    if as_json:
-        result_json(check_json(found))
-    else:
-        for line in lines(found):
-            result(line)
-    if found.admitted != found.releases:
-        raise typer.Exit(FAILED)
-
-
+app.command(epilog=cli_check.EXAMPLES)(cli_check.check)
 app.command(epilog=cli_generate.GENERATE_EXAMPLES)(cli_generate.generate)
 app.command(epilog=cli_generate.CHAT_EXAMPLES)(cli_generate.chat)
 app.command(epilog=cli_bench.BENCH_EXAMPLES)(cli_bench.bench)

@@ -70,11 +70,11 @@ def _own_warnings_in_one_line() -> Iterator[None]:
     """Our warnings as every other note of this command line; those of others as they are."""
     original = warnings.showwarning
 
-    def show(message: Warning | str, category: type[Warning], *where: Any) -> None:
+    def show(message: Warning | str, category: type[Warning], *where: Any, **more: Any) -> None:
         if issubclass(category, CannWarning):
             warn(str(message))
         else:
-            original(message, category, *where)
+            original(message, category, *where, **more)
 
     warnings.showwarning = show
     try:

@@ -15,12 +15,10 @@ from ..artifacts.schema import parse_json
 from ..artifacts.soc import DEFAULT_SOC
 from ..artifacts.staging import Staging, stage
 from ..artifacts.vendor import no_lost_interrupt
-from ..runtime.backends.ge.graph import read_graph
-from .check.check import GraphCheck, admitted, check_graph
-from .check.target import check_head_dims, require_admitted
 from .graphs.form import OPERATORS, VISUAL_ATTENTION, Form
 
 if TYPE_CHECKING:
+    from .check.check import GraphCheck
     from .graphs.signatures import Signature
 
 DEFAULT_MAX_LENGTH = 8192
@@ -71,6 +69,8 @@ class CompileOptions:
 
     def check_heads(self, config: ModelConfig, dtype: str) -> None:
         """Raises TargetError for heads that no CANN takes in `dtype`."""
+        from .check.target import check_head_dims
+
         check_head_dims(config, dtype, self.operators, "TND" if self.visual_attention == "tnd" else "BSH")
 
 
@@ -142,6 +142,8 @@ def stage_graphs(
     total = 4 + len(options.batches)
     report("opening the device", 0, total)
     from ..exporters.torchair.device import open_device
+    from .check.check import admitted
+    from .check.target import require_admitted
 
     device = open_device(options.soc)
     if not device.emulated:
@@ -220,7 +222,7 @@ def _passes(options: CompileOptions) -> tuple[str, ...]:
 @dataclass(frozen=True)
 class _PendingGraph:
     name: str
-    run: Callable[[Staging], tuple[Graph, GraphCheck, tuple[OperatorNote, ...]]]
+    run: "Callable[[Staging], tuple[Graph, GraphCheck, tuple[OperatorNote, ...]]]"
 
 
 def _trace_all(config: ModelConfig, options: CompileOptions, dtype: str) -> list[_PendingGraph]:
@@ -236,7 +238,7 @@ def _trace_all(config: ModelConfig, options: CompileOptions, dtype: str) -> list
     model.requires_grad_(False)
 
     def pending(signature: Signature) -> _PendingGraph:
-        def run(staging: Staging) -> tuple[Graph, GraphCheck, tuple[OperatorNote, ...]]:
+        def run(staging: Staging) -> "tuple[Graph, GraphCheck, tuple[OperatorNote, ...]]":
             traced = trace(
                 signature.name,
                 signature.method,
@@ -265,10 +267,12 @@ def _stage_graph(
     signature: "Signature",
     options: CompileOptions,
     config: ModelConfig,
-) -> tuple[Graph, GraphCheck]:
+) -> "tuple[Graph, GraphCheck]":
     from google.protobuf import text_format
 
     from ..exporters.torchair.passes import count_ops, run_passes
+    from ..runtime.backends.ge.graph import read_graph
+    from .check.check import check_graph
 
     graph = model.graph[0]  # type: ignore[attr-defined]
     run_passes(graph, _passes(options))

@@ -17,7 +17,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from ..artifacts.cann import cann_release, is_newer
+from ..artifacts.cann import RELEASES, cann_release, is_newer
 from ..artifacts.errors import ToolchainError
 from ..artifacts.process import cann_problem, npu_count, npu_usable, release
 from ..artifacts.store import ge_part, read_manifest
@@ -94,6 +94,7 @@ def diagnose(artifact: Path | None = None) -> Diagnosis:
         _npu(),
         _cann(),
         _pair(),
+        _rules(artifact),
         _compiler(),
         _stubs(),
         _package("transformers", "compile", "verifying against the original model needs it"),
@@ -108,10 +109,7 @@ def diagnose(artifact: Path | None = None) -> Diagnosis:
 def _artifact(path: Path) -> tuple[Finding, ...]:
     """Whether the CANN here has the operators that the artifact's graphs use and tracing could not ask for."""
     part = ge_part(read_manifest(path), path)
-    limits = (
-        _admitted(part.admitted, path),
-        *(Finding("artifact: limit", "warning", limit) for limit in part.limits),
-    )
+    limits = tuple(Finding("artifact: limit", "warning", limit) for limit in part.limits)
     names = ", ".join(sorted({note.operator for note in part.operator_notes}))
     piece = "artifact: operators"
     if not names:
@@ -129,20 +127,24 @@ def _artifact(path: Path) -> tuple[Finding, ...]:
     return (Finding(piece, "ok", f"this CANN has {names}"), *limits)
 
 
-def _admitted(admitted: tuple[str, ...] | None, path: Path) -> Finding:
-    """What the rules say of the graphs: another statement than the vendor's table of versions."""
-    piece = "artifact: CANN"
+def _rules(path: Path | None) -> Finding:
+    """What the rules say of graphs: another statement than the vendor's table of versions."""
+    piece = "CANN for the graphs"
+    if path is None:
+        known = f"there are rules for CANN {RELEASES[0]} to {RELEASES[-1]}, of graphs and whatever torch-npu runs them"
+        return Finding(piece, "ok", known, "`qwen2vl-tc check ARTIFACT` holds the graphs against them")
+    admitted = ge_part(read_manifest(path), path).admitted
     if not admitted:
-        advice = f"qwen2vl-tc {'compile' if admitted is None else 'check'} {shlex.quote(str(path))}"
-        return Finding(piece, "warning", "no release is known to take its graphs", advice)
-    detail = f"by the rules of `check`, {', '.join(admitted)} take its graphs"
+        again = "compile" if admitted is None else "check"
+        return Finding(piece, "warning", "by the rules none takes them", f"qwen2vl-tc {again} {shlex.quote(str(path))}")
+    detail = f"by the rules these take them: {', '.join(admitted)}"
     home = os.environ.get("ASCEND_HOME_PATH") or os.environ.get("ASCEND_TOOLKIT_HOME")
-    release_here = cann_release(_cann_version(home) or "") if cann_problem() is None else None
-    if release_here is None or release_here in admitted:
+    here = cann_release(_cann_version(home) or "") if cann_problem() is None else None
+    if here is None or here in admitted:
         return Finding(piece, "ok", detail)
-    if is_newer(release_here):
-        return Finding(piece, "warning", f"{detail}; {release_here} is newer than the rules", "nothing is known of it")
-    return Finding(piece, "missing", f"{detail}, {release_here} does not", f"install CANN {admitted[-1]}")
+    if is_newer(here):
+        return Finding(piece, "warning", f"{detail}; {here} is newer than the rules", "nothing is known of it")
+    return Finding(piece, "missing", f"{detail}; {here}, which is here, does not", f"install CANN {admitted[-1]}")
 
 
 def _pair() -> Finding:
@@ -155,7 +157,7 @@ def _pair() -> Finding:
     if number in VENDOR_PAIRS:
         return Finding(piece, "ok", f"by the vendor's table {number} goes with CANN {VENDOR_PAIRS[number]}")
     detail = f"{number} is not in the vendor's table, which ends at {_NEWEST_PAIR}"
-    return Finding(piece, "warning", detail, "take the newest CANN; the rules speak of graphs, not of this pair")
+    return Finding(piece, "warning", detail, "nobody vouches for a pair; take the newest CANN that takes the graphs")
 
 
 def render(diagnosis: Diagnosis, console: Console) -> None:

@@ -29,7 +29,7 @@ SCRIPT = Path(sys.executable).parent / "qwen2vl-tc"
 # What users' scripts rely on: a change here is a change for them.
 COMPILE_OPTIONS = {
     *("--mode", "--soc", "--max-length", "--batch", "--dtype", "--dump", "--passes"),
-    *("--operators", "--visual-attention"),
+    *("--operators", "--visual-attention", "--cann"),
 }
 SETTINGS = {
     *("--max-new-tokens", "--min-new-tokens", "--sample", "--greedy", "--temperature", "--top-k", "--top-p"),
@@ -45,6 +45,7 @@ FROZEN = {
     "build": {"--src", "--out", "--no-verify", "--no-sync", *COMPILE_OPTIONS},
     "verify": {"ARTIFACT", "--against", "--json"},
     "inspect": {"ARTIFACT", "--json", "--tokens", "--patches", "--graph", "--dot", "--layer"},
+    "check": {"ARTIFACT", "--cann", "--json"},
     "generate": {"ARTIFACT", "--image", "--video", "--prompt", "--system", "--requests", "--json", *ENGINE, *GENERATE},
     "chat": {"ARTIFACT", "--image", "--video", "--system", *ENGINE, *GENERATE},
     "warm": {"ARTIFACT"},

@@ -11,6 +11,7 @@ import pytest
 from rich.console import Console
 
 from qwen2vl_tc.artifacts.errors import MissingDependencyError
+from qwen2vl_tc.artifacts.store import read_manifest
 from qwen2vl_tc.toolchain import doctor
 from qwen2vl_tc.toolchain.doctor import Ability, Diagnosis, Finding, diagnose, render
 
@@ -133,3 +134,50 @@ def test_an_artifact_is_ok_on_a_host_whose_cann_has_its_operators(built: Path, m
     for answers, status in (({}, "ok"), ({"GeluV2": "too old"}, "missing")):
         monkeypatch.setattr(npu, "missing_operators", lambda part, answers=answers: answers)
         assert piece(diagnose(built), "artifact: operators").status == status
+
+
+@pytest.mark.parametrize(
+    ("version", "status", "detail"),
+    [
+        ("2.13.0", "warning", "2.13.0 is not in the vendor's table, which ends at torch-npu 2.12.0 with CANN 9.1.0"),
+        ("2.12.0.post3", "ok", "by the vendor's table 2.12.0 goes with CANN 9.1.0"),
+        ("2.8.0", "ok", "by the vendor's table 2.8.0 goes with CANN 9.0.0"),
+    ],
+)
+def test_the_vendors_pair_and_the_rules_are_two_statements(
+    monkeypatch: pytest.MonkeyPatch, version: str, status: str, detail: str
+) -> None:
+    monkeypatch.setattr(doctor, "_version", lambda package: version)
+    found = diagnose()
+    assert piece(found, "CANN for torch-npu") == dataclasses.replace(
+        piece(found, "CANN for torch-npu"), status=status, detail=detail
+    )
+    assert "rules for CANN 8.0 to 9.1" in piece(found, "CANN for the graphs").detail
+
+
+@pytest.mark.parametrize(
+    ("admitted", "installed", "status", "words"),
+    [
+        (("8.5", "9.0"), None, "ok", "these take them: 8.5, 9.0"),
+        (("8.5", "9.0"), "9.0.0", "ok", "these take them: 8.5, 9.0"),
+        (("8.5", "9.0"), "9.1.0", "missing", "9.1, which is here, does not"),
+        (("8.5", "9.0"), "9.3.0", "warning", "9.3 is newer than the rules"),
+        ((), None, "warning", "by the rules none takes them"),
+        (None, None, "warning", "by the rules none takes them"),
+    ],
+)
+def test_doctor_says_which_cann_takes_an_artifacts_graphs(
+    built: Path, monkeypatch: pytest.MonkeyPatch, admitted: tuple[str, ...] | None, installed: str | None, status: str,
+    words: str,
+) -> None:  # fmt: skip
+    manifest = read_manifest(built)
+    assert manifest.ge is not None
+    changed = dataclasses.replace(manifest, ge=dataclasses.replace(manifest.ge, admitted=admitted))
+    monkeypatch.setattr(doctor, "read_manifest", lambda path: changed)
+    monkeypatch.setattr(doctor, "cann_problem", lambda: None if installed else "none here")
+    monkeypatch.setattr(doctor, "_cann_version", lambda home: installed)
+    monkeypatch.setattr(doctor, "_soc_name", lambda: "Ascend910B2")
+    found = piece(diagnose(built), "CANN for the graphs")
+    assert found.status == status
+    assert words in found.detail
+    assert found.advice.startswith(f"qwen2vl-tc {'compile' if admitted is None else 'check'} ") == (not admitted)
