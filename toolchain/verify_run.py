@@ -134,7 +134,7 @@ class Run:
         begun = self.backend.begin(cache, fed, lengths, lengths + deltas)
         if step is not None:
             # positions are the graph's own, from its step before: the runtime takes them from there, too
-            begun = Step(begun.next_token, None, step.cache_index, step.positions)
+            begun = replace(begun, cache_index=step.cache_index, positions=step.positions)
         return self.backend.decode(cache, begun, [int(length) + 1 for length in lengths])
 
     def _prefill(self, cache: Cache, row: int, case: Case) -> tuple[Floats | None, Step]:

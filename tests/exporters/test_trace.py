@@ -53,7 +53,7 @@ def test_sizes_that_vary_between_requests_are_dynamic_and_the_others_are_static(
     def dynamic(graph: str) -> set[str]:
         return {b.name for b in bindings[graph].inputs if -1 in b.shape}
 
-    assert dynamic("visual") == {"patches", "positions", "segment_ends"}
+    assert dynamic("visual") == {"patches", "positions", "segment_lengths"}
     assert dynamic("prefill") == {"token_ids", "image_embeds", "image_index", "positions"}
     assert dynamic("decode_b1") == dynamic("decode_b3") == set()
 
@@ -70,11 +70,17 @@ def test_the_options_of_the_recipe_are_on(bindings: dict[str, Binding]) -> None:
     for name, binding in bindings.items():
         assert binding.local_options["frozen_parameter"] == "1"
         # the documentation excludes it for attention in the TND layout
-        assert binding.local_options["ge.tiling_schedule_optimize"] == ("0" if name == "visual" else "1")
+        assert binding.local_options["ge.tiling_schedule_optimize"] == ("1" if name.startswith("decode") else "0")
 
 
 def test_decode_gives_the_next_inputs_beside_token_and_logits(bindings: dict[str, Binding]) -> None:
-    assert [o.name for o in bindings["decode_b3"].outputs] == ["next_token", "logits", "cache_index", "positions"]
+    assert [o.name for o in bindings["decode_b3"].outputs] == [
+        "next_token",
+        "checked_token",
+        "logits",
+        "cache_index",
+        "rope_rows",
+    ]
     arguments = {b.name for b in bindings["decode_b3"].inputs if b.kind == ARGUMENT}
     assert arguments == {"token_ids", "cache_index", "positions"}
 
@@ -160,7 +166,7 @@ def test_what_torchair_cannot_trace_is_refused_by_name(bindings: dict[str, Bindi
 
 def test_folded_pictures_are_plain_bytes(bindings: dict[str, Binding]) -> None:
     patches = next(b for b in bindings["visual"].inputs if b.name == "patches")
-    assert (patches.dtype, patches.shape) == ("uint8", (-1, int(np.prod([3, 2, 14, 14]))))
+    assert (patches.dtype, patches.shape) == ("uint8", (-1, -1, int(np.prod([3, 2, 14, 14]))))
 
 
 def test_options_that_could_make_ge_write_or_load_files_are_refused(bindings: dict[str, Binding]) -> None:

@@ -106,6 +106,9 @@ def test_a_dtype_that_no_library_lists_is_refused(run: Any, artifact: Path, tmp_
     def edit(graph: Any) -> None:
         # the token as int8: in no row of ArgMaxV2
         first(graph, "ArgMaxV2").attr["dtype"].i = 2
+        # what reads it would not take it
+        chosen = first(graph, "SelectV2")
+        chosen.input[1] = chosen.input[2]
 
     found = verdict(run("check", edited(artifact, tmp_path, edit), "--json"), "decode_b1", "8.5")
     assert [each["rule"] for each in found["violations"]] == ["LIB-ArgMaxV2"]

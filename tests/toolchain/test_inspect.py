@@ -65,17 +65,18 @@ def test_every_graph_has_its_inputs_and_outputs_with_shapes(plain: dict[str, Any
 
     vocabulary, hidden = TINY["vocab_size"], TINY["hidden_size"]
     assert shapes("visual", "inputs") == {
-        "patches": ("uint8", [-1, 1176]),
-        "positions": ("int64", [2, -1]),
-        "segment_ends": ("int64", [-1]),
+        "patches": ("uint8", [-1, -1, 1176]),
+        "positions": ("int64", [2, -1, -1]),
+        "segment_lengths": ("int64", [-1]),
     }
     assert shapes("visual", "outputs") == {"embeds": ("fp32", [-1, hidden])}
     assert shapes("decode_b2", "inputs")["keys[1]"] == ("fp32", [2, 256, 32])
     assert shapes("decode_b2", "outputs") == {
         "next_token": ("int64", [2]),
+        "checked_token": ("int64", [2]),
         "logits": ("fp32", [2, vocabulary]),
         "cache_index": ("int64", [2]),
-        "positions": ("int64", [2]),
+        "rope_rows": ("int64", [2, 8]),
     }
     assert shapes("prefill", "outputs")["logits"] == ("fp32", [1, vocabulary])
 

@@ -30,13 +30,13 @@ MAX_PATCHES = 65536  # the processor's max_pixels, 12,845,056, in patches of 14 
 
 @pytest.fixture(scope="module")
 def default(build: Build) -> Path:
-    words = {"operators": "fused", "visual_attention": "tnd"}
+    words = {"operators": "fused", "visual_attention": "segments"}
     return build("shapes_default", tiny_config(), dtype="bf16", batches="1,2", max_length=MAX_LENGTH, **words)[1]
 
 
 @pytest.fixture(scope="module")
 def other(build: Build) -> Path:
-    words = {"operators": "recipe", "visual_attention": "masked"}
+    words = {"operators": "recipe", "visual_attention": "tnd"}
     return build("shapes_other", tiny_config(), dtype="bf16", batches="1,2", max_length=MAX_LENGTH, **words)[1]
 
 
@@ -154,12 +154,10 @@ def test_the_default_form_reads_no_mask_but_a_fixed_one_and_the_other_form_is_wa
     ]
     assert not plain["prefill"]["masks"][0]["warning"]
     assert not plain["visual"]["masks"] and not plain["decode_b1"]["masks"]
-    masked = costs(other, run, "--tokens", "32", "--patches", "16")
-    for name, shape in (("visual", [1, 1, 16, 16]), ("prefill", [1, 1, 32, MAX_LENGTH])):
-        (mask,) = masked[name]["masks"]
-        assert (mask["shape"], mask["quadratic"], mask["bytes"]) == (shape, True, shape[2] * shape[3])
-        assert "grows with" in mask["warning"]
-    assert "warning: visual: mask segment_mask" in run("inspect", other).stdout
+    (mask,) = costs(other, run, "--tokens", "32", "--patches", "16")["prefill"]["masks"]
+    assert (mask["shape"], mask["quadratic"], mask["bytes"]) == ([1, 1, 32, MAX_LENGTH], True, 32 * MAX_LENGTH)
+    assert "grows with" in mask["warning"]
+    assert "warning: prefill: mask mask" in run("inspect", other).stdout
     assert "warning" not in run("inspect", default).stdout
 
 
@@ -231,11 +229,11 @@ def test_the_report_fits_in_100_columns(default: Path) -> None:
     assert not any("…" in line for line in lines)
 
 
-def largest_picture(run: Run, folder: Path, depth: int, attention: str) -> dict[str, Any]:
+def largest_picture(run: Run, folder: Path, depth: int) -> dict[str, Any]:
     """Cost of the visual graph with the published vision shape, and next to nothing behind it."""
     config = tiny_config(num_hidden_layers=1, vision={"depth": depth, **PUBLISHED_VISION})
     (folder / "config.json").write_text(json.dumps(config))
-    words = ("--out", folder / "graphs", "--max-length", "64", "--visual-attention", attention)
+    words = ("--out", folder / "graphs", "--max-length", "64")
     result = run("compile", "--config", folder / "config.json", *words)
     assert result.exit_code == 0, result.output
     found: dict[str, Any] = costs(folder / "graphs", run, "--patches", str(MAX_PATCHES))["visual"]
@@ -244,20 +242,10 @@ def largest_picture(run: Run, folder: Path, depth: int, attention: str) -> dict[
 
 @pytest.mark.slow
 def test_at_the_processor_s_largest_picture_no_tensor_of_the_tower_takes_1_5_gb(run: Run, tmp_path: Path) -> None:
-    found = largest_picture(run, tmp_path, depth=32, attention="tnd")
+    found = largest_picture(run, tmp_path, depth=32)
     assert found["lengths"]["patches"] == MAX_PATCHES
     assert found["largest_tensor"]["bytes"] == MAX_PATCHES * 5120 * BF16 < 1.5e9
     assert found["masks"] == []
-
-
-def test_at_the_processor_s_largest_picture_a_dense_mask_is_4_gib_and_said_to_be(run: Run, tmp_path: Path) -> None:
-    found = largest_picture(run, tmp_path, depth=1, attention="masked")
-    (mask,) = found["masks"]
-    assert (mask["dtype"], mask["bytes"]) == ("bool", 4 << 30)
-    assert found["largest_tensor"]["name"] == "segment_mask"
-    warned = run("inspect", tmp_path / "graphs", "--patches", str(MAX_PATCHES)).stdout
-    assert "warning: visual: mask segment_mask bool [1, 1, 65536, 65536], 4.29 GB" in warned
-    assert "more than 64 MiB" in mask["warning"]
 
 
 def test_an_estimate_for_a_model_that_no_single_device_holds_says_so(default: Path) -> None:

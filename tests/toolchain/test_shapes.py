@@ -23,12 +23,12 @@ from ..conftest import Build
 from .test_inspect import graph_of
 
 FORMS = {
-    "default": {"operators": "fused", "visual_attention": "tnd"},
-    "other": {"operators": "recipe", "visual_attention": "masked"},
+    "default": {"operators": "fused", "visual_attention": "segments"},
+    "other": {"operators": "recipe", "visual_attention": "tnd"},
 }
 Shape = tuple[str, tuple[int, ...]]
 DTYPE_NAMES = {dtype: name for name, dtype in TORCH_DTYPES.items()}
-LENGTHS = Lengths(patches=24, segments=(16, 8), tokens=11, image_tokens=6)
+LENGTHS = Lengths(patches=32, segments=(16, 16), tokens=11, image_tokens=8)
 
 
 def observed(path: Path, lengths: Lengths) -> dict[str, dict[str, list[Shape]]]:
