@@ -11,11 +11,11 @@ from typing import Any
 import numpy as np
 
 from ...artifacts.config import ModelConfig, model_config_from_hf
-from ...artifacts.errors import ArtifactError, ConfigError, ToolchainError, WeightError
+from ...artifacts.errors import ArtifactError, ConfigError, WeightError
 from ...artifacts.integrity import check_relative
 from ...artifacts.parameters import parameters
 from ...artifacts.safetensors import MAX_HEADER_BYTES, read_header
-from ...artifacts.schema import parse_json
+from .files import read_object
 from .names import Rule, is_quantized, is_recomputed, legacy_name, new_name, rule_for
 
 SINGLE_FILE = "model.safetensors"
@@ -75,19 +75,6 @@ class Checkpoint:
     files: tuple[SourceFile, ...]
 
 
-def read_json(path: Path, error_type: type[ToolchainError] = ConfigError) -> dict[str, Any]:
-    """A JSON object. Raises `error_type` naming the file."""
-    try:
-        value = parse_json(path.read_bytes(), str(path))
-    except ArtifactError as error:
-        raise error_type(str(error)) from error
-    except OSError as error:
-        raise error_type(f"{path}: cannot read: {error.strerror}") from error
-    if not isinstance(value, dict):
-        raise error_type(f"{path}: expected a JSON object")
-    return value
-
-
 def _shown(names: Iterable[str]) -> str:
     ordered = sorted(names)
     more = f" and {len(ordered) - _NAMES_SHOWN} more" if len(ordered) > _NAMES_SHOWN else ""
@@ -100,7 +87,7 @@ def _find_files(folder: Path) -> tuple[list[str], dict[str, str]]:
     if (folder / SINGLE_FILE).exists():
         return [SINGLE_FILE], {}
     if (folder / INDEX_FILE).exists():
-        weight_map = read_json(folder / INDEX_FILE, WeightError).get("weight_map")
+        weight_map = (read_object(folder, INDEX_FILE, WeightError) or {}).get("weight_map")
         if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
             raise WeightError(f"{folder / INDEX_FILE}: weight_map is not an object of file names; download it again")
         for name in set(weight_map.values()):
@@ -228,7 +215,7 @@ def open_checkpoint(folder: Path) -> Iterator[Checkpoint]:
     """
     if not (folder / "config.json").is_file():
         raise ConfigError(f"{folder}: no config.json there; --src wants the folder of a Qwen2-VL checkpoint")
-    plain = read_json(folder / "config.json")
+    plain = read_object(folder, "config.json") or {}
     config = model_config_from_hf(plain)
     rules = tuple(rule_for(parameter, config) for parameter in parameters(config))
     names, weight_map = _find_files(folder)
