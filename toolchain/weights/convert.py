@@ -25,8 +25,8 @@ from .folding import fold_bias, fold_weight
 from .names import Make, Rule
 from .notes import config_notes
 from .processor import ProcessorFiles, copy_processor, read_processor
-from .source import Checkpoint, open_checkpoint
-from .stream import Piece, computed, load, numpy_dtype, write_shard
+from .source import Checkpoint, numpy_dtype, open_checkpoint
+from .stream import Piece, computed, load, write_shard
 
 SHARD_BYTES = 2 << 30
 _TORCH_DTYPES = {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32"}

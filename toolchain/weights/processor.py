@@ -6,16 +6,18 @@ chat_template.jinja, preprocessor_config.json, and generation_config.json as it 
 """
 
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from ...artifacts.config import ModelConfig
-from ...artifacts.errors import ArtifactError, ConfigError
+from ...artifacts.errors import ArtifactError, ConfigError, RequestError
 from ...artifacts.manifest import FileEntry, Folding
 from ...artifacts.schema import dump_json, shown
 from ...artifacts.staging import Staging
 from ...runtime.prompt import Processor
+from ...runtime.settings import settings_for
 from ...runtime.vision import ImageSettings, image_settings_from_hf
 from .files import parse_object, read_file, read_object
 from .folding import folding_from_hf
@@ -55,12 +57,7 @@ def read_processor(folder: Path, config: ModelConfig, plain_config: Mapping[str,
     if (generation := read_file(folder, _GENERATION)) is not None:
         parse_object(generation, folder / _GENERATION)
         files[_GENERATION] = generation
-    try:
-        processor = Processor(files, config)
-        if template.source is not None:
-            _ = processor.template  # compiled at first use
-    except ArtifactError as error:
-        raise ConfigError(f"{folder}/{error}") from error
+    processor = _as_a_load_reads(folder, files, config)
     outside = [
         f"{token.content} ({i})"
         for i, token in processor.tokenizer.get_added_tokens_decoder().items()
@@ -73,6 +70,22 @@ def read_processor(folder: Path, config: ModelConfig, plain_config: Mapping[str,
             f"prompt is refused: {shown(outside)}"
         )
     return ProcessorFiles(files, folding, tuple(notes))
+
+
+def _as_a_load_reads(folder: Path, files: Mapping[str, bytes], config: ModelConfig) -> Processor:
+    """The processor that a load will make, after one request without settings of its own."""
+    try:
+        processor = Processor(files, config)
+        if "chat_template.jinja" in files:
+            with suppress(RequestError):  # a template may refuse this conversation, and take others
+                processor.prepare([{"role": "user", "content": "What is this?"}])
+    except ArtifactError as error:
+        raise ConfigError(f"{folder}/{error}") from error
+    try:
+        settings_for(processor.generation, config.text.vocab_size, {})
+    except RequestError as error:
+        raise ConfigError(f"{folder / _GENERATION}: {error}") from error
+    return processor
 
 
 def _pictures(

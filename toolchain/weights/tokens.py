@@ -88,7 +88,7 @@ def decide_tokens(folder: Path, class_of_config: Any = None) -> Tokens:
 
 
 def _stored_form(tokenizer: Tokenizer) -> bytes:
-    """tokenizer.json. The vocabulary has its added tokens too, where no merge makes them: a load else numbers them anew."""
+    """tokenizer.json with the added tokens in its vocabulary too, where no merge makes them: a load else renumbers."""
     plain = json.loads(tokenizer.to_str())
     for token in plain["added_tokens"]:
         plain["model"]["vocab"].setdefault(token["content"], token["id"])
