@@ -5,13 +5,12 @@ from dataclasses import dataclass, fields
 from typing import Any
 
 from .errors import ConfigError
-from .hf_fields import TEXT_DEFAULTS, VISION_DEFAULTS, WHOLE_DEFAULTS, Rope, Section, read_rope
+from .hf_fields import LARGEST_SIZE, TEXT_DEFAULTS, VISION_DEFAULTS, WHOLE_DEFAULTS, Rope, Section, read_rope
 from .schema import shown
 
 SUPPORTED_MODEL_TYPES = ("qwen2_vl",)
 # far above any model; without a limit a config of a few bytes could ask for weeks of work
 _MOST_LAYERS = 4096
-_LARGEST_SIZE = 1 << 31
 
 
 @dataclass(frozen=True)
@@ -111,11 +110,14 @@ def _text(text: Section, rope: Rope, tied: bool) -> TextConfig:
 
 def _vision(vision: Section) -> VisionConfig:
     embed_dim = vision.whole("embed_dim")
+    mlp_dim = embed_dim * vision.number("mlp_ratio")
+    if not 1 <= mlp_dim < LARGEST_SIZE:
+        raise vision.error("mlp_ratio", f"embed_dim {embed_dim} times it from 1 to {LARGEST_SIZE - 1}")
     config = VisionConfig(
         depth=vision.whole("depth"),
         embed_dim=embed_dim,
         num_heads=vision.whole("num_heads"),
-        mlp_dim=int(min(embed_dim * vision.number("mlp_ratio"), _LARGEST_SIZE)),
+        mlp_dim=int(mlp_dim),
         in_channels=vision.whole("in_channels"),
         patch_size=vision.whole("patch_size"),
         temporal_patch_size=vision.whole("temporal_patch_size"),
@@ -142,8 +144,8 @@ def contradiction(config: ModelConfig) -> str | None:
     for part, where in ((text, ""), (vision, "vision ")):
         for field in fields(part):
             value = getattr(part, field.name)
-            if type(value) is int and not 0 < value < _LARGEST_SIZE:
-                return f"{where}{field.name} is {value}, expected 1 to {_LARGEST_SIZE - 1}"
+            if type(value) is int and not 0 < value < LARGEST_SIZE:
+                return f"{where}{field.name} is {value}, expected 1 to {LARGEST_SIZE - 1}"
             if type(value) is float and not 0 < value < math.inf:
                 return f"{where}{field.name} is {value}, expected a positive number"
     if text.hidden_size % text.num_heads or text.num_heads % text.num_kv_heads:

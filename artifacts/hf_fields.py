@@ -1,6 +1,5 @@
 """Single fields of a config.json as transformers reads them: its classes' defaults, types, and what is refused."""
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -47,6 +46,11 @@ WHOLE_DEFAULTS: Mapping[str, Any] = {
 }
 
 
+# far above any model; without a limit a config of a few bytes could ask for weeks of work
+LARGEST_SIZE = 1 << 31
+_LARGEST_NUMBER = 1e300
+
+
 @dataclass(frozen=True)
 class Section:
     """One JSON object of a config.json. `where` precedes its fields' names in errors: "", "text_config." and so on.
@@ -62,9 +66,9 @@ class Section:
         return ConfigError(f"config.json: {self.where}{key} is {shown(self.fields.get(key))}, expected {expected}")
 
     def whole(self, key: str, least: int = 1) -> int:
-        """An integer of at least `least`. Raises ConfigError, as all of these do."""
+        """An integer from `least` up to LARGEST_SIZE. Raises ConfigError, as all of these do."""
         value = self.fields.get(key, self.defaults[key])
-        if type(value) is not int or value < least:
+        if type(value) is not int or not least <= value < LARGEST_SIZE:
             raise self.error(key, "a positive integer" if least == 1 else f"an integer of at least {least}")
         return value
 
@@ -72,7 +76,7 @@ class Section:
         """A finite number above 0."""
         value = self.fields.get(key, self.defaults[key])
         # an integer may be too large for a float
-        if type(value) not in (int, float) or not 0 < value < 1e300 or not math.isfinite(value):
+        if type(value) not in (int, float) or not 0 < value < _LARGEST_NUMBER:
             raise self.error(key, "a positive number")
         return float(value)
 
