@@ -258,6 +258,18 @@ def test_flags_of_added_tokens_decoder_count(folder: Path, flag: str) -> None:
     same_as_transformers(folder)
 
 
+@pytest.mark.parametrize("places", list(subsets(("no decoder", "as stored"))), ids="+".join)
+def test_a_named_token_is_special_as_in_transformers_whatever_tokenizer_json_says(
+    folder: Path, places: tuple[str, ...]
+) -> None:
+    def plain_text(plain: dict[str, Any]) -> None:
+        for token in plain["added_tokens"]:
+            token["special"] &= token["content"] != "<|im_end|>"
+
+    edit(folder / "tokenizer.json", plain_text)
+    test_special_and_added_tokens_are_those_of_transformers(folder, places)
+
+
 def test_added_tokens_that_do_not_count_are_named(folder: Path) -> None:
     edit(folder / "tokenizer_config.json", lambda plain: plain["added_tokens_decoder"].pop("291"))
     edit(folder / "tokenizer_config.json", lambda plain: plain.pop("additional_special_tokens"))

@@ -70,21 +70,27 @@ def decide_tokens(folder: Path, class_of_config: Any = None) -> Tokens:
                 TOKENIZER_CONFIG,
                 f"{switch} is {shown(files.settings[switch])}, which is not supported; set it to false",
             )
-    tokenizer = stored
     if rebuilt:
         _check_rebuilt(folder, stored)
-        tokenizer = _without_added(folder, data)
     merged = "added_tokens_decoder" not in files.settings
-    table = _table(files, merged, stored)
+    before = stored.get_added_tokens_decoder()
+    table = _table(files, merged, before)
     special = _Special(files, merged, rebuilt)
-    before = {token.content: i for i, token in stored.get_added_tokens_decoder().items()}
-    before_flags = _described(stored)
-    _add(tokenizer, table, special, rebuilt)
-    after = {token.content: i for i, token in tokenizer.get_added_tokens_decoder().items()}
-    changed = _described(tokenizer) != before_flags
+    after = before
+    # as published: all files say the same, and nothing of several megabytes need be made anew
+    marked = {token.content for token in table.values() if token.special}
+    if _described(table) != _described(before) or not marked.issuperset(each.content for each in special.all()):
+        tokenizer = _without_added(folder, data) if rebuilt else stored
+        _add(tokenizer, table, special, rebuilt)
+        after = tokenizer.get_added_tokens_decoder()
+        if _described(after) != _described(before):
+            data = _stored_form(tokenizer)
     named = {name: special.named[name].content for name in NAMES if name in special.named}
-    notes = _notes(files, merged, named, before, after, table)
-    return Tokens(_stored_form(tokenizer) if changed else data, named, notes)
+    return Tokens(data, named, _notes(files, merged, named, _ids(before), _ids(after), table))
+
+
+def _ids(tokens: Mapping[int, AddedToken]) -> dict[str, int]:
+    return {token.content: i for i, token in tokens.items()}
 
 
 def _stored_form(tokenizer: Tokenizer) -> bytes:
@@ -169,7 +175,7 @@ def _token(files: _Files, where: str, name: str, value: Any, **given: bool) -> A
     return AddedToken(content, **{**flags, **given})
 
 
-def _table(files: _Files, merged: bool, stored: Tokenizer) -> dict[int, AddedToken]:
+def _table(files: _Files, merged: bool, stored: Mapping[int, AddedToken]) -> dict[int, AddedToken]:
     """The added tokens by id: those of added_tokens_decoder, or else of added_tokens.json and tokenizer.json."""
     table: dict[int, AddedToken] = {}
     if not merged:
@@ -187,7 +193,7 @@ def _table(files: _Files, merged: bool, stored: Tokenizer) -> dict[int, AddedTok
         if type(number) is not int or not 0 <= number < 1 << 31:
             raise files.error(_ADDED, f"{shown(content)} is {shown(number)}, expected a token id")
         table[number] = AddedToken(content, normalized=content not in special, special=content in special)
-    table.update(stored.get_added_tokens_decoder())
+    table.update(stored)
     return table
 
 
@@ -233,10 +239,10 @@ def _add(tokenizer: Tokenizer, table: Mapping[int, AddedToken], special: _Specia
     named = {token.content for token in special.named.values()}
     known = {token.content for token in tokenizer.get_added_tokens_decoder().values()}
     for _, token in sorted(table.items()):
-        if token.content in named and not token.special:
-            token.special = True
         known.add(token.content)
-        tokenizer.add_tokens([token])
+        flags = {flag: getattr(token, flag) for flag in _FLAGS}
+        flags["special"] |= token.content in named
+        tokenizer.add_tokens([AddedToken(token.content, **flags)])
     for token in special.all():
         if token.content not in known:
             known.add(token.content)
@@ -245,11 +251,8 @@ def _add(tokenizer: Tokenizer, table: Mapping[int, AddedToken], special: _Specia
         tokenizer.add_tokens([AddedToken(token.content, special=True) for token in special.all()])
 
 
-def _described(tokenizer: Tokenizer) -> dict[int, tuple[Any, ...]]:
-    return {
-        i: (token.content, *(getattr(token, flag) for flag in _FLAGS))
-        for i, token in tokenizer.get_added_tokens_decoder().items()
-    }
+def _described(tokens: Mapping[int, AddedToken]) -> dict[int, tuple[Any, ...]]:
+    return {i: (token.content, *(getattr(token, flag) for flag in _FLAGS)) for i, token in tokens.items()}
 
 
 def _listed(tokens: Iterable[str]) -> str:
