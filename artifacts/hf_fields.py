@@ -1,5 +1,6 @@
 """Single fields of a config.json as transformers reads them: its classes' defaults, types, and what is refused."""
 
+import itertools
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -86,12 +87,12 @@ class Section:
             raise self.error(key, "true or false")
         return value
 
-    def inner(self, key: str, defaults: Mapping[str, Any], where: str | None = None) -> "Section":
+    def inner(self, key: str, defaults: Mapping[str, Any]) -> "Section":
         """The object that a field holds; null and absence are an empty one, as in transformers."""
         value = self.fields.get(key)
         if value is not None and not isinstance(value, dict):
             raise self.error(key, "a JSON object")
-        return Section(value or {}, defaults, f"{self.where}{key}." if where is None else where)
+        return Section(value or {}, defaults, f"{self.where}{key}.")
 
     def only(self, key: str, *accepted: Any, why: str = "") -> None:
         """Refuse a field that would change the arithmetic, unless it is absent or has one of these values."""
@@ -131,16 +132,17 @@ def read_rope(text: Section) -> Rope:
     Raises ConfigError for every type but the plain one, "default" or "mrope": frequencies and attention scaling of
     yarn, linear, dynamic, longrope and llama3 are not implemented, nor is one embedding per layer type.
     """
-    older = text.inner("rope_scaling", text.defaults)
-    # where both are there, transformers takes the older name
-    rope = older if older.fields else text.inner("rope_parameters", text.defaults)
-    for key in ("rope_type", "type"):
-        if rope.fields.get(key, "default") not in ("default", "mrope"):
+    older, newer = (text.inner(name, text.defaults) for name in ("rope_scaling", "rope_parameters"))
+    # also in the one that does not count: who wrote it there expects it to
+    for each, key in itertools.product((older, newer), ("rope_type", "type")):
+        if each.fields.get(key, "default") not in ("default", "mrope"):
             raise ConfigError(
-                f"config.json: {rope.where}{key} is {shown(rope.fields[key])}, which is not supported: only default "
+                f"config.json: {each.where}{key} is {shown(each.fields[key])}, which is not supported: only default "
                 "and mrope are; remove it to convert for the length that the model was trained with"
             )
-    for key in rope.fields.keys() - set(_ROPE_FIELDS):
+    # where both are there, transformers takes the older name
+    rope = older if older.fields else newer
+    for key in sorted(rope.fields.keys() - set(_ROPE_FIELDS)):
         if isinstance(rope.fields[key], dict):
             raise ConfigError(
                 f"config.json: {rope.where}{key} is a rotary embedding of its own for one type of layer, which is not "

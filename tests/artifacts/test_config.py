@@ -171,7 +171,12 @@ def test_a_rotary_embedding_that_does_not_count_is_named() -> None:
     plain = published("7b")
     assert config_notes(plain) == ()
     plain["rope_parameters"] = {**PLAIN_ROPE, "mrope_section": [8, 28, 28]}
-    assert any("rope_scaling counts" in note for note in config_notes(plain))
+    assert any("rope_parameters says another mrope_section" in note for note in config_notes(plain))
+    plain["rope_parameters"] = {**PLAIN_ROPE, "rope_type": "default", "rope_theta": 1e4}
+    assert model_config_from_hf(plain) == as_transformers(plain)
+    assert any("rope_parameters says another rope_theta" in note for note in config_notes(plain))
+    plain["rope_theta"] = 1e4
+    assert config_notes(plain) == ()
 
 
 def test_fields_at_the_top_of_a_nested_config_that_do_not_count_are_named() -> None:
@@ -221,6 +226,15 @@ def test_other_rotary_embeddings_are_refused_by_name_wherever_they_stand(
         holder["rope_parameters"], name = holder["rope_parameters"], "rope_scaling"
     holder[name] = {"mrope_section": [16, 24, 24], **scaling}
     with pytest.raises(ConfigError, match=rf"config\.json: .*{name}"):
+        model_config_from_hf(plain)
+
+
+@pytest.mark.parametrize("nested", [False, True])
+def test_a_scaling_beside_a_plain_rope_scaling_is_not_dropped(nested: bool) -> None:
+    plain = nested_config(published("7b")) if nested else published("7b")
+    text_of(plain)["rope_scaling"] = dict(PLAIN_ROPE)
+    text_of(plain)["rope_parameters"] = {**PLAIN_ROPE, "rope_type": "yarn", "factor": 4.0}
+    with pytest.raises(ConfigError, match=r"rope_parameters\.rope_type is 'yarn', which is not supported"):
         model_config_from_hf(plain)
 
 

@@ -32,13 +32,10 @@ def config_notes(config: Mapping[str, Any]) -> tuple[str, ...]:
             notes.append("config.json: tie_word_embeddings is true at the top or in text_config alone, and counts")
     rope: Any = text if nested else config
     older, newer = rope.get("rope_scaling"), rope.get("rope_parameters")
-    if older and newer and any(newer.get(key, value) != value for key, value in older.items()):
-        notes.append("config.json: rope_scaling counts, rope_parameters says something else")
-    elif (
-        older
-        and newer
-        and newer.get("rope_theta", rope.get("rope_theta"))
-        != older.get("rope_theta", rope.get("rope_theta", TEXT_DEFAULTS["rope_theta"]))
-    ):
-        notes.append("config.json: rope_scaling counts, rope_parameters and its rope_theta do not")
+    if older and newer:
+        counting = {"rope_theta": rope.get("rope_theta", TEXT_DEFAULTS["rope_theta"]), **older}
+        if differing := [key for key, value in counting.items() if newer.get(key, value) != value and key != "type"]:
+            notes.append(
+                f"config.json: rope_scaling counts, as in transformers; rope_parameters says another {differing[0]}"
+            )
     return tuple(notes)
