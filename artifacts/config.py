@@ -5,11 +5,12 @@ from dataclasses import dataclass, fields
 from typing import Any
 
 from .errors import ConfigError
+from .hf_fields import LARGEST_SIZE, TEXT_DEFAULTS, VISION_DEFAULTS, WHOLE_DEFAULTS, Rope, Section, read_rope
+from .schema import shown
 
 SUPPORTED_MODEL_TYPES = ("qwen2_vl",)
 # far above any model; without a limit a config of a few bytes could ask for weeks of work
 _MOST_LAYERS = 4096
-_LARGEST_SIZE = 1 << 31
 
 
 @dataclass(frozen=True)
@@ -79,79 +80,59 @@ class ModelConfig:
     vision_end_token_id: int
 
 
-def _take(source: dict[str, Any], key: str, kind: type | tuple[type, ...], default: Any = None) -> Any:
-    value = source.get(key, default)
-    if value is None:
-        raise ConfigError(f"config.json: {key} is missing")
-    accepted = (int, float) if kind is float else kind
-    if not isinstance(value, accepted) or (isinstance(value, bool) and kind is not bool):
-        raise ConfigError(f"config.json: {key} is {value!r}, expected {getattr(kind, '__name__', kind)}")
-    return value
-
-
-def _positive(source: dict[str, Any], key: str, default: Any = None) -> int:
-    value: int = _take(source, key, int, default)
-    if value <= 0:
-        raise ConfigError(f"config.json: {key} is {value}, expected a positive integer")
-    return value
-
-
-def _positive_float(source: dict[str, Any], key: str, default: float) -> float:
-    value = float(_take(source, key, float, default))
-    if not math.isfinite(value) or value <= 0:
-        raise ConfigError(f"config.json: {key} is {value}, expected a positive number")
-    return value
-
-
-def _text(text: dict[str, Any], whole: dict[str, Any]) -> TextConfig:
-    # transformers renamed rope_scaling to rope_parameters and moved rope_theta into it
-    rope = text.get("rope_parameters") or text.get("rope_scaling") or whole.get("rope_scaling") or {}
-    kind = rope.get("rope_type") or rope.get("type")
-    if kind not in ("mrope", "default") or "mrope_section" not in rope:
-        raise ConfigError(f"config.json: rotary embedding is {rope!r}, expected type mrope with mrope_section")
-    section = rope["mrope_section"]
-    if not isinstance(section, list) or len(section) != 3 or not all(type(n) is int and n > 0 for n in section):
-        raise ConfigError(f"config.json: mrope_section is {section!r}, expected three positive integers")
-    if _take(text, "hidden_act", str, "silu") != "silu":
-        raise ConfigError(f"config.json: hidden_act is {text['hidden_act']!r}, expected 'silu'")
-    if text.get("use_sliding_window"):
-        raise ConfigError("config.json: use_sliding_window is true; sliding-window attention is not supported")
-    theta = rope if "rope_theta" in rope else text
-    heads = _positive(text, "num_attention_heads")
+def _text(text: Section, rope: Rope, tied: bool) -> TextConfig:
+    heads = text.whole("num_attention_heads")
     config = TextConfig(
-        hidden_size=_positive(text, "hidden_size"),
-        intermediate_size=_positive(text, "intermediate_size"),
-        num_layers=_positive(text, "num_hidden_layers"),
+        hidden_size=text.whole("hidden_size"),
+        intermediate_size=text.whole("intermediate_size"),
+        num_layers=text.whole("num_hidden_layers"),
         num_heads=heads,
-        num_kv_heads=_positive(text, "num_key_value_heads", heads),
-        vocab_size=_positive(text, "vocab_size"),
-        rms_norm_eps=_positive_float(text, "rms_norm_eps", 1e-6),
-        rope_theta=_positive_float(theta, "rope_theta", 1e6),
-        mrope_section=(section[0], section[1], section[2]),
-        tie_word_embeddings=_take(
-            whole if "tie_word_embeddings" in whole else text, "tie_word_embeddings", bool, False
-        ),
-        max_position_embeddings=_positive(text, "max_position_embeddings", 32768),
+        # null, unlike absence, means one per head
+        num_kv_heads=heads if text.fields.get("num_key_value_heads", 0) is None else text.whole("num_key_value_heads"),
+        vocab_size=text.whole("vocab_size"),
+        rms_norm_eps=text.number("rms_norm_eps"),
+        rope_theta=rope.theta,
+        mrope_section=rope.section,
+        tie_word_embeddings=tied,
+        max_position_embeddings=text.whole("max_position_embeddings"),
     )
+    text.only("hidden_act", "silu")
+    text.only("use_sliding_window", False, None, why="sliding-window attention is not supported")
+    # transformers computes with biases in q, k and v alone, whatever these say
+    text.only("attention_bias", True, None)
+    text.only("mlp_bias", False, None)
+    text.only("head_dim", config.hidden_size // heads, None, why="hidden_size / num_attention_heads")
+    layers = text.fields.get("layer_types")
+    if layers is not None and layers != ["full_attention"] * config.num_layers:
+        raise text.error("layer_types", f"full_attention for each of the {config.num_layers} layers")
     return config
 
 
-def _vision(vision: dict[str, Any]) -> VisionConfig:
-    if _take(vision, "hidden_act", str, "quick_gelu") != "quick_gelu":
-        raise ConfigError(f"config.json: vision hidden_act is {vision['hidden_act']!r}, expected 'quick_gelu'")
-    embed_dim = _positive(vision, "embed_dim")
+def _vision(vision: Section) -> VisionConfig:
+    embed_dim = vision.whole("embed_dim")
+    mlp_dim = embed_dim * vision.number("mlp_ratio")
+    if not 1 <= mlp_dim < LARGEST_SIZE:
+        raise vision.error("mlp_ratio", f"embed_dim {embed_dim} times it from 1 to {LARGEST_SIZE - 1}")
     config = VisionConfig(
-        depth=_positive(vision, "depth"),
+        depth=vision.whole("depth"),
         embed_dim=embed_dim,
-        num_heads=_positive(vision, "num_heads"),
-        mlp_dim=int(min(embed_dim * _positive_float(vision, "mlp_ratio", 4), _LARGEST_SIZE)),
-        # the published files write in_chans, transformers saves in_channels
-        in_channels=_positive(vision, "in_channels", vision.get("in_chans", 3)),
-        patch_size=_positive(vision, "patch_size"),
-        temporal_patch_size=_positive(vision, "temporal_patch_size", 2),
-        spatial_merge_size=_positive(vision, "spatial_merge_size", 2),
-        hidden_size=_positive(vision, "hidden_size"),
+        num_heads=vision.whole("num_heads"),
+        mlp_dim=int(mlp_dim),
+        in_channels=vision.whole("in_channels"),
+        patch_size=vision.whole("patch_size"),
+        temporal_patch_size=vision.whole("temporal_patch_size"),
+        spatial_merge_size=vision.whole("spatial_merge_size"),
+        hidden_size=vision.whole("hidden_size"),
     )
+    vision.only("hidden_act", "quick_gelu")
+    # the published files' name, which no version of transformers reads
+    vision.same("in_chans", config.in_channels, "in_channels")
+    # names that transformers takes for these since version 5
+    vision.same("num_attention_heads", config.num_heads, "num_heads")
+    vision.same("num_hidden_layers", config.depth, "depth")
+    rope = vision.inner("rope_parameters", {})
+    rope.only("rope_type", "axial", "default", None)
+    rope.only("rope_theta", 10000, 10000.0, None)
     return config
 
 
@@ -163,8 +144,8 @@ def contradiction(config: ModelConfig) -> str | None:
     for part, where in ((text, ""), (vision, "vision ")):
         for field in fields(part):
             value = getattr(part, field.name)
-            if type(value) is int and not 0 < value < _LARGEST_SIZE:
-                return f"{where}{field.name} is {value}, expected 1 to {_LARGEST_SIZE - 1}"
+            if type(value) is int and not 0 < value < LARGEST_SIZE:
+                return f"{where}{field.name} is {value}, expected 1 to {LARGEST_SIZE - 1}"
             if type(value) is float and not 0 < value < math.inf:
                 return f"{where}{field.name} is {value}, expected a positive number"
     if text.hidden_size % text.num_heads or text.num_heads % text.num_kv_heads:
@@ -191,41 +172,48 @@ def contradiction(config: ModelConfig) -> str | None:
 
 
 def model_config_from_hf(config: Any) -> ModelConfig:
-    """Read a parsed HF config.json, flat (published) or nested (`text_config`).
+    """Read a parsed HF config.json, flat (published) or nested (`text_config`); what it leaves out has the default of
+    transformers' classes.
 
-    Raises ConfigError for an unsupported model_type, quantized checkpoints, and shapes that contradict each other.
+    Raises ConfigError naming the field for a value of a wrong type or range, for what this toolchain does not compute
+    (other model types, rotary embeddings, activations, quantization), and for shapes that contradict each other.
     """
     if not isinstance(config, dict):
         raise ConfigError("config.json: expected a JSON object")
     model_type = config.get("model_type")
     if model_type not in SUPPORTED_MODEL_TYPES:
         raise ConfigError(
-            f"config.json: model_type {model_type!r} is not supported; supported: {', '.join(SUPPORTED_MODEL_TYPES)}"
+            f"config.json: model_type {shown(model_type)} is not supported; supported: "
+            f"{', '.join(SUPPORTED_MODEL_TYPES)}"
         )
     if quantization := config.get("quantization_config"):
-        method = quantization.get("quant_method", "unknown") if isinstance(quantization, dict) else "unknown"
+        method = quantization.get("quant_method") if isinstance(quantization, dict) else None
         raise ConfigError(
-            f"config.json: quantized checkpoints ({method}) are not supported yet; use the unquantized one"
+            "config.json: quantization_config: quantized checkpoints "
+            f"({method[:40] if isinstance(method, str) else 'unknown'}) are not supported yet; use the unquantized one"
         )
-    text = config.get("text_config", config)
-    vision = config.get("vision_config")
-    if not isinstance(text, dict) or not isinstance(vision, dict):
-        raise ConfigError("config.json: text_config and vision_config must be JSON objects")
-    text_config = _text(text, config)
-
-    def token(key: str, default: int) -> int:
-        # transformers' own defaults for Qwen2-VL, where a nested config.json leaves the field out
-        value: int = _take(config if key in config else text, key, int, default)
-        return value
-
+    whole = Section(config, WHOLE_DEFAULTS)
+    nested = config.get("text_config") is not None
+    text = whole.inner("text_config", TEXT_DEFAULTS) if nested else Section(config, TEXT_DEFAULTS)
+    rope = read_rope(text)
+    if nested and (config.get("rope_scaling") or config.get("rope_parameters")):
+        # transformers reads the one in text_config alone; who changed this one expects it to count
+        outer = read_rope(Section(config, {**TEXT_DEFAULTS, "rope_theta": rope.theta}))
+        if outer != rope:
+            raise ConfigError(
+                f"config.json: rope_scaling or rope_parameters at the top says {outer}, text_config {rope}; keep the "
+                "one in text_config"
+            )
+    # saved by versions from 4.52 in text_config; 5 ties where either says so
+    tied = whole.flag("tie_word_embeddings") or text.flag("tie_word_embeddings")
     found = ModelConfig(
         model_type=model_type,
-        text=text_config,
-        vision=_vision(vision),
-        image_token_id=token("image_token_id", 151655),
-        video_token_id=token("video_token_id", 151656),
-        vision_start_token_id=token("vision_start_token_id", 151652),
-        vision_end_token_id=token("vision_end_token_id", 151653),
+        text=_text(text, rope, tied),
+        vision=_vision(whole.inner("vision_config", VISION_DEFAULTS)),
+        image_token_id=whole.whole("image_token_id", 0),
+        video_token_id=whole.whole("video_token_id", 0),
+        vision_start_token_id=whole.whole("vision_start_token_id", 0),
+        vision_end_token_id=whole.whole("vision_end_token_id", 0),
     )
     if problem := contradiction(found):
         raise ConfigError(f"config.json: {problem}")

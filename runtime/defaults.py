@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..artifacts.errors import ArtifactError
-from ..artifacts.schema import parse_json
+from ..artifacts.schema import parse_json, shown
 
 # settings that change the output and are not implemented, each with the values that change nothing
 _NEUTRAL: dict[str, tuple[Any, ...]] = {
@@ -66,24 +66,27 @@ def generation_defaults_from_hf(
         raise ArtifactError(f"{where}: got {type(plain).__name__}, expected an object")
     for name, neutral in _NEUTRAL.items():
         if plain.get(name) not in neutral:
-            raise ArtifactError(f"{where}: {name} is {plain[name]!r}, which is not supported; remove it")
+            raise ArtifactError(
+                f"{where}: {name} is {shown(plain[name])}, which is not supported; remove it from the checkpoint's "
+                "generation_config.json and convert again"
+            )
 
     def token(name: str, value: Any) -> int:
         if type(value) is not int or not 0 <= value < vocab_size:
-            raise ArtifactError(f"{where}: {name} is {value!r}, expected a token id below {vocab_size}")
+            raise ArtifactError(f"{where}: {name} is {shown(value)}, expected a token id below {vocab_size}")
         return value
 
     def number(name: str, default: float, least: float, most: float = float("inf")) -> float:
         value = plain.get(name)
         value = default if value is None else value
         if type(value) not in (int, float) or not math.isfinite(value) or not least <= value <= most:
-            raise ArtifactError(f"{where}: {name} is {value!r}, expected a number from {least} to {most}")
+            raise ArtifactError(f"{where}: {name} is {shown(value)}, expected a number from {least} to {most}")
         return float(value)
 
     def whole(name: str, least: int) -> int | None:
         value = plain.get(name)
         if value is not None and (type(value) is not int or value < least):
-            raise ArtifactError(f"{where}: {name} is {value!r}, expected an integer of at least {least}")
+            raise ArtifactError(f"{where}: {name} is {shown(value)}, expected an integer of at least {least}")
         return value
 
     listed = plain.get("eos_token_id")
@@ -98,12 +101,12 @@ def generation_defaults_from_hf(
     pad = plain.get("pad_token_id")
     do_sample = False if plain.get("do_sample") is None else plain["do_sample"]
     if type(do_sample) is not bool:
-        raise ArtifactError(f"{where}: do_sample is {do_sample!r}, expected true or false")
+        raise ArtifactError(f"{where}: do_sample is {shown(do_sample)}, expected true or false")
     top_k = whole("top_k", 0)
     stop = plain.get("stop_strings") or []
     stop = [stop] if isinstance(stop, str) else stop
     if not isinstance(stop, list) or not all(isinstance(text, str) and text for text in stop):
-        raise ArtifactError(f"{where}: stop_strings is {plain['stop_strings']!r}, expected strings")
+        raise ArtifactError(f"{where}: stop_strings is {shown(plain['stop_strings'])}, expected strings")
     defaults = GenerationDefaults(
         eos_token_ids=eos,
         pad_token_id=eos[0] if pad is None else token("pad_token_id", pad),

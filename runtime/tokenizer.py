@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from typing import Any, NoReturn
 
 from tokenizers import Tokenizer
+from tokenizers.models import BPE
 
 from ..artifacts.errors import ArtifactError
 
@@ -16,6 +17,16 @@ QWEN2_PATTERN = (
 _NORMALIZERS = ("NFC", "NFD", "NFKC", "NFKD", "Lowercase", "StripAccents")
 _DECODERS = ("ByteLevel",)
 _PRE_TOKENIZERS = ("Split", "ByteLevel")
+# the model's settings, with which encoding is what transformers computes; dropout would make it random
+_MODEL: dict[str, tuple[Any, ...]] = {
+    "dropout": (None, 0.0),
+    "unk_token": (None,),
+    "continuing_subword_prefix": (None, ""),
+    "end_of_word_suffix": (None, ""),
+    "fuse_unk": (False,),
+    "byte_fallback": (False,),
+    "ignore_merges": (False,),
+}
 
 
 def open_tokenizer(data: bytes, where: str = "tokenizer.json") -> Tokenizer:
@@ -27,12 +38,20 @@ def open_tokenizer(data: bytes, where: str = "tokenizer.json") -> Tokenizer:
         tokenizer = Tokenizer.from_buffer(data)
     except BaseException as error:
         refuse(error, f"{where}: cannot be read")
+    if not isinstance(tokenizer.model, BPE):
+        raise ArtifactError(f"{where}: model is {type(tokenizer.model).__name__}, expected BPE")
+    for name, accepted in _MODEL.items():
+        if (value := getattr(tokenizer.model, name)) not in accepted:
+            raise ArtifactError(
+                f"{where}: model.{name} is {str(value)[:80]}, expected {accepted[0]}: text would be encoded otherwise "
+                "than by transformers"
+            )
     for part, known in (
         ("normalizer", _NORMALIZERS),
         ("pre_tokenizer", _PRE_TOKENIZERS),
         ("decoder", _DECODERS),
     ):
-        for step in _steps(getattr(tokenizer, part)):
+        for step in steps(getattr(tokenizer, part)):
             if step["type"] not in known:
                 raise ArtifactError(f"{where}: {part} {step['type']} is not one of Qwen2's: {', '.join(known)}")
             if step["type"] == "Split" and step.get("pattern") != {"Regex": QWEN2_PATTERN}:
@@ -45,7 +64,7 @@ def open_tokenizer(data: bytes, where: str = "tokenizer.json") -> Tokenizer:
     return tokenizer
 
 
-def _steps(part: Any) -> Iterator[dict[str, Any]]:
+def steps(part: Any) -> Iterator[dict[str, Any]]:
     """A part's settings, those of a sequence one by one."""
     if part is None:
         return

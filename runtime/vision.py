@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from ..artifacts.errors import ArtifactError, RequestError
-from ..artifacts.schema import parse_json
+from ..artifacts.schema import parse_json, shown
 
 _BICUBIC = 3  # PIL.Image.Resampling.BICUBIC, without importing PIL for a number
 _DEFAULT_MIN_PIXELS = 56 * 56
@@ -47,30 +47,33 @@ def image_settings_from_hf(data: bytes, where: str = "preprocessor_config.json")
     if not isinstance(plain, dict):
         raise ArtifactError(f"{where}: got {type(plain).__name__}, expected an object")
     for switch in ("do_resize", "do_convert_rgb"):
-        if plain.get(switch, True) is False:
-            raise ArtifactError(f"{where}: {switch} is false; only true is supported")
-    if plain.get("resample", _BICUBIC) not in (_BICUBIC, None):
-        raise ArtifactError(f"{where}: resample is {plain['resample']!r}, expected {_BICUBIC} (bicubic)")
-    size = plain.get("size") or {}
-    if not isinstance(size, dict):
-        raise ArtifactError(f"{where}: size is {size!r}, expected an object with shortest_edge and longest_edge")
+        if plain.get(switch) not in (None, True):
+            raise ArtifactError(f"{where}: {switch} is {shown(plain[switch])}; only true is supported")
+    if plain.get("resample") not in (None, _BICUBIC):
+        raise ArtifactError(f"{where}: resample is {shown(plain['resample'])}, expected {_BICUBIC} (bicubic)")
+    size = plain.get("size")
+    if size is not None and not isinstance(size, dict):
+        raise ArtifactError(f"{where}: size is {shown(size)}, expected an object with shortest_edge and longest_edge")
+    size = {"shortest_edge": _DEFAULT_MIN_PIXELS, "longest_edge": _DEFAULT_MAX_PIXELS} if size is None else size
 
     def positive(name: str, *candidates: Any) -> int:
         value = next(candidate for candidate in candidates if candidate is not None)
         if type(value) is not int or value <= 0:
-            raise ArtifactError(f"{where}: {name} is {value!r}, expected a positive integer")
+            raise ArtifactError(f"{where}: {name} is {shown(value)}, expected a positive integer")
         return value
 
-    def bound(name: str, edge: str, default: int) -> int:
-        return positive(name, plain.get(name), size.get(edge), size.get(name), default)
+    def bound(name: str, edge: str) -> int:
+        candidates = (plain.get(name), size.get(edge), size.get(name))
+        if all(candidate is None for candidate in candidates):
+            raise ArtifactError(
+                f"{where}: size has {shown(sorted(size))} and no {edge}, nor is there a {name}; expected shortest_edge "
+                "and longest_edge (in pixels of area)"
+            )
+        return positive(name, *candidates)
 
-    if size and not {"shortest_edge", "longest_edge", "min_pixels", "max_pixels"} & size.keys():
-        raise ArtifactError(
-            f"{where}: size has {sorted(size)}, expected shortest_edge and longest_edge (in pixels of area)"
-        )
     settings = ImageSettings(
-        min_pixels=bound("min_pixels", "shortest_edge", _DEFAULT_MIN_PIXELS),
-        max_pixels=bound("max_pixels", "longest_edge", _DEFAULT_MAX_PIXELS),
+        min_pixels=bound("min_pixels", "shortest_edge"),
+        max_pixels=bound("max_pixels", "longest_edge"),
         patch_size=positive("patch_size", plain.get("patch_size"), 14),
         temporal_patch_size=positive("temporal_patch_size", plain.get("temporal_patch_size"), 2),
         merge_size=positive("merge_size", plain.get("merge_size"), 2),

@@ -37,7 +37,6 @@ from .cli_options import (
     examples,
 )
 from .cli_values import batches, check_mode, check_source, config_file, dump, passes, releases
-from .compile import DEFAULT_MAX_LENGTH
 from .onnx_export import DEFAULT_WEIGHTS
 
 DEBUG_VARIABLE = "QWEN2VL_TC_DEBUG"
@@ -132,7 +131,7 @@ def compile(
     artifact: OptionalArtifact = None,
     mode: Mode = "dynamo",
     soc: Soc = DEFAULT_SOC,
-    max_length: MaxLength = DEFAULT_MAX_LENGTH,
+    max_length: MaxLength = None,
     batch: Batch = "1",
     dtype: Dtype = None,
     operators: Operators = "fused",
@@ -218,7 +217,7 @@ def build(
     out: Annotated[Path, typer.Option("--out", metavar="ARTIFACT", help="Replaced as a whole, at the very end.")],
     mode: Mode = "dynamo",
     soc: Soc = DEFAULT_SOC,
-    max_length: MaxLength = DEFAULT_MAX_LENGTH,
+    max_length: MaxLength = None,
     batch: Batch = "1",
     dtype: Dtype = None,
     operators: Operators = "fused",
@@ -237,7 +236,7 @@ def build(
     """
     from .build import Phases
     from .build import build as build_artifact
-    from .cli_output import print_admitted, print_compiled, print_written, warn_signed
+    from .cli_output import print_admitted, print_compiled, print_written, warn_notes, warn_signed
     from .compile import CompileOptions
     from .console import bytes_progress, fail, stdout, step_progress
 
@@ -263,6 +262,7 @@ def build(
     built = build_artifact(
         src, out, dtype=dtype, options=options, verify=not no_verify, sync=not no_sync, phases=phases
     )
+    warn_notes(built.converted)
     print_compiled(built.manifest)
     if built.report is not None:
         from .verify_report import render

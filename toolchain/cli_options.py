@@ -36,7 +36,12 @@ Mode = Annotated[
 ]
 Soc = Annotated[str, typer.Option("--soc", metavar="NAME", help="The SoC to compile for; none needs to be here.")]
 MaxLength = Annotated[
-    int, typer.Option("--max-length", metavar="N", help="Tokens that the KV cache holds: prompt and answer together.")
+    int | None,
+    typer.Option(
+        "--max-length",
+        metavar="N",
+        help="Tokens that the KV cache holds: prompt and answer together. Default: 8192, or what the model can.",
+    ),
 ]
 Batch = Annotated[
     str, typer.Option("--batch", metavar="N,...", help="Batch sizes to decode with, one graph each, such as 1,4.")

@@ -29,8 +29,15 @@ def warn_signed(target: Path) -> None:
         warn(f"{target} is signed; a change drops the signature: sign it again with `qwen2vl-tc sign`")
 
 
+def warn_notes(converted: "ConvertResult") -> None:
+    """Where the checkpoint's files contradict each other, and which of them counts."""
+    for note in converted.notes:
+        warn(note)
+
+
 def print_converted(converted: "ConvertResult", out: Path, has_graphs: bool) -> None:
     """What `convert` wrote, and what to run next."""
+    warn_notes(converted)
     weights = converted.weights
     resumed = f"; {converted.resumed_shards} resumed from a run that was stopped" if converted.resumed_shards else ""
     following = command("qwen2vl-tc", "inspect" if has_graphs else "compile", out)

@@ -21,17 +21,31 @@ if TYPE_CHECKING:
     from .check.check import GraphCheck
     from .graphs.signatures import Signature
 
-DEFAULT_MAX_LENGTH = 8192
+_DEFAULT_MAX_LENGTH = 8192
 FOLDER = "graphs/ge"
 Progress = Callable[[str, int, int], None]
 
 
+def cache_length(max_length: int | None, config: ModelConfig) -> int:
+    """Positions of the KV cache: what was asked for, or by default 8192, but no more than the model was made for.
+
+    Raises TargetError.
+    """
+    most = config.text.max_position_embeddings
+    length = min(_DEFAULT_MAX_LENGTH, most) if max_length is None else max_length
+    if not 2 <= length <= most:
+        raise TargetError(f"--max-length {length}: expected 2 to {most}, the model's max_position_embeddings")
+    return length
+
+
 @dataclass(frozen=True)
 class CompileOptions:
-    """What the graphs are compiled for. dtype None: that of the artifact's weights, or bf16 where there are none."""
+    """What the graphs are compiled for. dtype None: that of the artifact's weights, or bf16 where there are none;
+    max_length None: see cache_length.
+    """
 
     soc: str = DEFAULT_SOC
-    max_length: int = DEFAULT_MAX_LENGTH
+    max_length: int | None = None
     batches: tuple[int, ...] = (1,)
     dtype: str | None = None
     dump_pbtxt: bool = False
@@ -51,11 +65,7 @@ class CompileOptions:
             raise TargetError(f"--batch {','.join(map(str, self.batches))}: expected sizes from 1 to 256")
         if len(set(self.batches)) != len(self.batches):
             raise TargetError(f"--batch {','.join(map(str, self.batches))}: a size is given twice")
-        if not 2 <= self.max_length <= config.text.max_position_embeddings:
-            raise TargetError(
-                f"--max-length {self.max_length}: expected 2 to {config.text.max_position_embeddings}, the model's "
-                "max_position_embeddings"
-            )
+        cache_length(self.max_length, config)
         for option, value, known in (
             ("--operators", self.operators, OPERATORS),
             ("--visual-attention", self.visual_attention, VISUAL_ATTENTION),
@@ -169,7 +179,7 @@ def stage_graphs(
             operators=options.operators,
             visual_attention=options.visual_attention,
             dtype=dtype,
-            max_length=options.max_length,
+            max_length=cache_length(options.max_length, config),
             batches=options.batches,
             passes=_passes(options),
             versions={"torch": device.torch, "torch-npu": device.torch_npu, "cann": device.cann_version or "none"},
@@ -196,7 +206,7 @@ def _check_room(manifest: Manifest, options: CompileOptions, dtype: str) -> None
     free, _ = torch_npu.npu.mem_get_info()
     # all signatures' example caches live at once: one row of prefill's and every batch of decode's
     rows = 1 + sum(options.batches)
-    needed = memory_for(manifest, dtype, options.max_length, (rows,)).total
+    needed = memory_for(manifest, dtype, cache_length(options.max_length, manifest.model), (rows,)).total
     if needed > free:
         raise TargetError(
             f"{manifest.name}: tracing on this NPU needs {needed / 1e9:.1f} GB, {free / 1e9:.1f} GB are free; compile "
@@ -234,7 +244,8 @@ def _trace_all(config: ModelConfig, options: CompileOptions, dtype: str) -> list
 
     torch_dtype = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[dtype]
     # on the emulated NPU these pages are never touched: a 72B model costs no memory
-    model = empty_model(config, options.max_length, options.form, torch_dtype).to_empty(device="npu")
+    length = cache_length(options.max_length, config)
+    model = empty_model(config, length, options.form, torch_dtype).to_empty(device="npu")
     model.requires_grad_(False)
 
     def pending(signature: Signature) -> _PendingGraph:
@@ -254,10 +265,7 @@ def _trace_all(config: ModelConfig, options: CompileOptions, dtype: str) -> list
 
         return _PendingGraph(signature.name, run)
 
-    return [
-        pending(signature)
-        for signature in signatures(model, config, torch_dtype, options.max_length, options.batches, "npu")
-    ]
+    return [pending(signature) for signature in signatures(model, config, torch_dtype, length, options.batches, "npu")]
 
 
 def _stage_graph(
@@ -283,7 +291,9 @@ def _stage_graph(
     if options.dump_pbtxt:
         readable = staging.add(f"{folder}/graph.pbtxt", text_format.MessageToString(model).encode())  # type: ignore[arg-type]
     where = f"{folder}/graph.pb"
-    check = check_graph(read_graph(data, where), binding, config, options.max_length, options.soc, where)
+    check = check_graph(
+        read_graph(data, where), binding, config, cache_length(options.max_length, config), options.soc, where
+    )
     staged = Graph(
         name=binding.graph,
         graph=staging.add(where, data),
@@ -318,7 +328,7 @@ def _stage_constants(staging: Staging, config: ModelConfig, options: CompileOpti
     from .graphs.constants import constant_tables
 
     torch_dtype = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[dtype]
-    tables = constant_tables(config, options.max_length, torch_dtype, options.form)
+    tables = constant_tables(config, cache_length(options.max_length, config), torch_dtype, options.form)
     named = {torch.bool: "bool", torch.int64: "int64"}
     names = {name: named.get(table.dtype, dtype) for name, table in tables.items()}
     header = header_bytes((name, GRAPH_DTYPE_NAMES[names[name]], tuple(t.shape)) for name, t in tables.items())

@@ -15,7 +15,7 @@ from ..artifacts.manifest import FileEntry, Manifest, OnnxGraph, OnnxPart, Tenso
 from ..artifacts.parameters import parameters
 from ..artifacts.staging import Staging, require_disk, stage
 from ..artifacts.store import Artifact, open_artifact
-from .compile import DEFAULT_MAX_LENGTH
+from .compile import cache_length
 
 if TYPE_CHECKING:
     from ..exporters.onnx.source import Weights
@@ -32,21 +32,17 @@ Progress = Callable[[str, int, int], None]
 
 @dataclass(frozen=True)
 class OnnxOptions:
-    """What to export. standard_only: no operator outside the ONNX standard. max_length: positions of the KV cache."""
+    """What to export. standard_only: no operator outside the ONNX standard. max_length: see cache_length."""
 
     weights: str = DEFAULT_WEIGHTS
     standard_only: bool = False
-    max_length: int = DEFAULT_MAX_LENGTH
+    max_length: int | None = None
 
     def check(self, config: ModelConfig) -> None:
         """Raises TargetError for values that no model can be made for."""
         if self.weights not in WEIGHTS:
             raise TargetError(f"--weights {self.weights}: expected one of {', '.join(WEIGHTS)}")
-        if not 2 <= self.max_length <= config.text.max_position_embeddings:
-            raise TargetError(
-                f"--max-length {self.max_length}: expected 2 to {config.text.max_position_embeddings}, the model's "
-                "max_position_embeddings"
-            )
+        cache_length(self.max_length, config)
 
 
 def export_onnx(
@@ -122,7 +118,7 @@ def stage_onnx(
         block_size=BLOCK_LIMIT[form.bits] if form.bits else None,
         standard_only=options.standard_only,
         opset=OPSET,
-        max_length=options.max_length,
+        max_length=cache_length(options.max_length, manifest.model),
         versions={"onnx": importlib.metadata.version("onnx")},
         source=source,
         graphs=tuple(graphs),

@@ -1,7 +1,7 @@
 """The two passes of a verification: every output against transformers', then the intermediates of what failed."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np

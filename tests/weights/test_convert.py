@@ -238,7 +238,12 @@ def test_generation_config_and_separate_template_may_be_absent(tmp_path: Path) -
     for name in ("generation_config.json", "chat_template.json", "tokenizer_config.json"):
         (tmp_path / "hf" / name).unlink()
     convert(tmp_path / "hf", tmp_path / "out", sync=False)
-    assert files_of(tmp_path / "out" / "processor").keys() == {"tokenizer.json", "preprocessor_config.json"}
+    files = files_of(tmp_path / "out" / "processor")
+    assert files.keys() == {"tokenizer.json", "preprocessor_config.json", "tokenizer_config.json"}
+    # what transformers' Qwen2Tokenizer takes where nothing names them
+    assert json.loads(files["tokenizer_config.json"]) == dict.fromkeys(
+        ("eos_token", "unk_token", "pad_token"), "<|endoftext|>"
+    )
 
 
 def test_progress_ends_at_the_bytes_written(tmp_path: Path) -> None:

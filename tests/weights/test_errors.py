@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import ml_dtypes
 import numpy as np
 import pytest
 
@@ -262,6 +263,48 @@ def test_a_tied_checkpoint_with_another_head_is_refused(tmp_path: Path) -> None:
         WeightError, match=r"lm_head.weight differs from model.embed_tokens.weight, but config.json ties"
     ):
         convert(tmp_path / "hf", tmp_path / "out")
+
+
+@pytest.mark.parametrize("layout", ["flat", "nested"])
+@pytest.mark.parametrize("dtype", ["bf16", "fp16", "fp32"])
+def test_a_tied_head_may_be_of_another_dtype_if_it_has_the_same_values(tmp_path: Path, dtype: str, layout: str) -> None:
+    config = tiny_config(tie_word_embeddings=True)
+    write_checkpoint(tmp_path / "hf", config, dtype=dtype, layout=layout, stored_head=True, tokenizer=True)
+    convert(tmp_path / "hf", tmp_path / "same", sync=False)
+    numpy = {"bf16": ml_dtypes.bfloat16, "fp16": np.float16, "fp32": np.float32}[dtype]
+
+    def widen(stored: dict[str, tuple[str, list[int], bytes]], change: float = 0.0) -> None:
+        _, shape, content = stored["model.embed_tokens.weight"]
+        values = np.frombuffer(content, numpy).astype(np.float32)
+        values[-1] += change
+        stored["lm_head.weight"] = ("F32", shape, values.tobytes())
+
+    rewrite(tmp_path / "hf/model.safetensors", widen)
+    convert(tmp_path / "hf", tmp_path / "out", sync=False)
+    for path in (tmp_path / "same/weights").iterdir():
+        assert (tmp_path / "out/weights" / path.name).read_bytes() == path.read_bytes()
+    # less than a bf16 or fp16 could tell
+    rewrite(tmp_path / "hf/model.safetensors", lambda stored: widen(stored, 1e-4))
+    with pytest.raises(WeightError, match=r"lm_head.weight differs from model.embed_tokens.weight.*set tie_word"):
+        convert(tmp_path / "hf", tmp_path / "out", sync=False)
+
+
+@pytest.mark.parametrize("whole", [False, True])
+@pytest.mark.parametrize("files", [["adapter_config.json", "adapter_model.safetensors"], ["adapter_config.json"]])
+@pytest.mark.parametrize("with_config", [False, True])
+def test_an_adapter_is_called_one(good: Path, tmp_path: Path, files: list[str], whole: bool, with_config: bool) -> None:
+    shutil.copytree(good / "hf", tmp_path / "hf")
+    for name in files:
+        (tmp_path / "hf" / name).write_text("{}")
+    if not whole:
+        (tmp_path / "hf" / "model.safetensors").unlink()
+    if not with_config:
+        (tmp_path / "hf" / "config.json").unlink()
+    said = (
+        "a whole model and an adapter .*merge" if whole else r"an adapter \(LoRA\), not a model; merge it into its base"
+    )
+    with pytest.raises(WeightError, match=said):
+        convert(tmp_path / "hf", tmp_path / "out", sync=False)
 
 
 def sharded(folder: Path) -> Path:

@@ -19,13 +19,14 @@ from ...artifacts.integrity import OpenedFile
 from ...artifacts.manifest import DTYPES, FileEntry, Folding, Manifest, WeightsPart, empty_manifest
 from ...artifacts.parameters import FP32, Parameter
 from ...artifacts.safetensors import DTYPE_NAMES, ITEM_BYTES, header_bytes
-from ...artifacts.schema import dump_json, from_plain
+from ...artifacts.schema import dump_json, from_plain, shown
 from ...artifacts.staging import Staging, require_disk, stage
-from .folding import fold_bias, fold_weight, folding_from_hf
+from .folding import fold_bias, fold_weight
 from .names import Make, Rule
-from .processor import check_tokenizer, copy_processor, read_preprocessor
-from .source import Checkpoint, open_checkpoint
-from .stream import Piece, computed, load, numpy_dtype, write_shard
+from .notes import config_notes
+from .processor import ProcessorFiles, copy_processor, read_processor
+from .source import Checkpoint, numpy_dtype, open_checkpoint
+from .stream import Piece, computed, load, write_shard
 
 SHARD_BYTES = 2 << 30
 _TORCH_DTYPES = {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32"}
@@ -48,9 +49,10 @@ class Shard:
 
 @dataclass(frozen=True)
 class Plan:
-    """A checked conversion: only the tensors' values can still be wrong. `fingerprint` names its exact output."""
+    """A checked conversion: only the tensors' values can still be wrong. `fingerprint` names its exact weights."""
 
     checkpoint: Checkpoint
+    processor: ProcessorFiles
     dtype: str
     folding: Folding
     shards: tuple[Shard, ...]
@@ -63,13 +65,16 @@ class Plan:
 
 @dataclass(frozen=True)
 class ConvertResult:
-    """What was staged. `resumed_shards` were already there, from a run that was killed."""
+    """What was staged. `resumed_shards` were already there, from a run that was killed; `notes` say which of the
+    checkpoint's files contradict each other, and which of them counts.
+    """
 
     model: ModelConfig
     weights: WeightsPart
     processor: tuple[FileEntry, ...]
     bytes: int
     resumed_shards: int
+    notes: tuple[str, ...]
 
 
 def source_dtype(config: dict[str, Any]) -> str:
@@ -78,9 +83,9 @@ def source_dtype(config: dict[str, Any]) -> str:
     for level in (config, text if isinstance(text, dict) else {}):
         for key in ("torch_dtype", "dtype"):
             if (name := level.get(key)) is not None:
-                if name not in _TORCH_DTYPES:
+                if not isinstance(name, str) or name not in _TORCH_DTYPES:
                     raise ConfigError(
-                        f"config.json: {key} is {name!r}, expected one of {', '.join(_TORCH_DTYPES)}; "
+                        f"config.json: {key} is {shown(name)}, expected one of {', '.join(_TORCH_DTYPES)}; "
                         f"choose one with --dtype {'|'.join(DTYPES)}"
                     )
                 return _TORCH_DTYPES[name]
@@ -133,11 +138,11 @@ def plan_conversion(src: Path, dtype: str | None = None, *, shard_bytes: int = S
     if dtype is not None and dtype not in DTYPES:
         raise TargetError(f"--dtype {dtype}: expected one of {', '.join(DTYPES)}")
     with open_checkpoint(src) as checkpoint:
-        check_tokenizer(src)
-        folding = folding_from_hf(read_preprocessor(src), checkpoint.config.vision)
+        processor = read_processor(src, checkpoint.config, checkpoint.plain_config)
+        folding = processor.folding
         chosen = dtype or source_dtype(checkpoint.plain_config)
         shards = _shards(checkpoint, chosen, shard_bytes)
-        yield Plan(checkpoint, chosen, folding, shards, _fingerprint(checkpoint, chosen, folding, shards))
+        yield Plan(checkpoint, processor, chosen, folding, shards, _fingerprint(checkpoint, chosen, folding, shards))
 
 
 def _pieces(plan: Plan, rule: Rule) -> Iterator[Piece]:
@@ -219,7 +224,7 @@ def convert_planned(plan: Plan, staging: Staging, progress: Progress | None = No
     """
     try:
         files, resumed = _write_shards(plan, staging, progress or (lambda done, total: None))
-        processor = copy_processor(plan.checkpoint.folder, staging)
+        processor = copy_processor(plan.processor, staging)
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise
@@ -227,7 +232,8 @@ def convert_planned(plan: Plan, staging: Staging, progress: Progress | None = No
             f"{staging.target}: the disk is full; free some space and run the same command again: it resumes"
         ) from error
     weights = WeightsPart(plan.dtype, FP32, plan.folding, files)
-    return ConvertResult(plan.checkpoint.config, weights, processor, plan.bytes, resumed)
+    notes = (*config_notes(plan.checkpoint.plain_config), *plan.processor.notes)
+    return ConvertResult(plan.checkpoint.config, weights, processor, plan.bytes, resumed, notes)
 
 
 def convert_checkpoint(

@@ -1,6 +1,7 @@
 """Rescale, mean and std of the image processor folded into the patch embedding, so that patches stay uint8."""
 
-import math
+from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -9,6 +10,7 @@ import numpy.typing as npt
 from ...artifacts.config import VisionConfig
 from ...artifacts.errors import ConfigError
 from ...artifacts.manifest import Folding
+from ...artifacts.schema import shown
 
 # transformers' Qwen2VLImageProcessor: what it takes for fields that preprocessor_config.json leaves out
 _RESCALE = 1 / 255
@@ -16,51 +18,62 @@ _MEAN = (0.48145466, 0.4578275, 0.40821073)
 _STD = (0.26862954, 0.26130258, 0.27577711)
 
 
-def _flag(config: dict[str, Any], key: str) -> bool:
-    value = config.get(key)
-    if value is not None and not isinstance(value, bool):
-        raise ConfigError(f"preprocessor_config.json: {key} is {value!r}, expected true or false")
-    return True if value is None else value
+@dataclass(frozen=True)
+class _Settings:
+    """A processor's settings; `where` is the file, and the object in it."""
+
+    fields: Mapping[str, Any]
+    where: str
+
+    def error(self, key: str, expected: str) -> ConfigError:
+        return ConfigError(f"{self.where}: {key} is {shown(self.fields.get(key))}, expected {expected}")
+
+    def flag(self, key: str) -> bool:
+        value = self.fields.get(key)
+        if value is not None and not isinstance(value, bool):
+            raise self.error(key, "true or false")
+        return True if value is None else value
+
+    def number(self, key: str, value: Any) -> float:
+        if type(value) not in (int, float) or not abs(value) < 1e300:
+            raise ConfigError(f"{self.where}: {key} is {shown(value)}, expected a finite number")
+        return float(value)
+
+    def channels(self, key: str, default: tuple[float, float, float]) -> tuple[float, float, float]:
+        value = self.fields.get(key)
+        if value is None:
+            return default
+        if not isinstance(value, list) or len(value) != 3:
+            raise self.error(key, "three numbers, one per channel")
+        return (self.number(key, value[0]), self.number(key, value[1]), self.number(key, value[2]))
 
 
-def _number(value: Any, key: str) -> float:
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
-        raise ConfigError(f"preprocessor_config.json: {key} is {value!r}, expected a finite number")
-    return float(value)
-
-
-def _channels(config: dict[str, Any], key: str, default: tuple[float, float, float]) -> tuple[float, float, float]:
-    value = config.get(key)
-    if value is None:
-        return default
-    if not isinstance(value, list) or len(value) != 3:
-        raise ConfigError(f"preprocessor_config.json: {key} is {value!r}, expected three numbers, one per channel")
-    return (_number(value[0], key), _number(value[1], key), _number(value[2], key))
-
-
-def folding_from_hf(config: dict[str, Any], vision: VisionConfig) -> Folding:
-    """What preprocessor_config.json does to a pixel. A step that it switches off folds as 1, 0 and 1.
+def folding_from_hf(
+    config: Mapping[str, Any], vision: VisionConfig, where: str = "preprocessor_config.json"
+) -> Folding:
+    """What an image processor does to a pixel. A step that it switches off folds as 1, 0 and 1.
 
     Raises ConfigError for values that cannot be folded, and for patch sizes that differ from the model's.
     """
+    settings = _Settings(config, where)
     sizes = {
         "patch_size": vision.patch_size,
         "temporal_patch_size": vision.temporal_patch_size,
         "merge_size": vision.spatial_merge_size,
     }
     for key, wanted in sizes.items():
-        if config.get(key, wanted) != wanted:
-            raise ConfigError(f"preprocessor_config.json: {key} is {config[key]!r}, config.json says {wanted}")
+        if config.get(key) not in (None, wanted):
+            raise ConfigError(f"{where}: {key} is {shown(config[key])}, config.json says {wanted}")
     rescale, mean, std = 1.0, (0.0, 0.0, 0.0), (1.0, 1.0, 1.0)
-    if _flag(config, "do_rescale"):
+    if settings.flag("do_rescale"):
         factor = config.get("rescale_factor")
-        rescale = _number(_RESCALE if factor is None else factor, "rescale_factor")
-    if _flag(config, "do_normalize"):
-        mean, std = _channels(config, "image_mean", _MEAN), _channels(config, "image_std", _STD)
+        rescale = settings.number("rescale_factor", _RESCALE if factor is None else factor)
+    if settings.flag("do_normalize"):
+        mean, std = settings.channels("image_mean", _MEAN), settings.channels("image_std", _STD)
     if rescale <= 0:
-        raise ConfigError(f"preprocessor_config.json: rescale_factor is {rescale}, expected a positive number")
+        raise ConfigError(f"{where}: rescale_factor is {rescale}, expected a positive number")
     if min(std) <= 0:
-        raise ConfigError(f"preprocessor_config.json: image_std is {list(std)}, expected positive numbers")
+        raise ConfigError(f"{where}: image_std is {list(std)}, expected positive numbers")
     return Folding(rescale, mean, std)
 
 

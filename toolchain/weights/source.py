@@ -8,22 +8,29 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import ml_dtypes
 import numpy as np
 
 from ...artifacts.config import ModelConfig, model_config_from_hf
-from ...artifacts.errors import ArtifactError, ConfigError, ToolchainError, WeightError
+from ...artifacts.errors import ArtifactError, ConfigError, WeightError
 from ...artifacts.integrity import check_relative
 from ...artifacts.parameters import parameters
 from ...artifacts.safetensors import MAX_HEADER_BYTES, read_header
-from ...artifacts.schema import parse_json
+from .files import read_object
 from .names import Rule, is_quantized, is_recomputed, legacy_name, new_name, rule_for
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
 FLOAT_DTYPES = ("BF16", "F16", "F32")
+_NUMPY_DTYPES = {
+    "BF16": np.dtype(ml_dtypes.bfloat16),
+    "F16": np.dtype(np.float16),
+    "F32": np.dtype(np.float32),
+}
 _HEADER_BYTES = 8
 _NAMES_SHOWN = 6
-_COMPARED_BYTES = 8 << 20
+_COMPARED_VALUES = 4 << 20
+_ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors", "adapter_model.bin")
 
 
 @dataclass(frozen=True)
@@ -75,17 +82,9 @@ class Checkpoint:
     files: tuple[SourceFile, ...]
 
 
-def read_json(path: Path, error_type: type[ToolchainError] = ConfigError) -> dict[str, Any]:
-    """A JSON object. Raises `error_type` naming the file."""
-    try:
-        value = parse_json(path.read_bytes(), str(path))
-    except ArtifactError as error:
-        raise error_type(str(error)) from error
-    except OSError as error:
-        raise error_type(f"{path}: cannot read: {error.strerror}") from error
-    if not isinstance(value, dict):
-        raise error_type(f"{path}: expected a JSON object")
-    return value
+def numpy_dtype(dtype: str) -> np.dtype[Any]:
+    """The numpy dtype of a safetensors dtype name."""
+    return _NUMPY_DTYPES[dtype]
 
 
 def _shown(names: Iterable[str]) -> str:
@@ -100,7 +99,7 @@ def _find_files(folder: Path) -> tuple[list[str], dict[str, str]]:
     if (folder / SINGLE_FILE).exists():
         return [SINGLE_FILE], {}
     if (folder / INDEX_FILE).exists():
-        weight_map = read_json(folder / INDEX_FILE, WeightError).get("weight_map")
+        weight_map = (read_object(folder, INDEX_FILE, WeightError) or {}).get("weight_map")
         if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
             raise WeightError(f"{folder / INDEX_FILE}: weight_map is not an object of file names; download it again")
         for name in set(weight_map.values()):
@@ -117,6 +116,23 @@ def _find_files(folder: Path) -> tuple[list[str], dict[str, str]]:
             "transformers: Qwen2VLForConditionalGeneration.from_pretrained(folder).save_pretrained(other_folder)"
         )
     raise WeightError(f"{folder}: neither {SINGLE_FILE} nor {INDEX_FILE} there; download the checkpoint's weights")
+
+
+def _refuse_adapter(folder: Path) -> None:
+    found = [name for name in _ADAPTER_FILES if (folder / name).exists()]
+    if not found:
+        return
+    if not any((folder / name).exists() for name in (SINGLE_FILE, INDEX_FILE)):
+        raise WeightError(
+            f"{folder}: holds {found[0]}: an adapter (LoRA), not a model; merge it into its base model first, with "
+            "peft: PeftModel.from_pretrained(base, folder).merge_and_unload().save_pretrained(merged), copy the base "
+            "model's tokenizer and processor files beside it, and convert that folder"
+        )
+    # transformers would load the adapter on top where peft is installed
+    raise WeightError(
+        f"{folder}: holds a whole model and an adapter ({', '.join(found)}); merge the adapter, or remove these files "
+        "if the weights already include it"
+    )
 
 
 def _open_file(path: Path, stack: ExitStack) -> SourceFile:
@@ -204,20 +220,31 @@ def _check_shapes(found: dict[str, SourceTensor], rules: Iterable[Rule]) -> None
 
 
 def _check_tied(found: dict[str, SourceTensor]) -> None:
-    """A tied checkpoint may store its head as well, if it is the same."""
+    """A tied checkpoint may store its head as well, in any dtype, if it has the same values."""
     head, embedding = found.get("lm_head.weight"), found["model.embed_tokens.weight"]
     if head is None:
         return
-    same = head.shape == embedding.shape and head.dtype == embedding.dtype
-    first, second = np.frombuffer(head.bytes(), np.uint8), np.frombuffer(embedding.bytes(), np.uint8)
-    for begin in range(0, len(first) if same else 0, _COMPARED_BYTES):
-        part = slice(begin, begin + _COMPARED_BYTES)
-        same = same and np.array_equal(first[part], second[part])
-    if not same:
+    if not _same_values(head, embedding):
         raise WeightError(
             f"{head.file.path}: {head.name} differs from {embedding.name}, but config.json ties them; "
-            "set tie_word_embeddings to false to use both, or remove it"
+            "set tie_word_embeddings to false (at the top and in text_config) to use both, or remove it"
         )
+
+
+def _same_values(first: SourceTensor, second: SourceTensor) -> bool:
+    """Whether two tensors hold equal numbers; fp32 holds those of every dtype exactly. NaN equals nothing."""
+    if first.shape != second.shape or first.dtype not in FLOAT_DTYPES:
+        return False
+    values = [np.frombuffer(each.bytes(), numpy_dtype(each.dtype)) for each in (first, second)]
+    for begin in range(0, len(values[0]), _COMPARED_VALUES):
+        part = slice(begin, begin + _COMPARED_VALUES)
+        one, other = (each[part].astype(np.float32, copy=False) for each in values)
+        if not np.array_equal(one, other):
+            return False
+    # their pages are not needed until they are copied
+    first.forget()
+    second.forget()
+    return True
 
 
 @contextmanager
@@ -226,9 +253,10 @@ def open_checkpoint(folder: Path) -> Iterator[Checkpoint]:
 
     Raises ConfigError or WeightError for everything that is wrong with it, except the values of its tensors.
     """
+    _refuse_adapter(folder)
     if not (folder / "config.json").is_file():
         raise ConfigError(f"{folder}: no config.json there; --src wants the folder of a Qwen2-VL checkpoint")
-    plain = read_json(folder / "config.json")
+    plain = read_object(folder, "config.json") or {}
     config = model_config_from_hf(plain)
     rules = tuple(rule_for(parameter, config) for parameter in parameters(config))
     names, weight_map = _find_files(folder)

@@ -10,22 +10,16 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-import ml_dtypes
 import numpy as np
 import numpy.typing as npt
 from blake3 import blake3
 
 from ...artifacts.errors import WeightError
-from .source import SourceTensor
+from .source import SourceTensor, numpy_dtype
 
 # of source; large enough to make the per-chunk cost vanish, small enough to stay in the processor's cache
 CHUNK_BYTES = 8 << 20
 _QUEUED_CHUNKS = 4
-_NUMPY_DTYPES = {
-    "BF16": np.dtype(ml_dtypes.bfloat16),
-    "F16": np.dtype(np.float16),
-    "F32": np.dtype(np.float32),
-}
 # per dtype: the integers of the same width, and the bits of +infinity; NaNs lie above it
 _BITS: dict[str, tuple[Any, Any, int]] = {
     "BF16": (np.uint16, np.int16, 0x7F80),
@@ -36,11 +30,6 @@ _BITS: dict[str, tuple[Any, Any, int]] = {
 _CANNOT_COPY = (errno.EXDEV, errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP, errno.EBADF, errno.EPERM)
 
 Progress = Callable[[int], None]
-
-
-def numpy_dtype(dtype: str) -> np.dtype[Any]:
-    """The numpy dtype of a safetensors dtype name."""
-    return _NUMPY_DTYPES[dtype]
 
 
 def is_finite(data: "memoryview | npt.NDArray[Any]", dtype: str) -> bool:
