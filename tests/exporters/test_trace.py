@@ -82,7 +82,7 @@ def test_decode_gives_the_next_inputs_beside_token_and_logits(bindings: dict[str
         "rope_rows",
     ]
     arguments = {b.name for b in bindings["decode_b3"].inputs if b.kind == ARGUMENT}
-    assert arguments == {"token_ids", "cache_index", "positions"}
+    assert arguments == {"token_ids", "cache_index", "rope_rows"}
 
 
 def test_one_set_of_graphs_serves_every_size_without_tracing(build: Any, monkeypatch: pytest.MonkeyPatch) -> None:
