@@ -126,6 +126,13 @@ def test_a_release_that_nobody_read_is_unproven(run: Any, artifact: Path) -> Non
     assert "no rule says that the release has" in " ".join(result.stdout.split())
 
 
+def test_releases_whose_code_was_never_published_are_unproven(run: Any, artifact: Path) -> None:
+    result = run("check", artifact, "--cann", "8.1,8.3,8.5")
+    assert result.exit_code == 1
+    assert "FIA-23: unproven, CANN 8.1, 8.3" in result.stdout
+    assert "refused by CANN 8.1, 8.3; accepted by 8.5" in result.stdout
+
+
 @pytest.mark.parametrize("release", ["9.7", "new", "", "8.5,,9.0"])
 def test_a_release_that_does_not_exist_is_bad_input(run: Any, artifact: Path, release: str) -> None:
     result = run("check", artifact, "--cann", release)
