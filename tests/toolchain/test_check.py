@@ -102,22 +102,35 @@ def test_an_operator_without_a_rule_is_never_accepted(run: Any, artifact: Path, 
     assert verdict(result, "prefill", "9.1")["accepted"]
 
 
-def test_a_dtype_that_no_library_lists_is_refused(run: Any, artifact: Path, tmp_path: Path) -> None:
-    def edit(graph: Any) -> None:
-        # the token as int8: in no row of ArgMaxV2
-        first(graph, "ArgMaxV2").attr["dtype"].i = 2
-        # what reads it would not take it
-        chosen = first(graph, "SelectV2")
-        chosen.input[1] = chosen.input[2]
+def with_binding(artifact: Path, work: Path, dtype: str, wanted: Callable[[str], bool]) -> tuple[Path, int]:
+    """The artifact whose decode graph takes some parameters in another dtype, and how many those are."""
+    path = "graphs/ge/decode_b1/binding.json"
+    binding = json.loads((artifact / path).read_text())
+    found = [bound for bound in binding["inputs"] if bound["kind"] == "parameter" and wanted(bound["name"])]
+    assert found
+    for bound in found:
+        bound["dtype"] = dtype
+    return variant(artifact, work / dtype, {path: json.dumps(binding).encode()}, restamp=True), len(found)
 
-    found = verdict(run("check", edited(artifact, tmp_path, edit), "--json"), "decode_b1", "8.5")
-    assert [each["rule"] for each in found["violations"]] == ["LIB-ArgMaxV2"]
+
+def test_a_dtype_that_no_library_lists_is_refused(run: Any, artifact: Path, tmp_path: Path) -> None:
+    # RmsNorm takes a fp32 gamma beside bf16, AddRmsNorm does not
+    path, _ = with_binding(artifact, tmp_path, "fp32", lambda name: "norm" in name)
+    found = verdict(run("check", path, "--json"), "decode_b1", "8.5")
+    assert [each["rule"] for each in found["violations"]] == ["LIB-AddRmsNorm"]
 
 
 def test_a_release_that_nobody_read_is_unproven(run: Any, artifact: Path) -> None:
     result = run("check", artifact, "--cann", "8.0")
     assert result.exit_code == 1
     assert "no rule says that the release has" in " ".join(result.stdout.split())
+
+
+def test_releases_whose_code_was_never_published_are_unproven(run: Any, artifact: Path) -> None:
+    result = run("check", artifact, "--cann", "8.1,8.3,8.5")
+    assert result.exit_code == 1
+    assert "FIA-23: unproven, CANN 8.1, 8.3" in result.stdout
+    assert "refused by CANN 8.1, 8.3; accepted by 8.5" in result.stdout
 
 
 @pytest.mark.parametrize("release", ["9.7", "new", "", "8.5,,9.0"])
@@ -134,16 +147,10 @@ def test_an_artifact_without_graphs_is_bad_input(run: Any, tmp_path: Path) -> No
 
 def test_inserted_operators_are_counted_apart(run: Any, artifact: Path, tmp_path: Path) -> None:
     assert all(graph.inserted == {} for graph in inspect_artifact(artifact).graphs.values())
-    binding_path = "graphs/ge/decode_b1/binding.json"
-    binding = json.loads((artifact / binding_path).read_text())
-    biases = [bound for bound in binding["inputs"] if bound["name"].endswith(".bias")]
-    assert biases
-    for bound in biases:
-        bound["dtype"] = "bf16"
-    path = variant(artifact, tmp_path / "bf16", {binding_path: json.dumps(binding).encode()}, restamp=True)
-    assert inspect_artifact(path).graphs["decode_b1"].inserted == {"Cast": len(biases)}
+    path, count = with_binding(artifact, tmp_path, "bf16", lambda name: name.endswith(".bias"))
+    assert inspect_artifact(path).graphs["decode_b1"].inserted == {"Cast": count}
     line = next(line for line in run("inspect", path).stdout.splitlines() if "CANN adds these" in line)
-    assert f"{len(biases)} Cast" in line
+    assert f"{count} Cast" in line
     # it costs, and it is taken
     result = run("check", path, "--json")
     assert verdict(result, "decode_b1", "9.1")["accepted"]

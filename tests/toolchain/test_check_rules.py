@@ -98,6 +98,7 @@ CASES: dict[str, tuple[NodeFacts, NodeFacts]] = {
     "FIA-19": (attention(), replace(attention(), attributes={"num_heads": 16, "input_layout": "BNSD"})),
     "FIA-20": (attention(), attention(more={"learnable_sink": None})),
     "FIA-22": (tnd(d=64), tnd(d=80)),
+    "FIA-23": (tnd(), attention()),
     "PFA-01": (attention(PFA), attention(PFA, "TND")),
     "PFA-02": (attention(PFA, d=80), attention(PFA, d=84)),
     "PFA-03": (

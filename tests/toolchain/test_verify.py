@@ -92,7 +92,7 @@ def half_the_rope_theta(tensors: Tensors, manifest: Manifest) -> None:
     if "text_rope" in tensors:
         text = dataclasses.replace(manifest.model.text, rope_theta=manifest.model.text.rope_theta / 2)
         old = tensors["text_rope"]
-        wrong = constant_tables(dataclasses.replace(manifest.model, text=text), len(old), old.dtype, Form())
+        wrong = constant_tables(dataclasses.replace(manifest.model, text=text), len(old) - 1, old.dtype, Form())
         tensors["text_rope"] = wrong["text_rope"]
 
 
