@@ -16,6 +16,7 @@ _ADDED_SINCE: dict[int, dict[str, tuple[str, ...]]] = {
 HASH_NAME = "blake3"
 MANIFEST_NAME = "manifest.json"
 DTYPES = ("bf16", "fp16", "fp32")
+SELFTEST_SOURCES = ("transformers", "reference")
 
 
 @dataclass(frozen=True)
@@ -173,13 +174,27 @@ class OnnxPart:
 
 
 @dataclass(frozen=True)
+class OwnError:
+    """How far the reference backend, in the graphs' dtype, is from the expected outputs, at its worst call.
+
+    Both relative to the outputs' standard deviation: rms of the error's root mean square, largest of its largest value.
+    """
+
+    rms: float
+    largest: float
+
+
+@dataclass(frozen=True)
 class SelftestPart:
     """Inputs and expected outputs of the graphs with these weights, for the device to prove itself on.
 
-    source: "transformers" or "reference", which of the two computed the outputs.
+    source: "transformers" or "reference", which of the two computed the outputs, in fp32.
     """
 
     source: str
+    visual: OwnError
+    prefill: OwnError
+    decode: OwnError
     file: FileEntry
 
     def files(self) -> list[FileEntry]:
@@ -248,6 +263,8 @@ def manifest_from_bytes(data: bytes, where: str) -> Manifest:
     if len(set(paths)) != len(paths):
         raise ArtifactError(f"{where}: a file is listed twice")
     problem = contradiction(manifest.model) or (manifest.ge and _impossible(manifest.ge))
+    if manifest.selftest and manifest.selftest.source not in SELFTEST_SOURCES:
+        problem = f"selftest.source is {manifest.selftest.source!r}, expected one of {', '.join(SELFTEST_SOURCES)}"
     if problem:
         raise ArtifactError(f"{where}: {problem}; the artifact is damaged or hostile: rebuild it")
     return manifest

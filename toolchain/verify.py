@@ -4,7 +4,7 @@ import dataclasses
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ..artifacts.errors import ArtifactError, ConfigError, TargetError
 from ..artifacts.manifest import Manifest
@@ -19,7 +19,18 @@ from .verify_cases import Case, make_cases, template_problem
 from .verify_report import Progress, VerifyReport, render
 from .weights.source import open_checkpoint
 
-__all__ = ["VerifyReport", "render", "store_report", "verify", "verify_artifact"]
+if TYPE_CHECKING:
+    from .selftest.make import MadeSelftest
+
+__all__ = [
+    "Verification",
+    "VerifyReport",
+    "render",
+    "store_verification",
+    "verify",
+    "verify_artifact",
+    "verify_for_store",
+]
 
 REPORT_PATH = "reports/verify.json"
 DEFAULT_STEPS = 16
@@ -45,28 +56,53 @@ def verify_artifact(
         with stage(path, sync=sync, resumes=False):
             pass  # minutes of work are not begun when the report could not be kept
     with open_artifact(path) as artifact:
-        report = verify(artifact, against, steps=steps, progress=progress)
+        verification = verify_for_store(artifact, against, steps=steps, progress=progress, selftest=store)
         verified = artifact.manifest
     if store:
         with stage(path, sync=sync, resumes=False) as staging:
             if staging.base != verified:
                 raise ArtifactError(f"{path}: was replaced while it was being verified; verify it again")
-            manifest = store_report(staging, verified, report)
+            manifest = store_verification(staging, verified, verification)
             staging.keep(entry for entry in manifest.files() if entry in verified.files() and entry.path != REPORT_PATH)
             staging.commit(manifest)
-    return report
+    return verification.report
 
 
-def store_report(staging: Staging, manifest: Manifest, report: VerifyReport) -> Manifest:
-    """Stage reports/verify.json; returns the manifest with it and the verdict, for the caller to commit."""
+@dataclasses.dataclass(frozen=True, eq=False)
+class Verification:
+    """A report, and the self-test that transformers answered; None where the verification failed, or it does not fit
+    the cache."""
+
+    report: VerifyReport
+    selftest: "MadeSelftest | None"
+
+
+def store_verification(staging: Staging, manifest: Manifest, verification: Verification) -> Manifest:
+    """Stage reports/verify.json and the self-test; returns the manifest with both and the verdict, to commit."""
+    report, selftest = verification.report, verification.selftest
     entry = staging.add(REPORT_PATH, dump_json(report))
-    return dataclasses.replace(manifest, reports=(entry,), verification=PASSED if report.passed else FAILED)
+    manifest = dataclasses.replace(
+        manifest, reports=(entry,), verification=PASSED if report.passed else FAILED, selftest=None
+    )
+    return manifest if selftest is None else selftest.stage(staging, manifest)
 
 
 def verify(
     artifact: Artifact, against: Path, *, steps: int = DEFAULT_STEPS, progress: Progress | None = None
 ) -> VerifyReport:
-    """Compare an open artifact with the HF checkpoint in the folder `against`; writes nothing.
+    """Compare an open artifact with the HF checkpoint in the folder `against`; writes nothing. See verify_for_store."""
+    return verify_for_store(artifact, against, steps=steps, progress=progress, selftest=False).report
+
+
+def verify_for_store(
+    artifact: Artifact,
+    against: Path,
+    *,
+    steps: int = DEFAULT_STEPS,
+    progress: Progress | None = None,
+    selftest: bool = True,
+) -> Verification:
+    """Compare an open artifact with the HF checkpoint in the folder `against`, and with `selftest` make a self-test.
 
     Three requests (one picture, two, text only): the inputs that both make of them, the visual output, the prefill's
     logits and those of `steps` decode steps of every compiled batch size, both sides fed transformers' greedy tokens.
@@ -93,7 +129,14 @@ def verify(
     prepare_process()
     from .verify_run import Run
 
-    return Run(artifact, manifest.ge, against, cases, fitting, report_progress).report(needed, tuple(notes))
+    run = Run(artifact, manifest.ge, against, cases, fitting, report_progress)
+    report = run.report(needed, tuple(notes))
+    if not selftest or not report.passed:
+        return Verification(report, None)
+    try:
+        return Verification(report, run.selftest())
+    except TargetError as error:  # a cache that is too short for it
+        return Verification(dataclasses.replace(report, notes=(*report.notes, f"no self-test: {error}")), None)
 
 
 def prepare_cases(processor: Processor, max_length: int, steps: int) -> tuple[tuple[Case, ...], int, list[str]]:

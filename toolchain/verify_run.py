@@ -17,6 +17,7 @@ from ..runtime.backends.ge.operators import TORCH_DTYPES
 from ..runtime.backends.reference import ReferenceBackend
 from ..runtime.vision import segment_ends, vision_positions
 from .hf_reference import PREFILL, VISUAL, Expected, HfInputs, Watch, open_reference
+from .selftest.make import MadeSelftest, by_transformers
 from .transformers_import import import_transformers
 from .verify_cases import Case
 from .verify_landmarks import KEYS, OUTPUT, Landmark, aligned, find_landmarks, original_modules
@@ -123,6 +124,11 @@ class Run:
             intermediates=intermediates,
             departure=departure,
         )
+
+    def selftest(self) -> MadeSelftest:
+        """The self-test of what was verified. Raises TargetError for a cache that it does not fit."""
+        self._progress("the self-test", self._total, self._total)
+        return by_transformers(self.artifact, self.reference, self.backend)
 
     # ours
 

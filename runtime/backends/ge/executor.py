@@ -27,10 +27,16 @@ class Executor:
     """One graph, ready to run. Raises ArtifactError at construction for an operator it does not know, and for one that
     writes into a constant.
 
-    constants: the tensors of its FileConstants, by name.
+    constants: the tensors of its FileConstants, by name. lookup: where a node's function comes from.
     """
 
-    def __init__(self, graph: GeGraph, where: str, constants: Mapping[str, Tensor] | None = None) -> None:
+    def __init__(
+        self,
+        graph: GeGraph,
+        where: str,
+        constants: Mapping[str, Tensor] | None = None,
+        lookup: Callable[[Node, str], Operator] = operator,
+    ) -> None:
         self.name = graph.name
         slots: dict[str, int] = {node.name: i for i, node in enumerate(graph.nodes)}
         self._inputs = [slots[node.name] for node in graph.inputs]
@@ -56,7 +62,7 @@ class Executor:
         self._steps = [
             _Step(
                 node,
-                operator(node, where),
+                lookup(node, where),
                 # index -1 is a control edge: an order, not a value
                 tuple((slots[e[0]], e[1]) if e else None for e in node.inputs if e is None or e[1] >= 0),
                 slots[node.name],
