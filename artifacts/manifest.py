@@ -263,8 +263,7 @@ def manifest_from_bytes(data: bytes, where: str) -> Manifest:
     if len(set(paths)) != len(paths):
         raise ArtifactError(f"{where}: a file is listed twice")
     problem = contradiction(manifest.model) or (manifest.ge and _impossible(manifest.ge))
-    if manifest.selftest and manifest.selftest.source not in SELFTEST_SOURCES:
-        problem = f"selftest.source is {manifest.selftest.source!r}, expected one of {', '.join(SELFTEST_SOURCES)}"
+    problem = problem or (manifest.selftest and _no_selftest(manifest.selftest))
     if problem:
         raise ArtifactError(f"{where}: {problem}; the artifact is damaged or hostile: rebuild it")
     return manifest
@@ -293,4 +292,17 @@ def _impossible(part: GePart) -> str | None:
         return f"ge.batches is {list(part.batches)[:16]}, expected different sizes from 1 to 256"
     if part.constants.bytes > 1 << 32:
         return f"ge.constants has {part.constants.bytes} bytes"
+    return None
+
+
+def _no_selftest(part: SelftestPart) -> str | None:
+    """What no self-test is."""
+    if part.source not in SELFTEST_SOURCES:
+        return f"selftest.source is {part.source!r}, expected one of {', '.join(SELFTEST_SOURCES)}"
+    if part.file.bytes > 1 << 26:
+        return f"selftest.file has {part.file.bytes} bytes"
+    for kind in ("visual", "prefill", "decode"):
+        own: OwnError = getattr(part, kind)
+        if not (0 <= own.rms <= 1 and 0 <= own.largest <= 100):
+            return f"selftest.{kind} is an error of {own.rms:g} (RMS) and {own.largest:g}, which is no rounding"
     return None

@@ -15,6 +15,7 @@ from ..artifacts.staging import Staging, stage
 from ..artifacts.store import Artifact, open_artifact
 from ..runtime.loader import open_processor
 from ..runtime.prompt import Processor
+from .selftest.inputs import MOST_TOKENS as SELFTEST_TOKENS
 from .verify_cases import Case, make_cases, template_problem
 from .verify_report import Progress, VerifyReport, render
 from .weights.source import open_checkpoint
@@ -188,7 +189,7 @@ def needed_memory(manifest: Manifest, cases: Sequence[Case], steps: int) -> int:
     sizes = [parameter.size for parameter in parameters(manifest.model)]
     mapped = sum(entry.bytes for entry in manifest.weights.files) if manifest.weights else 0
     text, vision = manifest.model.text, manifest.model.vision
-    tokens = max(len(case.prompt.token_ids) for case in cases) + steps
+    tokens = max(max(len(case.prompt.token_ids) for case in cases) + steps, SELFTEST_TOKENS)
     patches = max(len(case.prompt.patches) for case in cases)
     per_token = text.num_layers * (12 * text.hidden_size + 4 * text.intermediate_size + 4 * text.kv_dim)
     per_patch = vision.depth * (14 * vision.embed_dim + 3 * vision.mlp_dim)

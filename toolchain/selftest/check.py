@@ -27,7 +27,7 @@ from .symptoms import (
     UNWRITTEN,
     form_instead,
     known_symptoms,
-    pattern_signs,
+    pattern_sign,
 )
 
 
@@ -224,8 +224,10 @@ def _departure(
     wrong = [each for each in outputs if not each.passed]
     signs = {sign for each in wrong for sign in each.signs}
     right = [each.call for each in found if each.passed and _kind(each.graph) == kind]
-    if wrong:
-        signs |= set(pattern_signs(kind, [each.call for each in wrong], right))
+    wrong_rows = {each.row for each in wrong}
+    pattern = pattern_sign(kind, [each.call for each in wrong], right, wrong_rows < {each.row for each in outputs})
+    if pattern is not None and wrong:
+        signs.add(pattern)
     # what is not finite is the worst; then what is the largest part of its limit
     worst = max(wrong, key=lambda each: inf if each.rms is None else each.rms, default=None)
     return SelftestDeparture(
@@ -235,10 +237,7 @@ def _departure(
         wrong=len(wrong),
         outputs=len(outputs),
         signs=tuple(meaning for sign, meaning in SIGNS.items() if sign in signs),
-        known=tuple(f"{each.looks_like}: {each.advice}" for each in known_symptoms(kind, tuple(signs)))
-        if wrong
-        else (),
-        instead=f"compile --mode {'onnx' if ge is None else 'dynamo'}"
-        + ("" if ge is None else f" {form_instead(kind, ge)}"),
+        known=tuple(f"{each.looks_like}: {each.advice}" for each in known_symptoms(kind, signs)) if wrong else (),
+        instead="compile ARTIFACT --mode onnx" if ge is None else f"compile ARTIFACT {form_instead(kind, ge)}",
         refused=None if refused is None or first is not None else str(refused),
     )

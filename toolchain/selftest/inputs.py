@@ -16,8 +16,8 @@ from ..verify_cases import picture
 
 # Decode steps of every sequence, on tokens that are given: a first choice that flips derails nothing.
 STEPS = 4
-# A device was seen to ignore a mask beyond this position. A tenth more tokens than that stand behind it, so that what
-# they wrongly see reaches the token whose logits are read, through the layers' keys and values.
+# A device was seen to ignore a mask beyond this key. A quarter as many tokens stand behind it: what all others wrongly
+# see of them reaches the token whose logits are read through the layers' keys and values, 3 to 5 times the limit.
 MASK_POSITION = 512
 _LONGEST = 640
 # Names of the calls, in the order of the file. Sizes (rows, columns) in merge windows: one picture; and three, of which
@@ -25,9 +25,11 @@ _LONGEST = 640
 VISUAL_CALLS = ("one picture", "three pictures")
 _SIZES = (((3, 4),), ((2, 3), (2, 3), (4, 2)))
 SCRIPTS = ("long", "short", "middle")
-# Where a few keys are all there are, one that is missing or misplaced moves the answer by a third: hence "short".
-_SHORT_TURNS, _MIDDLE_TURNS = (7, 3), (21,)
+# Of text alone, what is wrong with pictures is not; and where a few keys are all there are, one that is missing or
+# misplaced moves the answer much: both are "short". "middle" has a picture, and no position beyond the mask's.
+_SHORT_TURNS, _MIDDLE_TURN = (7, 3), 21
 _SECOND_TURN = 18
+MOST_TOKENS = _LONGEST + _SECOND_TURN + STEPS
 _SEED = 20
 
 
@@ -100,11 +102,15 @@ def make_inputs(config: ModelConfig, max_length: int) -> SelftestInputs:
     # the second turn brings the lone picture to a start position above 0
     long = [*_turn(words, first, spans[1]), *_turn(words, _SECOND_TURN, spans[0])]
     grids = np.concatenate([visual[1].grids, visual[0].grids])
-    scripts = [_script(config, [*long, *_some(words, STEPS)], grids, (first, _SECOND_TURN), (1, 0))]
-    for turns in (_SHORT_TURNS, _MIDDLE_TURNS):
-        ids = _some(words, sum(turns) + STEPS)
-        scripts.append(_script(config, ids, grids[:0], turns, (None,) * len(turns)))
-    return SelftestInputs(visual, tuple(scripts))
+    middle = _turn(words, _MIDDLE_TURN, spans[0])
+    return SelftestInputs(
+        visual,
+        (
+            _script(config, [*long, *_some(words, STEPS)], grids, (first, _SECOND_TURN), (1, 0)),
+            _script(config, _some(words, sum(_SHORT_TURNS) + STEPS), grids[:0], _SHORT_TURNS, (None, None)),
+            _script(config, [*middle, *_some(words, STEPS)], visual[0].grids, (_MIDDLE_TURN,), (0,)),
+        ),
+    )
 
 
 def _visual(sizes: tuple[tuple[int, int], ...], settings: ImageSettings, seed: int) -> VisualCall:
