@@ -262,8 +262,11 @@ def manifest_from_bytes(data: bytes, where: str) -> Manifest:
     paths = [entry.path for entry in manifest.files()]
     if len(set(paths)) != len(paths):
         raise ArtifactError(f"{where}: a file is listed twice")
-    problem = contradiction(manifest.model) or (manifest.ge and _impossible(manifest.ge))
-    problem = problem or (manifest.selftest and _no_selftest(manifest.selftest))
+    problem = (
+        contradiction(manifest.model)
+        or (manifest.ge and _impossible(manifest.ge))
+        or (manifest.selftest and _no_selftest(manifest.selftest))
+    )
     if problem:
         raise ArtifactError(f"{where}: {problem}; the artifact is damaged or hostile: rebuild it")
     return manifest

@@ -112,9 +112,9 @@ def _open_device(soc: str) -> None:
 
 def _verify(staging: Staging, manifest: Manifest, src: Path, progress: StepProgress) -> "tuple[VerifyReport, Manifest]":
     """Verify the staged tree through the runtime, as a user would load it."""
-    from .verify import store_verification, verify_for_store
+    from .verify import store_report, verify, with_selftest
 
     staging.write_manifest(manifest)
     with staging.open() as artifact:
-        verification = verify_for_store(artifact, src, progress=progress)
-    return verification.report, store_verification(staging, manifest, verification)
+        report, selftest = with_selftest(artifact, src, verify(artifact, src, progress=progress), progress)
+    return report, store_report(staging, manifest, report, selftest)

@@ -12,10 +12,10 @@ from ..artifacts.parameters import parameters
 from ..artifacts.process import prepare_process
 from ..artifacts.schema import dump_json
 from ..artifacts.staging import Staging, stage
-from ..artifacts.store import Artifact, open_artifact
+from ..artifacts.store import Artifact, ge_part, open_artifact
 from ..runtime.loader import open_processor
 from ..runtime.prompt import Processor
-from .selftest.inputs import MOST_TOKENS as SELFTEST_TOKENS
+from .selftest.inputs import MOST_TOKENS
 from .verify_cases import Case, make_cases, template_problem
 from .verify_report import Progress, VerifyReport, render
 from .weights.source import open_checkpoint
@@ -23,15 +23,7 @@ from .weights.source import open_checkpoint
 if TYPE_CHECKING:
     from .selftest.make import MadeSelftest
 
-__all__ = [
-    "Verification",
-    "VerifyReport",
-    "render",
-    "store_verification",
-    "verify",
-    "verify_artifact",
-    "verify_for_store",
-]
+__all__ = ["VerifyReport", "render", "store_report", "verify", "verify_artifact", "with_selftest"]
 
 REPORT_PATH = "reports/verify.json"
 DEFAULT_STEPS = 16
@@ -57,53 +49,53 @@ def verify_artifact(
         with stage(path, sync=sync, resumes=False):
             pass  # minutes of work are not begun when the report could not be kept
     with open_artifact(path) as artifact:
-        verification = verify_for_store(artifact, against, steps=steps, progress=progress, selftest=store)
+        report = verify(artifact, against, steps=steps, progress=progress)
+        selftest = None
+        if store:
+            report, selftest = with_selftest(artifact, against, report, progress)
         verified = artifact.manifest
     if store:
         with stage(path, sync=sync, resumes=False) as staging:
             if staging.base != verified:
                 raise ArtifactError(f"{path}: was replaced while it was being verified; verify it again")
-            manifest = store_verification(staging, verified, verification)
+            manifest = store_report(staging, verified, report, selftest)
             staging.keep(entry for entry in manifest.files() if entry in verified.files() and entry.path != REPORT_PATH)
             staging.commit(manifest)
-    return verification.report
+    return report
 
 
-@dataclasses.dataclass(frozen=True, eq=False)
-class Verification:
-    """A report, and the self-test that transformers answered; None where the verification failed, or it does not fit
-    the cache."""
-
-    report: VerifyReport
-    selftest: "MadeSelftest | None"
-
-
-def store_verification(staging: Staging, manifest: Manifest, verification: Verification) -> Manifest:
-    """Stage reports/verify.json and the self-test; returns the manifest with both and the verdict, to commit."""
-    report, selftest = verification.report, verification.selftest
+def store_report(
+    staging: Staging, manifest: Manifest, report: VerifyReport, selftest: "MadeSelftest | None"
+) -> Manifest:
+    """Stage reports/verify.json and the self-test; returns the manifest with both and the verdict, to be committed."""
     entry = staging.add(REPORT_PATH, dump_json(report))
-    manifest = dataclasses.replace(
-        manifest, reports=(entry,), verification=PASSED if report.passed else FAILED, selftest=None
-    )
+    verdict = PASSED if report.passed else FAILED
+    manifest = dataclasses.replace(manifest, reports=(entry,), verification=verdict, selftest=None)
     return manifest if selftest is None else selftest.stage(staging, manifest)
+
+
+def with_selftest(
+    artifact: Artifact, against: Path, report: VerifyReport, progress: Progress | None = None
+) -> "tuple[VerifyReport, MadeSelftest | None]":
+    """The self-test of an artifact that passed, answered by transformers; None where it failed, or where the cache is
+    too short for it, which the report then notes. Both models of the verification are gone by now."""
+    if not report.passed:
+        return report, None
+    from .selftest.make import by_transformers
+    from .verify_run import calls_in_all
+
+    total = calls_in_all(len(report.cases), ge_part(artifact.manifest, artifact.path).batches)
+    (progress or (lambda what, done, total: None))("answers for the self-test", total, total)
+    try:
+        return report, by_transformers(artifact, against)
+    except TargetError as error:
+        return dataclasses.replace(report, notes=(*report.notes, f"no self-test: {error}")), None
 
 
 def verify(
     artifact: Artifact, against: Path, *, steps: int = DEFAULT_STEPS, progress: Progress | None = None
 ) -> VerifyReport:
-    """Compare an open artifact with the HF checkpoint in the folder `against`; writes nothing. See verify_for_store."""
-    return verify_for_store(artifact, against, steps=steps, progress=progress, selftest=False).report
-
-
-def verify_for_store(
-    artifact: Artifact,
-    against: Path,
-    *,
-    steps: int = DEFAULT_STEPS,
-    progress: Progress | None = None,
-    selftest: bool = True,
-) -> Verification:
-    """Compare an open artifact with the HF checkpoint in the folder `against`, and with `selftest` make a self-test.
+    """Compare an open artifact with the HF checkpoint in the folder `against`; writes nothing.
 
     Three requests (one picture, two, text only): the inputs that both make of them, the visual output, the prefill's
     logits and those of `steps` decode steps of every compiled batch size, both sides fed transformers' greedy tokens.
@@ -130,14 +122,7 @@ def verify_for_store(
     prepare_process()
     from .verify_run import Run
 
-    run = Run(artifact, manifest.ge, against, cases, fitting, report_progress)
-    report = run.report(needed, tuple(notes))
-    if not selftest or not report.passed:
-        return Verification(report, None)
-    try:
-        return Verification(report, run.selftest())
-    except TargetError as error:  # a cache that is too short for it
-        return Verification(dataclasses.replace(report, notes=(*report.notes, f"no self-test: {error}")), None)
+    return Run(artifact, manifest.ge, against, cases, fitting, report_progress).report(needed, tuple(notes))
 
 
 def prepare_cases(processor: Processor, max_length: int, steps: int) -> tuple[tuple[Case, ...], int, list[str]]:
@@ -189,7 +174,7 @@ def needed_memory(manifest: Manifest, cases: Sequence[Case], steps: int) -> int:
     sizes = [parameter.size for parameter in parameters(manifest.model)]
     mapped = sum(entry.bytes for entry in manifest.weights.files) if manifest.weights else 0
     text, vision = manifest.model.text, manifest.model.vision
-    tokens = max(max(len(case.prompt.token_ids) for case in cases) + steps, SELFTEST_TOKENS)
+    tokens = max(max(len(case.prompt.token_ids) for case in cases) + steps, MOST_TOKENS)
     patches = max(len(case.prompt.patches) for case in cases)
     per_token = text.num_layers * (12 * text.hidden_size + 4 * text.intermediate_size + 4 * text.kv_dim)
     per_patch = vision.depth * (14 * vision.embed_dim + 3 * vision.mlp_dim)

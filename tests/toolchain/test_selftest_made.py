@@ -20,20 +20,22 @@ from qwen2vl_tc.artifacts.errors import ArtifactError, TargetError
 from qwen2vl_tc.artifacts.integrity import hash_bytes
 from qwen2vl_tc.artifacts.manifest import OwnError, SelftestPart
 from qwen2vl_tc.artifacts.safetensors import read_header
+from qwen2vl_tc.artifacts.schema import from_plain
 from qwen2vl_tc.artifacts.staging import stage
-from qwen2vl_tc.artifacts.store import open_artifact, read_manifest
+from qwen2vl_tc.artifacts.store import Artifact, open_artifact, read_manifest
 from qwen2vl_tc.runtime import load
 from qwen2vl_tc.runtime.backends.base import Step
 from qwen2vl_tc.runtime.backends.reference import ReferenceBackend
+from qwen2vl_tc.toolchain.selftest import inputs as inputs_module
 from qwen2vl_tc.toolchain.selftest import wide
 from qwen2vl_tc.toolchain.selftest.compare import FLOOR, distance, limit_of
 from qwen2vl_tc.toolchain.selftest.file import from_bytes, to_bytes
 from qwen2vl_tc.toolchain.selftest.inputs import SCRIPTS, VISUAL_CALLS, make_inputs
 from qwen2vl_tc.toolchain.selftest.known import Known, known_of
-from qwen2vl_tc.toolchain.selftest.make import SELFTEST_PATH, by_reference
+from qwen2vl_tc.toolchain.selftest.make import SELFTEST_PATH, by_reference, by_transformers
 from qwen2vl_tc.toolchain.selftest.observe import KINDS, Observed, _groups, observe
 from qwen2vl_tc.toolchain.synthetic import published, tiny_config
-from qwen2vl_tc.toolchain.verify import Verification, store_verification, verify, verify_for_store
+from qwen2vl_tc.toolchain.verify import VerifyReport, store_report, verify, with_selftest
 
 from .conftest import TINY, Run
 
@@ -96,14 +98,13 @@ def test_the_reference_alone_makes_the_self_test_that_transformers_makes(copy: P
 
 
 def test_in_half_precision_the_widened_reference_is_nearer_to_transformers_than_to_itself_unwidened(
-    build: Any, tmp_path: Path
+    build: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Its answers carry the weights' rounding, as transformers' do, and none of the arithmetic's."""
+    monkeypatch.setattr(inputs_module, "_LONGEST", 64)
     source, path = build("npu", tiny_config(), dtype="bf16", batches="1,3", max_length=2048)
     with open_artifact(path) as artifact:
-        verification = verify_for_store(artifact, source, steps=1)
-        assert verification.selftest is not None
-        theirs, mine = verification.selftest, by_reference(artifact, silent)
+        theirs, mine = by_transformers(artifact, source), by_reference(artifact, silent)
     for kind in KINDS:
         assert mine.own[kind].rms == pytest.approx(theirs.own[kind].rms, rel=0.5)
     for call, answer in theirs.known.answers.items():
@@ -145,7 +146,15 @@ def test_weights_are_widened_a_block_at_a_time(build: Any, monkeypatch: pytest.M
     assert seen.largest <= block <= smallest < text.vocab_size * text.hidden_size
 
 
-def test_a_cache_too_short_for_it_is_said_and_the_verification_stands() -> None:
+def test_a_cache_too_short_for_it_is_said_and_the_verification_stands(built: Path, checkpoint: Path) -> None:
+    passed = from_plain(VerifyReport, json.loads((built / "reports/verify.json").read_text()), "report")
+    with open_artifact(built) as artifact:
+        assert artifact.manifest.ge is not None
+        ge = dataclasses.replace(artifact.manifest.ge, max_length=40)
+        short = Artifact(artifact.path, dataclasses.replace(artifact.manifest, ge=ge), "", {})
+        report, selftest = with_selftest(short, checkpoint, passed)
+    assert selftest is None and report.passed
+    assert report.notes[-1].startswith("no self-test: the self-test needs a cache of ")
     with pytest.raises(TargetError, match=r"the self-test needs a cache of \d+ tokens, the artifact has 40; compile"):
         make_inputs(CONFIG, 40)
     assert make_inputs(CONFIG, 64).longest() == 64
@@ -202,10 +211,12 @@ def test_new_weights_drop_the_self_test(copy: Path, checkpoint: Path, run: Run) 
 
 def test_a_failed_verification_leaves_no_self_test(copy: Path, checkpoint: Path) -> None:
     with open_artifact(copy) as artifact:
-        report = dataclasses.replace(verify(artifact, checkpoint, steps=1), passed=False)
+        failed = dataclasses.replace(verify(artifact, checkpoint, steps=1), passed=False)
+        report, selftest = with_selftest(artifact, checkpoint, failed)
+    assert report == failed and selftest is None
     with stage(copy, sync=False) as staging:
         assert staging.base is not None
-        manifest = store_verification(staging, staging.base, Verification(report, None))
+        manifest = store_report(staging, staging.base, report, selftest)
     assert (manifest.verification, manifest.selftest) == ("failed", None)
 
 

@@ -78,13 +78,20 @@ def by_reference(artifact: Artifact, progress: "StepProgress") -> MadeSelftest:
     return made
 
 
-def by_transformers(artifact: Artifact, reference: "HfReference", backend: Backend) -> MadeSelftest:
-    """transformers' outputs in fp32, and the error of `backend`, the reference. Raises TargetError for a tiny cache."""
+def by_transformers(artifact: Artifact, against: Path) -> MadeSelftest:
+    """What transformers computes in fp32 of the checkpoint in the folder `against`, rounded as the artifact's weights
+    are, and the error of the reference backend. Raises TargetError for a tiny cache."""
     part, weights = ge_part(artifact.manifest, artifact.path), artifact.manifest.weights
     if weights is None:
         raise ArtifactError(f"{artifact.path}: has no weights; run `qwen2vl-tc convert` first")
     inputs = make_inputs(artifact.manifest.model, part.max_length)
-    return _measured(artifact, backend, TRANSFORMERS, known_of(inputs, _originals(reference, inputs, weights.folding)))
+    prepare_process()
+    from ...runtime.backends.ge.operators import TORCH_DTYPES
+    from ...runtime.backends.reference import ReferenceBackend
+    from ..hf_reference import open_reference
+
+    known = known_of(inputs, _originals(open_reference(against, TORCH_DTYPES[part.dtype]), inputs, weights.folding))
+    return _measured(artifact, ReferenceBackend(artifact, check_weights=False), TRANSFORMERS, known)
 
 
 def _measured(artifact: Artifact, backend: Backend, source: str, known: Known) -> MadeSelftest:

@@ -132,8 +132,10 @@ def _each(scripts: Iterable[Script], at: Ints, take: Callable[[Script], Ints]) -
 
 
 def _rows(backend: Backend, step: Step, count: int) -> list[tuple[NDArray[np.float32], int]]:
-    logits, tokens = backend.logits(step), backend.tokens(step)
-    return [(np.array(logits[i : i + 1], np.float32), int(tokens[i])) for i in range(count)]
+    logits = np.array(backend.logits(step)[:count], np.float32)
+    # a choice among what is no number says nothing more
+    tokens = backend.tokens(step) if np.isfinite(logits).all() else [-1] * count
+    return [(logits[i : i + 1], int(tokens[i])) for i in range(count)]
 
 
 def _on_host(tensor: Any) -> NDArray[np.float32]:
