@@ -170,9 +170,10 @@ def _kind(graph: str) -> str:
 
 
 def _limit(kind: str, dtype: str, part: SelftestPart, onnx: bool) -> SelftestLimit:
+    """dtype: what computes here; the reference's own error is that of the artifact's GE graphs."""
     own: OwnError = getattr(part, kind)
     limit = limit_of(own)
-    reason = f"{OF_OWN:g} x the reference backend's own error in {dtype}, {own.rms:.2g} (RMS) and {own.largest:.2g}"
+    reason = f"{OF_OWN:g} x the reference backend's own error on the GE graphs, {own.rms:.2g} (RMS), {own.largest:.2g}"
     if limit.rms == FLOOR.rms:
         reason = f"no less than {FLOOR.rms:g}: fp32 sums in another order differ by 1e-6 to 1e-5"
     allowed = output_tolerance(kind, dtype)

@@ -22,7 +22,8 @@ def render(report: SelftestReport, console: Console) -> None:
         cells = (_worst(of, "rms"), f"{limit.rms:.2g}", _worst(of, "largest"), f"{limit.largest:.2g}")
         table.add_row(graph, str(len(of)), *cells, "ok" if all(each.passed for each in of) else "departs")
     console.print(table)
-    console.print(Text(f"errors beside the standard deviation of what {report.source} computed in fp32", "dim"))
+    source = "the reference backend" if report.source == "reference" else report.source
+    console.print(Text(f"errors beside the standard deviation of what {source} computed in fp32", "dim"))
     for kind, limit in report.limits.items():
         console.print(Text(f"limit of {kind}: {limit.reason}", "dim"))
     for line in _lines(report.departure) if report.departure else ():
