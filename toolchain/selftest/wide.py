@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ...artifacts.store import Artifact
+from ...runtime.backends.ge.bound import Cache
 from ...runtime.backends.ge.checks import check_graph
 from ...runtime.backends.ge.executor import Executor
 from ...runtime.backends.ge.graph import Node, read_graph
@@ -25,10 +25,11 @@ _BLOCK_VALUES = 1 << 26
 class WideBackend(ReferenceBackend):
     """GE graphs on CPU, every value between their operators in fp32."""
 
-    def __init__(self, artifact: Artifact, check_weights: bool = True) -> None:
-        super().__init__(artifact, check_weights)
-        # of the KV cache
-        self._dtype = torch.float32
+    def allocate(self, rows: int) -> Cache:
+        # zeros take memory where they are written only: of a long cache the few positions that are used
+        size = (self.cache_rows(rows), self.max_length, self._model.text.kv_dim)
+        sides = (tuple(torch.zeros(size) for _ in range(self._model.text.num_layers)) for _ in range(2))
+        return Cache(size[0], *sides)
 
     def load_graph(self, name: str, data: bytes, where: str) -> None:
         graph = read_graph(data, where)
