@@ -16,6 +16,7 @@ _ADDED_SINCE: dict[int, dict[str, tuple[str, ...]]] = {
 HASH_NAME = "blake3"
 MANIFEST_NAME = "manifest.json"
 DTYPES = ("bf16", "fp16", "fp32")
+SELFTEST_SOURCES = ("transformers", "reference")
 
 
 @dataclass(frozen=True)
@@ -173,13 +174,27 @@ class OnnxPart:
 
 
 @dataclass(frozen=True)
+class OwnError:
+    """How far the reference backend, in the graphs' dtype, is from the expected outputs, at its worst call.
+
+    Both relative to the outputs' standard deviation: rms of the error's root mean square, largest of its largest value.
+    """
+
+    rms: float
+    largest: float
+
+
+@dataclass(frozen=True)
 class SelftestPart:
     """Inputs and expected outputs of the graphs with these weights, for the device to prove itself on.
 
-    source: "transformers" or "reference", which of the two computed the outputs.
+    source: "transformers" or "reference", which of the two computed the outputs, in fp32.
     """
 
     source: str
+    visual: OwnError
+    prefill: OwnError
+    decode: OwnError
     file: FileEntry
 
     def files(self) -> list[FileEntry]:
@@ -247,7 +262,11 @@ def manifest_from_bytes(data: bytes, where: str) -> Manifest:
     paths = [entry.path for entry in manifest.files()]
     if len(set(paths)) != len(paths):
         raise ArtifactError(f"{where}: a file is listed twice")
-    problem = contradiction(manifest.model) or (manifest.ge and _impossible(manifest.ge))
+    problem = (
+        contradiction(manifest.model)
+        or (manifest.ge and _impossible(manifest.ge))
+        or (manifest.selftest and _no_selftest(manifest.selftest))
+    )
     if problem:
         raise ArtifactError(f"{where}: {problem}; the artifact is damaged or hostile: rebuild it")
     return manifest
@@ -276,4 +295,17 @@ def _impossible(part: GePart) -> str | None:
         return f"ge.batches is {list(part.batches)[:16]}, expected different sizes from 1 to 256"
     if part.constants.bytes > 1 << 32:
         return f"ge.constants has {part.constants.bytes} bytes"
+    return None
+
+
+def _no_selftest(part: SelftestPart) -> str | None:
+    """What no self-test is."""
+    if part.source not in SELFTEST_SOURCES:
+        return f"selftest.source is {part.source!r}, expected one of {', '.join(SELFTEST_SOURCES)}"
+    if part.file.bytes > 1 << 26:
+        return f"selftest.file has {part.file.bytes} bytes"
+    for kind in ("visual", "prefill", "decode"):
+        own: OwnError = getattr(part, kind)
+        if not (0 <= own.rms <= 1 and 0 <= own.largest <= 100):
+            return f"selftest.{kind} is an error of {own.rms:g} (RMS) and {own.largest:g}, which is no rounding"
     return None

@@ -26,7 +26,7 @@ from .store import Artifact, is_signed, leftover, open_artifact, read_manifest, 
 # marks a staged tree as unfinished, and holds what a killed build may resume from; removed by the commit
 JOURNAL_NAME = "staging.json"
 _SPARE_BYTES = 64 << 20
-_OWN_FOLDERS = ("weights", "graphs", "processor", "reports")
+_OWN_FOLDERS = ("weights", "graphs", "processor", "reports", "selftest")
 _AT_FDCWD = -100
 _RENAME_EXCHANGE = 2
 

@@ -112,9 +112,9 @@ def _open_device(soc: str) -> None:
 
 def _verify(staging: Staging, manifest: Manifest, src: Path, progress: StepProgress) -> "tuple[VerifyReport, Manifest]":
     """Verify the staged tree through the runtime, as a user would load it."""
-    from .verify import store_report, verify
+    from .verify import store_report, verify, with_selftest
 
     staging.write_manifest(manifest)
     with staging.open() as artifact:
-        report = verify(artifact, src, progress=progress)
-    return report, store_report(staging, manifest, report)
+        report, selftest = with_selftest(artifact, src, verify(artifact, src, progress=progress), progress)
+    return report, store_report(staging, manifest, report, selftest)

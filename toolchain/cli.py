@@ -14,7 +14,7 @@ import typer
 from ..artifacts.errors import ConfigError, TargetError
 from ..artifacts.process import prepare_process
 from ..artifacts.soc import DEFAULT_SOC
-from . import cli_bench, cli_check, cli_generate
+from . import cli_bench, cli_check, cli_generate, cli_selftest
 from .cli_errors import FAILED, Commands
 from .cli_options import (
     Artifact,
@@ -368,21 +368,8 @@ app.command(epilog=cli_generate.GENERATE_EXAMPLES)(cli_generate.generate)
 app.command(epilog=cli_generate.CHAT_EXAMPLES)(cli_generate.chat)
 app.command(epilog=cli_bench.BENCH_EXAMPLES)(cli_bench.bench)
 app.command("bench cold-start", epilog=cli_bench.COLD_START_EXAMPLES)(cli_bench.cold_start)
-
-
-@app.command(epilog=examples("qwen2vl-tc warm qwen2-vl-7b.artifact"))
-def warm(artifact: Artifact) -> None:
-    """On the NPU host: compile the graphs ahead of the first request, into GE's cache in your cache folder.
-
-    Run it again after an update of CANN or of the driver: each has a cache of its own.
-    """
-    from .cli_output import print_warmed
-    from .console import step_progress
-    from .warm import warm_artifact
-
-    with step_progress("warm") as progress:
-        warmed = warm_artifact(artifact, progress)
-    print_warmed(warmed, artifact)
+app.command(epilog=cli_selftest.WARM_EXAMPLES)(cli_selftest.warm)
+app.command(epilog=cli_selftest.SELFTEST_EXAMPLES)(cli_selftest.selftest)
 
 
 @app.command(epilog=examples("qwen2vl-tc sign qwen2-vl-7b.artifact --key key.pem"))

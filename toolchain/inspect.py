@@ -58,6 +58,7 @@ def inspect_artifact(path: Path, tokens: int | None = None, patches: int | None 
             processor=tuple(Path(entry.path).name for entry in manifest.processor),
             bytes=sum(entry.bytes for entry in manifest.files()),
             verification=manifest.verification,
+            selftest=manifest.selftest.source if manifest.selftest else None,
             recipe_at_7b=RECIPE_7B,
             lengths=lengths,
             estimate_assumptions=assumed,

@@ -93,6 +93,7 @@ def _overview(inspection: Inspection) -> Table:
         ("processor", ", ".join(inspection.processor) or "none"),
         ("in all", f"{format_bytes(inspection.bytes)}, schema {inspection.schema}"),
         ("verification", inspection.verification),
+        ("self-test", f"answers by {inspection.selftest}" if inspection.selftest else "none"),
     ]
     for name, value in rows:
         table.add_row(name, Text(value))

@@ -110,7 +110,7 @@ class OnnxView:
 class Inspection:
     """Everything that `inspect` says. kv_bytes is by batch size; device_bytes is weights and the largest KV cache.
 
-    onnx_planned_bytes: what an export would take, by kind of weights.
+    onnx_planned_bytes: what an export would take, by kind of weights. selftest: what computed its answers.
     lengths: what the graphs' costs are at. no_estimate: why they have no roofline estimate.
     """
 
@@ -123,6 +123,7 @@ class Inspection:
     processor: tuple[str, ...]
     bytes: int
     verification: str
+    selftest: str | None
     recipe_at_7b: dict[str, dict[str, int]]
     lengths: Lengths | None
     estimate_assumptions: Assumptions | None

@@ -4,7 +4,7 @@ import dataclasses
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ..artifacts.errors import ArtifactError, ConfigError, TargetError
 from ..artifacts.manifest import Manifest
@@ -12,14 +12,18 @@ from ..artifacts.parameters import parameters
 from ..artifacts.process import prepare_process
 from ..artifacts.schema import dump_json
 from ..artifacts.staging import Staging, stage
-from ..artifacts.store import Artifact, open_artifact
+from ..artifacts.store import Artifact, ge_part, open_artifact
 from ..runtime.loader import open_processor
 from ..runtime.prompt import Processor
+from .selftest.inputs import MOST_TOKENS
 from .verify_cases import Case, make_cases, template_problem
 from .verify_report import Progress, VerifyReport, render
 from .weights.source import open_checkpoint
 
-__all__ = ["VerifyReport", "render", "store_report", "verify", "verify_artifact"]
+if TYPE_CHECKING:
+    from .selftest.make import MadeSelftest
+
+__all__ = ["VerifyReport", "render", "store_report", "verify", "verify_artifact", "with_selftest"]
 
 REPORT_PATH = "reports/verify.json"
 DEFAULT_STEPS = 16
@@ -46,21 +50,46 @@ def verify_artifact(
             pass  # minutes of work are not begun when the report could not be kept
     with open_artifact(path) as artifact:
         report = verify(artifact, against, steps=steps, progress=progress)
+        selftest = None
+        if store:
+            report, selftest = with_selftest(artifact, against, report, progress)
         verified = artifact.manifest
     if store:
         with stage(path, sync=sync, resumes=False) as staging:
             if staging.base != verified:
                 raise ArtifactError(f"{path}: was replaced while it was being verified; verify it again")
-            manifest = store_report(staging, verified, report)
+            manifest = store_report(staging, verified, report, selftest)
             staging.keep(entry for entry in manifest.files() if entry in verified.files() and entry.path != REPORT_PATH)
             staging.commit(manifest)
     return report
 
 
-def store_report(staging: Staging, manifest: Manifest, report: VerifyReport) -> Manifest:
-    """Stage reports/verify.json; returns the manifest with it and the verdict, for the caller to commit."""
+def store_report(
+    staging: Staging, manifest: Manifest, report: VerifyReport, selftest: "MadeSelftest | None"
+) -> Manifest:
+    """Stage reports/verify.json and the self-test; returns the manifest with both and the verdict, to be committed."""
     entry = staging.add(REPORT_PATH, dump_json(report))
-    return dataclasses.replace(manifest, reports=(entry,), verification=PASSED if report.passed else FAILED)
+    verdict = PASSED if report.passed else FAILED
+    manifest = dataclasses.replace(manifest, reports=(entry,), verification=verdict, selftest=None)
+    return manifest if selftest is None else selftest.stage(staging, manifest)
+
+
+def with_selftest(
+    artifact: Artifact, against: Path, report: VerifyReport, progress: Progress | None = None
+) -> "tuple[VerifyReport, MadeSelftest | None]":
+    """The self-test of an artifact that passed, answered by transformers; None where it failed, or where the cache is
+    too short for it, which the report then notes. Both models of the verification are gone by now."""
+    if not report.passed:
+        return report, None
+    from .selftest.make import by_transformers
+    from .verify_run import calls_in_all
+
+    total = calls_in_all(len(report.cases), ge_part(artifact.manifest, artifact.path).batches)
+    (progress or (lambda what, done, total: None))("answers for the self-test", total, total)
+    try:
+        return report, by_transformers(artifact, against)
+    except TargetError as error:
+        return dataclasses.replace(report, notes=(*report.notes, f"no self-test: {error}")), None
 
 
 def verify(
@@ -145,7 +174,7 @@ def needed_memory(manifest: Manifest, cases: Sequence[Case], steps: int) -> int:
     sizes = [parameter.size for parameter in parameters(manifest.model)]
     mapped = sum(entry.bytes for entry in manifest.weights.files) if manifest.weights else 0
     text, vision = manifest.model.text, manifest.model.vision
-    tokens = max(len(case.prompt.token_ids) for case in cases) + steps
+    tokens = max(max(len(case.prompt.token_ids) for case in cases) + steps, MOST_TOKENS)
     patches = max(len(case.prompt.patches) for case in cases)
     per_token = text.num_layers * (12 * text.hidden_size + 4 * text.intermediate_size + 4 * text.kv_dim)
     per_patch = vision.depth * (14 * vision.embed_dim + 3 * vision.mlp_dim)

@@ -43,6 +43,11 @@ _HALF_RMS_FLOOR, _HALF_MAX_FLOOR = 1.0, 8.0
 _ROUNDING = {"bf16": 2.0**-8, "fp16": 2.0**-11}
 
 
+def calls_in_all(cases: int, batches: Sequence[int]) -> int:
+    """What progress counts: loading both, the original's prefill and decode of every case, ours at every batch size."""
+    return 2 + cases * (1 + len(batches))
+
+
 @dataclass(frozen=True, eq=False)
 class _Known:
     """A case with what transformers makes of it; expected is None where already the inputs differ."""
@@ -63,8 +68,7 @@ class Run:
         self.tolerance = TOLERANCES[self.part.dtype]
         self.cases = cases
         self._progress = progress
-        # the original's prefill and decode of every case, ours at every batch size, loading
-        self._done, self._total = 0, 2 + len(cases) * (1 + len(self.part.batches))
+        self._done, self._total = 0, calls_in_all(len(cases), self.part.batches)
         self._tell("loading transformers' model")
         self.reference = open_reference(against, TORCH_DTYPES[self.part.dtype])
         self._tell("loading the artifact")

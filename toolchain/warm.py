@@ -1,4 +1,4 @@
-"""`warm`: fill GE's compile cache on the NPU host ahead of the first request."""
+"""`warm`: fill GE's compile cache on the NPU host ahead of the first request, and prove the device's answers."""
 
 import time
 from dataclasses import dataclass
@@ -11,6 +11,7 @@ from ..artifacts.store import ge_part
 
 if TYPE_CHECKING:
     from .console import StepProgress
+    from .selftest.check import SelftestReport
 
 # pixels: the smallest picture at the published min_pixels, 2 x 2 merged patches
 _SIDE = 56
@@ -18,7 +19,10 @@ _SIDE = 56
 
 @dataclass(frozen=True)
 class Warmed:
-    """What GE left in its cache for one artifact. `driver` is None where the driver's version is not recorded."""
+    """What GE left in its cache for one artifact. `driver` is None where the driver's version is not recorded.
+
+    selftest: what the artifact's self-test found; None where it has none.
+    """
 
     cache: Path
     files: int
@@ -26,10 +30,11 @@ class Warmed:
     graphs: tuple[str, ...]
     driver: str | None
     seconds: float
+    selftest: "SelftestReport | None"
 
 
 def warm_artifact(path: Path, progress: "StepProgress") -> Warmed:
-    """Load the artifact on the NPU, which compiles every graph, and run a tiny request through each of them.
+    """Load the artifact on the NPU, which compiles every graph, and run each: by the self-test, or by a tiny request.
 
     Raises TargetError where there is no usable NPU, and whatever loading and a request raise.
     """
@@ -40,9 +45,14 @@ def warm_artifact(path: Path, progress: "StepProgress") -> Warmed:
     begin = time.perf_counter()
     progress("compile", 0, 1)
     model = load(path, backend="npu")
-    part = ge_part(model.manifest, path)
+    part, report = ge_part(model.manifest, path), None
     try:
-        for done, rows in enumerate(part.batches, 1):
+        if model.manifest.selftest is not None:
+            from .selftest.check import check_model
+
+            progress("self-test", 1, len(part.batches) + 1)
+            report = check_model(model)
+        for done, rows in enumerate(part.batches if report is None else (), 1):
             progress(f"request of {rows} row(s)", done, len(part.batches) + 1)
             # one token comes from prefill, the second from the decode graph of so many rows
             model.generate_batch(_requests(rows), max_new_tokens=2, ignore_eos=True)
@@ -58,6 +68,7 @@ def warm_artifact(path: Path, progress: "StepProgress") -> Warmed:
         graphs=tuple(graph.name for graph in part.graphs),
         driver=driver_version(),
         seconds=time.perf_counter() - begin,
+        selftest=report,
     )
 
 

@@ -49,6 +49,7 @@ FROZEN = {
     "generate": {"ARTIFACT", "--image", "--video", "--prompt", "--system", "--requests", "--json", *ENGINE, *GENERATE},
     "chat": {"ARTIFACT", "--image", "--video", "--system", *ENGINE, *GENERATE},
     "warm": {"ARTIFACT"},
+    "selftest": {"ARTIFACT", "--backend", "--make", "--json"},
     "bench": {"ARTIFACT", "--max-new-tokens", "--batch", "--warmup", *BENCH_OPTIONS},
     "bench cold-start": {"ARTIFACT", "--cold", *BENCH_OPTIONS},
     "sign": {"ARTIFACT", "--key"},

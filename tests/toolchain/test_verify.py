@@ -150,7 +150,9 @@ def test_a_right_fp32_artifact_is_verified_in_every_graph_and_keeps_the_report(
     manifest = read_manifest(artifact)
     assert manifest.verification == "passed"
     assert [entry.path for entry in manifest.reports] == [REPORT_PATH]
-    assert set(manifest.files()) - set(manifest.reports) == set(before.files())
+    assert manifest.selftest is not None and manifest.selftest.source == "transformers"
+    added = {*manifest.reports, manifest.selftest.file}
+    assert set(manifest.files()) - added == set(before.files())
     stored = from_plain(VerifyReport, json.loads((artifact / REPORT_PATH).read_bytes()), "verify.json")
     assert stored == report
     assert str(tmp_path) not in (artifact / REPORT_PATH).read_text()

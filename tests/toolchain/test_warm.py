@@ -17,7 +17,7 @@ from .conftest import Run
 
 @pytest.fixture(scope="module")
 def artifact(build: Any) -> Path:
-    _, path = build("npu", tiny_config(), dtype="bf16", batches="1,3")
+    _, path = build("npu", tiny_config(), dtype="bf16", batches="1,3", max_length=2048)
     assert isinstance(path, Path)
     return path
 

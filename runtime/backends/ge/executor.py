@@ -29,7 +29,8 @@ class Executor:
     """One graph, ready to run. Raises ArtifactError at construction for an operator it does not know, and for one that
     writes into a constant.
 
-    constants: the tensors of its FileConstants, by name. soc: whose kernels are computed, where they differ.
+    constants: the tensors of its FileConstants, by name. soc: whose kernels are computed, where they differ. lookup:
+    where a node's function comes from.
     """
 
     def __init__(
@@ -39,6 +40,7 @@ class Executor:
         constants: Mapping[str, Tensor] | None = None,
         *,
         soc: str = DEFAULT_SOC,
+        lookup: Callable[[Node, str, str], Operator] = operator,
     ) -> None:
         self.name = graph.name
         slots: dict[str, int] = {node.name: i for i, node in enumerate(graph.nodes)}
@@ -65,7 +67,7 @@ class Executor:
         self._steps = [
             _Step(
                 node,
-                operator(node, where, soc),
+                lookup(node, where, soc),
                 # index -1 is a control edge: an order, not a value
                 tuple((slots[e[0]], e[1]) if e else None for e in node.inputs if e is None or e[1] >= 0),
                 slots[node.name],
