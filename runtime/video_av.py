@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 
 from ..artifacts.errors import MissingDependencyError, RequestError
 from .images import check_area
+from .orientation import upright
 from .video import FramesMissing
 
 if TYPE_CHECKING:
@@ -110,7 +111,7 @@ class AvReader:
         if isinstance(self._source, io.BytesIO):
             self._source.seek(0)
         try:
-            container = self._av.container.open(self._source, "r", options=options, metadata_errors="replace")
+            container = self._av.container.open(self._source, "r", options=options, **_metadata(self._av.__version__))
         except (self._av.error.FFmpegError, ValueError) as error:
             raise RequestError(f"not a video that can be read: {getattr(error, 'strerror', None) or error}") from error
         cover = self._av.stream.Disposition.attached_pic
@@ -237,11 +238,14 @@ class AvReader:
 
     def _rgb(self, frame: "VideoFrame") -> NDArray[np.uint8]:
         check_area("frame", frame.width, frame.height, _MAX_FRAME_PIXELS)
-        turns, rest = divmod(frame.rotation, 90)
-        if rest:
-            raise RequestError(f"is turned by {frame.rotation} degrees; only multiples of 90 can be undone")
         pixels: NDArray[np.uint8] = frame.to_ndarray(format="rgb24").astype(np.uint8, copy=False)
-        return np.ascontiguousarray(np.rot90(pixels, turns)) if turns % 4 else pixels
+        matrix = frame.side_data.get("DISPLAYMATRIX")
+        return pixels if matrix is None else upright(pixels, matrix)
+
+
+def _metadata(version: str) -> dict[str, Any]:
+    """Makes PyAV open files whose titles are no UTF-8; from 19 on it does so by itself, and knows no such option."""
+    return {"metadata_errors": "replace"} if int(version.partition(".")[0]) < 19 else {}
 
 
 def _stretches(packets: list[_Packet], wanted: set[int]) -> Iterator[tuple[int, int]]:
