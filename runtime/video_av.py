@@ -165,7 +165,7 @@ class AvReader:
 
     def _timed(self, packets: list[_Packet], wanted: set[int]) -> Iterator[tuple[int, NDArray[np.uint8]]]:
         """The frames of these times, with them, in order but for those where two stretches meet."""
-        codec = self._stream.codec_context
+        codec = self._started(self._stream)
         for first, last in _stretches(packets, wanted):
             codec.flush_buffers()
             for position, packet in self._from(packets, first):
@@ -226,8 +226,17 @@ class AvReader:
     def _every_frame(self) -> Iterator["VideoFrame"]:
         container, stream = self._open()
         with container:
+            codec = self._started(stream)
             for packet in chain(self._demux(container, stream), [None]):
-                yield from (frame for frame in self._decode(stream.codec_context, packet) if not frame.is_corrupt)
+                yield from (frame for frame in self._decode(codec, packet) if not frame.is_corrupt)
+
+    def _started(self, stream: "VideoStream") -> "VideoCodecContext":
+        """The decoder, which some versions of PyAV cannot be asked again once it has failed to start."""
+        try:
+            stream.codec_context.open(strict=False)
+        except self._av.error.FFmpegError as error:
+            raise RequestError(f"none of its frames can be decoded: {error.strerror}") from error
+        return stream.codec_context
 
     def _decode(self, codec: "VideoCodecContext", packet: "av.Packet[Any] | None") -> Iterator["VideoFrame"]:
         """Frames that are ready after a packet or, for None, the delayed ones. A damaged packet has none."""
