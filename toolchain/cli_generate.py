@@ -48,6 +48,14 @@ VideoSampling = Annotated[
         help="Which frames: as qwen-vl-utils takes them (2 a second), or as transformers does (all).",
     ),
 ]
+PictureModes = Annotated[
+    str,
+    typer.Option(
+        "--picture-modes",
+        metavar="viewer|transformers",
+        help="Transparent, 16-bit and float pictures: as a viewer shows them, or with transformers' bits.",
+    ),
+]
 AllowHttp = Annotated[
     bool, typer.Option("--allow-http", help="Fetch pictures and videos from http(s) URLs. For requests you trust.")
 ]
@@ -119,6 +127,7 @@ def generate(
     min_pixels: MinPixels = None,
     max_pixels: MaxPixels = None,
     video_sampling: VideoSampling = "qwen",
+    picture_modes: PictureModes = "viewer",
     allow_http: AllowHttp = False,
     backend: Backend = None,
     execute_mode: ExecuteMode = None,
@@ -129,7 +138,7 @@ def generate(
 ) -> None:
     """Answer a prompt about pictures, or about nothing but text. The text comes to stdout as it is made."""
     settings = _settings(locals())
-    vision = vision_options(min_pixels, max_pixels, video_sampling, allow_http)
+    vision = vision_options(min_pixels, max_pixels, video_sampling, picture_modes, allow_http)
     from .console import result, result_json, write_text
 
     if (prompt is None) == (requests is None):
@@ -213,6 +222,7 @@ def chat(
     min_pixels: MinPixels = None,
     max_pixels: MaxPixels = None,
     video_sampling: VideoSampling = "qwen",
+    picture_modes: PictureModes = "viewer",
     allow_http: AllowHttp = False,
     backend: Backend = None,
     execute_mode: ExecuteMode = None,
@@ -220,7 +230,7 @@ def chat(
 ) -> None:
     """Talk with the model: every turn computes only what is new. /image FILE shows it a picture; /help says more."""
     settings = _settings(locals())
-    vision = vision_options(min_pixels, max_pixels, video_sampling, allow_http)
+    vision = vision_options(min_pixels, max_pixels, video_sampling, picture_modes, allow_http)
     from .chat import run_chat
 
     conversation = _loaded(artifact, backend, execute_mode, trusted_key).chat(system, vision)

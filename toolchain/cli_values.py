@@ -68,13 +68,14 @@ def chat_messages(prompt: str, images: list[str], videos: list[str], system: str
 
 
 def vision_options(
-    min_pixels: int | None, max_pixels: int | None, video_sampling: str, allow_http: bool
+    min_pixels: int | None, max_pixels: int | None, video_sampling: str, picture_modes: str, allow_http: bool
 ) -> "VisionOptions":
-    """Raises RequestError for an unknown sampling; the numbers are checked with each picture."""
+    """Raises RequestError for an unknown sampling or modes, and for bounds that make no sense."""
     from ..runtime.pictures import VisionOptions
     from ..runtime.sources import HttpLimits
 
-    return VisionOptions(min_pixels, max_pixels, video_sampling, HttpLimits(allowed=allow_http))
+    http = HttpLimits(allowed=allow_http)
+    return VisionOptions(min_pixels, max_pixels, video_sampling, http, picture_modes=picture_modes)
 
 
 def requests_file(path: Path) -> list[Any]:
