@@ -1,6 +1,7 @@
 """Video files through FFmpeg (PyAV): decodes what the sampled frames need, and makes RGB of those alone."""
 
 import io
+import os
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass
@@ -110,8 +111,10 @@ class AvReader:
         options = {"format_whitelist": _FORMATS, "protocol_whitelist": "file"}
         if isinstance(self._source, io.BytesIO):
             self._source.seek(0)
+        # what stands before a colon FFmpeg takes for a protocol, unless a slash comes first
+        source = os.path.abspath(self._source) if isinstance(self._source, str) else self._source
         try:
-            container = self._av.container.open(self._source, "r", options=options, **_metadata(self._av.__version__))
+            container = self._av.container.open(source, "r", options=options, **_metadata(self._av.__version__))
         except (self._av.error.FFmpegError, ValueError) as error:
             raise RequestError(f"not a video that can be read: {getattr(error, 'strerror', None) or error}") from error
         cover = self._av.stream.Disposition.attached_pic
@@ -161,6 +164,9 @@ class AvReader:
             return float(told) if told and abs(told / mean - 1) <= _RATE_TOLERANCE else mean
         if told:
             return float(told)
+        if self.frames == 1:
+            # it is taken whatever the rate
+            return 1.0
         raise RequestError("has no frame rate; give its frames as a list")
 
     def _timed(self, packets: list[_Packet], wanted: set[int]) -> Iterator[tuple[int, NDArray[np.uint8]]]:
