@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from fractions import Fraction
 from pathlib import Path
 
@@ -182,6 +183,56 @@ def test_transformers_rule_takes_every_frame_and_fills_up_an_odd_count(tmp_path)
     for unknown in ({"video_end": 0.1}, {"size": SizeRequest(total_pixels=10**6)}):
         with pytest.raises(RequestError, match="transformers' sampling has no"):
             patches_of(path, "transformers", **unknown)
+
+
+SHORT = {"one.mp4": {}, "one.mkv": {}, "one.ts": {}, "one.webm": {"codec": "libvpx-vp9"}, "one.h264": {}, "one.avi": {}}
+
+
+@pytest.mark.parametrize("rule", ["qwen", "transformers"])
+@pytest.mark.parametrize("name", SHORT)
+def test_a_clip_of_one_frame_is_that_frame_twice(tmp_path, rule, name):
+    path = write_clip(tmp_path / name, frames=1, **SHORT[name])
+    expected, (_, h, w) = image_patches(Image.fromarray(every_frame(path)[0]), PUBLISHED, SMALL)
+    for wanted in ({}, {"fps": 1.0}, {"nframes": 1}, {"nframes": 2}, {"nframes": 64}, {"fps": 30.0, "min_frames": 4}):
+        patches, grid = patches_of(path, rule, **wanted)
+        assert grid == (1, h, w)
+        np.testing.assert_array_equal(patches, expected)
+
+
+@pytest.mark.parametrize("rule", ["qwen", "transformers"])
+@pytest.mark.parametrize("frames", [1, 2, 3])
+def test_a_clip_shorter_than_a_temporal_patch_ends_with_its_last_frame_over_and_over(tmp_path, rule, frames):
+    settings = replace(PUBLISHED, temporal_patch_size=4)
+    path = write_clip(tmp_path / "short.mp4", frames=frames)
+    wanted = VideoRequest(FrameRequest(nframes=4), SMALL, rule)
+    shown = every_frame(path)
+    for source in (path, shown):
+        if source is shown:
+            wanted = replace(wanted, frames=FrameRequest())
+        patches, (t, h, w) = video_patches(source, settings, wanted, LOCAL_ONLY, AvReader)
+        assert t == 1
+        pixels = patches.reshape(h * w, 3, 4, 196)
+        for i in range(4):
+            expected, _ = image_patches(Image.fromarray(shown[min(i, frames - 1)]), PUBLISHED, SMALL)
+            np.testing.assert_array_equal(pixels[:, :, i], expected.reshape(h * w, 3, 2, 196)[:, :, 0])
+
+
+def test_a_time_range_of_a_clip_of_one_frame_holds_it_or_not(tmp_path):
+    path = write_clip(tmp_path / "one.mp4", frames=1)
+    assert len(patches_of(path, video_start=0.0, video_end=1.0)[0])
+    assert len(patches_of(path, video_end=0.0)[0])
+    with pytest.raises(RequestError, match="leave no frames"):
+        patches_of(path, video_start=1.0)
+
+
+@pytest.mark.parametrize(
+    "name", ["a:b.mp4", "C:clip.mp4", "http:clip.mp4", "data:clip.mp4", "file:clip.mp4", "x,y:z.mp4"]
+)
+def test_a_video_with_a_colon_in_its_name_is_a_file(tmp_path, monkeypatch, name):
+    monkeypatch.chdir(tmp_path)
+    write_clip(tmp_path / "plain.mp4", frames=4).rename(name)
+    for source in (name, Path(name), Path(name).absolute().as_uri()):
+        assert len(patches_of(source)[0])
 
 
 def test_a_step_that_rounds_past_the_last_frame_leaves_it_out(tmp_path):
