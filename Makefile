@@ -9,7 +9,22 @@ READY := $(VENV)/.ready
 # kills of `make torture`, and mutations of `make fuzz`
 RUNS ?=
 
-.PHONY: demo test lint setup torture fuzz
+# Interpreters of `make newest`, and whether torch (gigabytes each) comes with them.
+PYTHONS ?= $(foreach each,python3.11 python3.12 python3.13,$(shell command -v $(each)))
+TORCH ?= yes
+# What is tested without torch: files, video, pictures, fetching, requests.
+WITHOUT_TORCH := $(addprefix tests/,artifacts/test_integrity.py artifacts/test_safetensors.py artifacts/test_store.py \
+	runtime/test_picture_modes.py runtime/test_text.py runtime/test_video.py runtime/test_vision_fuzz.py \
+	runtime/test_vision_sources.py toolchain/test_cli_requests.py)
+ifeq ($(TORCH),yes)
+NEWEST := '.[test,onnx]'
+FAST := tests
+else
+NEWEST := '.[onnx,sign,video]' hypothesis pytest
+FAST := $(WITHOUT_TORCH)
+endif
+
+.PHONY: demo test lint setup torture fuzz newest
 
 demo: $(READY)
 	$(BIN)/qwen2vl-tc demo
@@ -29,6 +44,18 @@ torture: $(READY)
 # Loads artifacts with damaged and hostile files.
 fuzz: $(READY)
 	OMP_NUM_THREADS=1 PYTHONPATH=tests $(BIN)/python -m fuzz.runner $(if $(RUNS),--runs $(RUNS))
+
+# The newest version of each dependency that pyproject.toml allows, on each Python that is here, and the suite's fast part.
+newest:
+	@test -n "$(PYTHONS)" || { echo "no python3.11, 3.12 or 3.13 here; name some with PYTHONS="; exit 1; }
+	@for python in $(PYTHONS); do \
+	    venv=build/newest/$$($$python -c 'import sys; print("%d.%d" % sys.version_info[:2])') && \
+	    echo "== $$python: $$venv" && \
+	    $$python -m venv --clear $$venv && \
+	    $$venv/bin/python -m pip install -q $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX)) -e $(NEWEST) && \
+	    $$venv/bin/python -m pip list && \
+	    $$venv/bin/python -m pytest -q -m 'not slow' $(FAST) || exit 1; \
+	done
 
 setup: $(READY)
 

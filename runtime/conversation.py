@@ -25,17 +25,16 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, eq=False)
 class _Cached:
-    """What the KV cache holds: token ids [n], their M-RoPE positions [3, n], and the pictures among them, in order."""
+    """What the KV cache holds: token ids [n], and the pictures among them, in order; these settle all positions."""
 
     token_ids: NDArray[np.int64]
-    positions: NDArray[np.int64]
     pictures: tuple[CutPicture, ...]
 
 
 class Conversation:
     """Turns of user and assistant. Every answer is the one that a fresh request with all messages would get.
 
-    The new turn's token ids and positions, those of all messages, are compared with the cache's: what they share at
+    The new turn's token ids and pictures, those of all messages, are compared with the cache's: what they share at
     their start is kept, the rest is prefilled. messages: what was said so far, pictures as patches. One answer at a
     time; each conversation holds a KV cache of one row.
     """
@@ -52,7 +51,7 @@ class Conversation:
         """Forget all turns; the system message stays. Raises RequestError while an answer is unfinished."""
         self._check_idle()
         self.messages: list[Message] = [] if self._system is None else [{"role": "system", "content": self._system}]
-        self._cached = _Cached(np.zeros(0, np.int64), np.zeros((3, 0), np.int64), ())
+        self._cached = _Cached(np.zeros(0, np.int64), ())
 
     def send(
         self,
@@ -125,9 +124,6 @@ class Conversation:
         cached = self._cached
         most = max(0, min(len(cached.token_ids), len(prompt.token_ids) - 2)) if self._cache is not None else 0
         differs = cached.token_ids[:most] != prompt.token_ids[:most]
-        # A clip may reach further in time than the text after it: an answer that was decoded behind the clip stands
-        # elsewhere once it is a part of the prompt.
-        differs |= (cached.positions[:, :most] != prompt.positions[:, :most]).any(0)
         kept = int(np.argmax(differs)) if differs.any() else most
         spans = prompt.picture_spans(self._model.processor.config.vision.spatial_merge_size)
         for i, ((start, end), new) in enumerate(zip(spans, prompt.pictures(), strict=True)):
@@ -149,7 +145,7 @@ class Conversation:
             if self._cache is None:
                 self._cache = self._model.take_cache(1)
             # until prefill is done, what lies behind the kept part is neither the old turn's nor the new one's
-            self._cached = _Cached(prompt.token_ids[:known], prompt.positions[:, :known], tuple(prompt.pictures()))
+            self._cached = _Cached(prompt.token_ids[:known], tuple(prompt.pictures()))
             with closing(self._model.steps([row], timings, self._cache)) as steps:
                 for step in steps:
                     # the weights that made it are known to be good
@@ -165,12 +161,7 @@ class Conversation:
             if answered:
                 # the last token was never fed, and is not in the cache
                 fed = np.array(row.made[:-1], np.int64)
-                decoded = len(prompt.token_ids) + prompt.delta + np.arange(len(fed))
-                self._cached = _Cached(
-                    np.concatenate([prompt.token_ids, fed]),
-                    np.concatenate([prompt.positions, np.tile(decoded, (3, 1))], axis=1),
-                    self._cached.pictures,
-                )
+                self._cached = _Cached(np.concatenate([prompt.token_ids, fed]), self._cached.pictures)
                 text = "".join(row.texts)
                 # spelled out by the model, a placeholder would stand for a picture in the next turn
                 while any(placeholder in text for placeholder in self._model.processor.placeholders):

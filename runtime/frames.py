@@ -38,6 +38,7 @@ def sample_frames(wanted: FrameRequest, rule: str, total: int, video_fps: float,
 
     multiple: what the count is rounded to, the model's temporal_patch_size.
 
+    A video shorter than `multiple` is taken whole, whatever count is asked for: its last frame is repeated.
     "qwen": calculate_video_frame_range and smart_nframes, then torch.linspace in fp32, rounded half to even.
     "transformers": Qwen2VLVideoProcessor.sample_frames, torch.arange in fp32, rounded down; every frame where neither
     fps nor nframes is given. Raises RequestError for values that make no sense and where the library raises.
@@ -72,6 +73,8 @@ def _check(wanted: FrameRequest) -> None:
 def _qwen(wanted: FrameRequest, total: int, video_fps: float, multiple: int) -> list[int]:
     first, last = _range(wanted, total, video_fps)
     total = last - first + 1
+    if total < multiple:
+        return list(range(first, last + 1))
     if wanted.nframes is not None:
         count = round(wanted.nframes / multiple) * multiple
     else:
@@ -94,7 +97,8 @@ def _range(wanted: FrameRequest, total: int, video_fps: float) -> tuple[int, int
         first = math.ceil(max(0.0, min(wanted.video_start, duration)) * video_fps)
     if wanted.video_end is not None:
         last = min(math.floor(max(0.0, min(wanted.video_end, duration)) * video_fps), total - 1)
-    if (wanted.video_start is not None or wanted.video_end is not None) and first >= last:
+    # one frame of several is no clip to the library; of a video that has no more, it is all there is
+    if (wanted.video_start is not None or wanted.video_end is not None) and last - first < min(1, total - 1):
         raise RequestError(
             f"video_start {wanted.video_start} and video_end {wanted.video_end} leave no frames of a video of "
             f"{duration:.2f} s ({total} frames)"
@@ -116,6 +120,8 @@ def _linspace(first: int, last: int, count: int) -> list[int]:
 def _transformers(wanted: FrameRequest, total: int, video_fps: float, multiple: int) -> list[int]:
     if wanted.video_start is not None or wanted.video_end is not None:
         raise RequestError("transformers' sampling has no video_start or video_end; use the default sampling")
+    if total < multiple:
+        return list(range(total))
     if wanted.nframes is not None:
         count = round(wanted.nframes / multiple) * multiple
     elif wanted.fps is not None:

@@ -1,8 +1,7 @@
-"""Pictures from wherever they are to RGB pixels, as transformers' load_image and convert_to_rgb make them."""
+"""Pictures from wherever they are to upright RGB pixels."""
 
 import os
 import warnings
-from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -10,6 +9,7 @@ from numpy.typing import NDArray
 from PIL import Image, ImageOps
 
 from ..artifacts.errors import RequestError
+from .picture_modes import to_rgb
 from .sources import LOCAL_ONLY, HttpLimits, describe, readable
 
 # also any tensor that numpy can read, such as torch's: uint8 [height, width, 3] or [3, height, width]
@@ -22,13 +22,12 @@ MAX_IMAGE_PIXELS = 178_956_970
 IMAGE_FORMATS = ("JPEG", "PNG", "GIF", "BMP", "PPM", "WEBP", "TIFF", "JPEG2000", "ICO", "AVIF")
 
 
-def load_image(source: ImageSource, http: HttpLimits = LOCAL_ONLY) -> Image.Image:
-    """Open a picture as RGB, each kind of source as transformers 5.23 treats it; of an animation, the first frame.
+def load_image(source: ImageSource, http: HttpLimits = LOCAL_ONLY, modes: str = "viewer") -> Image.Image:
+    """Open a picture as RGB; of an animation, the first frame. modes: see to_rgb.
 
-    A path, file:// URL, data: URI, bytes or, where `http` allows it, an http(s) URL: EXIF orientation applied,
-    transparency dropped (image_utils.load_image). A PIL image: transparency laid over white, orientation left to the
-    caller (image_transforms.convert_to_rgb). An array or tensor, uint8 [height, width, 3] or [3, height, width]: as is;
-    where both fit, the latter (image_utils.infer_channel_dimension_format).
+    A path, file:// URL, data: URI, bytes or, where `http` allows it, an http(s) URL: EXIF orientation applied. A PIL
+    image: orientation left to the caller, as in transformers. An array or tensor, uint8 [height, width, 3] or [3,
+    height, width]: as is; where both fit, the latter (image_utils.infer_channel_dimension_format).
 
     Raises RequestError naming the source when it is missing, no picture, damaged, empty, too large or an http(s) URL
     that is not allowed or does not come.
@@ -36,9 +35,9 @@ def load_image(source: ImageSource, http: HttpLimits = LOCAL_ONLY) -> Image.Imag
     name = describe_image(source)
     if isinstance(source, Image.Image):
         check_area(name, *source.size)
-        return _decode(name, source, _over_white)
+        return _decode(name, source, modes, is_file=False)
     if isinstance(source, str | bytes | os.PathLike):
-        return _open(name, source, http)
+        return _open(name, source, http, modes)
     if hasattr(source, "__array__"):
         return Image.fromarray(_rgb_array(name, source))
     raise RequestError(f"{name}: not an image; give a path, bytes, a PIL image or a uint8 array [height, width, 3]")
@@ -59,7 +58,7 @@ def check_area(name: str, width: int, height: int, most: int = MAX_IMAGE_PIXELS)
         raise RequestError(f"{name}: {width} x {height} pixels, at most {most} in all; scale it down first")
 
 
-def _open(name: str, source: str | bytes | os.PathLike[str], http: HttpLimits) -> Image.Image:
+def _open(name: str, source: str | bytes | os.PathLike[str], http: HttpLimits, modes: str) -> Image.Image:
     location = readable(name, source, http)
     try:
         with warnings.catch_warnings():
@@ -72,29 +71,19 @@ def _open(name: str, source: str | bytes | os.PathLike[str], http: HttpLimits) -
         raise RequestError(f"{name}: not a picture that can be read; readable: {', '.join(IMAGE_FORMATS)}") from error
     with opened:
         check_area(name, *opened.size)
-        return _decode(name, opened, _upright)
+        return _decode(name, opened, modes, is_file=True)
 
 
-def _decode(name: str, image: Image.Image, to_rgb: Callable[[Image.Image], Image.Image]) -> Image.Image:
+def _decode(name: str, image: Image.Image, modes: str, is_file: bool) -> Image.Image:
     try:
-        return to_rgb(image)
+        if is_file:
+            # in place and without a copy of what is RGB: a picture of 10,000 x 10,000 takes 400 MB each time
+            ImageOps.exif_transpose(image, in_place=True)
+        return to_rgb(image, modes, is_file)
+    except RequestError as error:
+        raise RequestError(f"{name}: {error}") from error
     except Exception as error:  # as above: the pixels are decoded only now
         raise RequestError(f"{name}: damaged or cut off: {error}") from error
-
-
-def _upright(image: Image.Image) -> Image.Image:
-    # in place and without a copy of what is RGB: a picture of 10,000 x 10,000 takes 400 MB each time
-    ImageOps.exif_transpose(image, in_place=True)
-    image.load()
-    return image if image.mode == "RGB" else image.convert("RGB")
-
-
-def _over_white(image: Image.Image) -> Image.Image:
-    if "A" not in image.getbands() and image.info.get("transparency") is None:
-        image.load()
-        return image if image.mode == "RGB" else image.convert("RGB")
-    white = Image.new("RGBA", image.size, (255, 255, 255, 255))
-    return Image.alpha_composite(white, image.convert("RGBA")).convert("RGB")
 
 
 def _rgb_array(name: str, source: Any) -> NDArray[np.uint8]:

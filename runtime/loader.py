@@ -2,6 +2,7 @@
 
 import gc
 import importlib.util
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -70,7 +71,7 @@ def load(
         # before the engine's imports, which take a second or more: gigabytes are read and hashed meanwhile
         check = WeightCheck(artifact, [graph.data for graph in part.graphs] if part else None)
         with _no_collections():
-            engine = _engine(choice, artifact, observer, check)
+            engine = _engine(choice, artifact, observer, check, is_asked_for=backend is not None)
         loading.include("imports", engine.loading)
         processor = open_processor(artifact)
         loading.mark("processor")
@@ -143,7 +144,27 @@ def _best_for(manifest: Manifest) -> tuple[str, str]:
     return best_here()
 
 
-def _engine(name: str | EngineMaker, artifact: Artifact, observer: "Observer | None", check: WeightCheck) -> Backend:
+def _missing_engine(name: str, manifest: Manifest, is_asked_for: bool) -> MissingDependencyError:
+    """What to install where torch is missing: the engine that was asked for, or the best that this machine can have."""
+    if is_asked_for:
+        return MissingDependencyError(f"backend {name} needs torch; pip install 'qwen2vl-tc[{name}]'")
+    if npu_problem() is None:
+        return MissingDependencyError("no engine is installed, and an NPU is here; pip install 'qwen2vl-tc[npu]'")
+    if manifest.onnx is not None and sys.version_info >= (3, 11):
+        return MissingDependencyError(
+            "no engine is installed; pip install 'qwen2vl-tc[onnx]', the faster one on CPU for this artifact's ONNX "
+            "models, or 'qwen2vl-tc[reference]'"
+        )
+    return MissingDependencyError("no engine is installed; pip install 'qwen2vl-tc[reference]', which runs on CPU")
+
+
+def _engine(
+    name: str | EngineMaker,
+    artifact: Artifact,
+    observer: "Observer | None",
+    check: WeightCheck,
+    is_asked_for: bool,
+) -> Backend:
     if observer is not None and name != "reference":
         raise TargetError("an observer needs --backend reference: other engines hand out no intermediates")
     if not isinstance(name, str):
@@ -153,7 +174,7 @@ def _engine(name: str | EngineMaker, artifact: Artifact, observer: "Observer | N
 
         return OnnxBackend(artifact)
     if importlib.util.find_spec("torch") is None:
-        raise MissingDependencyError(f"backend {name} needs torch; pip install 'qwen2vl-tc[{name}]'")
+        raise _missing_engine(name, artifact.manifest, is_asked_for)
     if name == "npu":
         from .backends.npu import NpuBackend
 

@@ -8,6 +8,7 @@ from ..artifacts.errors import RequestError
 from .frames import FrameRequest
 from .images import ImageSource
 from .resize import SizeRequest
+from .sources import describe
 from .video import VideoSource
 
 Kind = Literal["image", "video"]
@@ -149,6 +150,7 @@ def _vision_item(kind: str, part: Mapping[str, Any], where: str) -> VisionItem:
 
 def _shape_of(part: Any) -> str:
     if not isinstance(part, Mapping):
-        return f"{type(part).__name__} {str(part)[:40]!r}"
+        # a URL or data: URI is named as errors name it everywhere
+        return f"{type(part).__name__} {(describe(part, 'text') if isinstance(part, str) else str(part))[:40]!r}"
     kind = f"type {part['type']!r}" if "type" in part else "no type"
     return f"{kind} with the keys {', '.join(map(str, part)) or '(none)'}"

@@ -15,11 +15,12 @@ def rope_positions(
     config: ModelConfig,
     start: int = 0,
 ) -> tuple[NDArray[np.int64], int]:
-    """Positions int64 [3, tokens] (temporal, height, width) and delta, as transformers 5.23's get_rope_index.
+    """Positions int64 [3, tokens] (temporal, height, width) and delta, as the checkpoints were trained with.
 
-    Text advances all three together. A picture of grid (t, h, w) spans t x h/merge x w/merge tokens whose axes count
-    from the position where it begins; the text after it goes on max(h, w)/merge later. With t above that, the positions
-    of a clip's last frames recur in the text after it: transformers 5.23 does so too.
+    Text advances all three together. A picture or clip of grid (t, h, w) spans t x h/merge x w/merge tokens whose axes
+    count from the position where it begins; the text after it goes on behind the largest of all three axes, that is
+    max(t, h/merge, w/merge) later: get_rope_index of Qwen2-VL's own code and of transformers 4.45 to 5.2. From 5.3 on
+    transformers leaves t out of that, so that text after a long clip shares positions with it.
 
     delta = max + 1 - tokens, so the token that follows has position tokens + delta. To continue a conversation, give
     that number as `start` with only the new tokens and their grids; delta then counts from the new tokens' first one.
@@ -55,7 +56,7 @@ def rope_positions(
         positions[:, done:first] = np.arange(position, position + first - done)
         position += first - done
         positions[:, first:end] = np.indices((t, h, w)).reshape(3, -1) + position
-        position += max(h, w)
+        position += max(t, h, w)
         done = end
         used += t * h * w
     for token, left in waiting.items():

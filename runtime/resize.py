@@ -24,7 +24,8 @@ _MAX_ASPECT_RATIO = 200
 _PIECE_BYTES = 1 << 20
 # of any size that a request gives: beyond it, floats overflow
 _MOST = 1 << 31
-# qwen-vl-utils 0.0.14, vision_process.py: merge windows of one frame, and of all frames of a video
+# qwen-vl-utils 0.0.14, vision_process.py: merge windows of a picture, of one frame, and of all frames of a video
+_IMAGE_MIN_TOKENS, _IMAGE_MAX_TOKENS = 4, 16384
 _FRAME_MIN_TOKENS, _FRAME_MAX_TOKENS = 128, 768
 _VIDEO_TOKENS = 128_000 * 0.9
 
@@ -34,10 +35,11 @@ Pass = Callable[[bytes, int, int, int, int], bytes]
 
 @dataclass(frozen=True)
 class SizeRequest:
-    """What a request says of a picture's or clip's size; None leaves it to the settings.
+    """What a request says of a picture's or clip's size, as qwen-vl-utils takes it; None leaves it to the settings.
 
     min_pixels and max_pixels bound the area of a resized picture or frame, total_pixels that of all frames of a clip
-    together. resized_height and resized_width (both) replace the size of the source.
+    together. resized_height and resized_width (both) replace the size of the source. The settings' own bounds hold
+    for whatever comes of it.
     """
 
     min_pixels: int | None = None
@@ -73,21 +75,29 @@ def smart_resize(height: int, width: int, factor: int, min_pixels: float, max_pi
 
 
 def image_size(height: int, width: int, wanted: SizeRequest, settings: ImageSettings) -> tuple[int, int]:
-    """The (height, width) that a picture is resized to. Raises RequestError for sizes and bounds that make no sense."""
+    """The (height, width) that a picture is resized to.
+
+    What the request says comes first, by qwen-vl-utils' fetch_image, then the processor's own bounds: a message may ask
+    for less than those allow, not for more. Raises RequestError for sizes and bounds that make no sense.
+    """
+    area = settings.factor**2
     given = _given_size(wanted)
-    least = _pixels("min_pixels", wanted.min_pixels, settings.min_pixels)
-    most = _pixels("max_pixels", wanted.max_pixels, settings.max_pixels)
+    least = _pixels("min_pixels", wanted.min_pixels, _IMAGE_MIN_TOKENS * area)
+    most = _pixels("max_pixels", wanted.max_pixels, _IMAGE_MAX_TOKENS * area)
     _check_order(least, most)
     if given is not None:
-        # qwen-vl-utils looks at no bounds beside them
-        return smart_resize(*given, settings.factor, settings.min_pixels, settings.max_pixels)
-    return smart_resize(height, width, settings.factor, least, most)
+        # fetch_image looks at no bounds beside them
+        height, width = given
+    elif wanted.min_pixels is not None or wanted.max_pixels is not None:
+        height, width = smart_resize(height, width, settings.factor, least, most)
+    return _processor_size(height, width, settings)
 
 
 def frame_size(height: int, width: int, frames: int, wanted: SizeRequest, settings: ImageSettings) -> tuple[int, int]:
-    """The (height, width) that each of a clip's frames is resized to, by qwen-vl-utils' fetch_video.
+    """The (height, width) that each of a clip's frames is resized to: by qwen-vl-utils' fetch_video, which shares the
+    clip's pixel budget between the pairs of frames, then the processor's own bounds.
 
-    The clip's pixel budget is shared between the pairs of frames. Raises RequestError as image_size does.
+    Raises RequestError as image_size does.
     """
     area = settings.factor**2
     budget = _pixels("total_pixels", wanted.total_pixels, _VIDEO_TOKENS * area, most=_MOST)
@@ -97,7 +107,12 @@ def frame_size(height: int, width: int, frames: int, wanted: SizeRequest, settin
     limit = max(min(_FRAME_MAX_TOKENS * area, budget / frames * settings.temporal_patch_size), int(least * 1.05))
     most = min(_pixels("max_pixels", wanted.max_pixels, limit), limit)
     _check_order(least, most)
-    return smart_resize(height, width, settings.factor, least, most)
+    return _processor_size(*smart_resize(height, width, settings.factor, least, most), settings)
+
+
+def _processor_size(height: int, width: int, settings: ImageSettings) -> tuple[int, int]:
+    _check_order(settings.min_pixels, settings.max_pixels)
+    return smart_resize(height, width, settings.factor, settings.min_pixels, settings.max_pixels)
 
 
 def check_bounds(least: Any, most: Any) -> None:

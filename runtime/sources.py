@@ -3,6 +3,7 @@
 import base64
 import io
 import os
+import re
 import stat
 from dataclasses import dataclass
 from urllib.parse import unquote, urlsplit
@@ -10,6 +11,13 @@ from urllib.parse import unquote, urlsplit
 from ..artifacts.errors import RequestError
 
 _NAME_CHARACTERS = 200
+_SPACE = re.compile("[ \\t\\r\\n\\f\\v]+")
+_NO_BASE64 = re.compile("[^A-Za-z0-9+/_-]")
+_URL = re.compile(
+    r"(?P<scheme>https?://)([^/?#\\]*@)?(?P<place>(\[[^]/?#@]*\]|[^]\[:/?#@\\]*)(:[0-9]*)?(/[^?#]*)?)(?P<query>[?#].*)?$",
+    re.IGNORECASE | re.DOTALL,
+)
+_STANDARD = str.maketrans("-_", "+/")
 
 
 @dataclass(frozen=True)
@@ -25,11 +33,16 @@ LOCAL_ONLY = HttpLimits()
 
 
 def describe(source: object, kind: str) -> str:
-    """How an error names a source: its location, or what kind of thing was given."""
-    if isinstance(source, str) and source.startswith("data:"):
-        return "data: URI"
+    """How an error names a source: its location, or what kind of thing was given. Of a URL, nothing that may be secret:
+    no user, no password, no query.
+    """
     if isinstance(source, str | os.PathLike):
+        scheme = scheme_of(source)
+        if scheme == "data":
+            return "data: URI"
         location = str(os.fspath(source)) or f"{kind} path ''"
+        if scheme == "http":
+            location = _without_secrets(location)
         return location if len(location) <= _NAME_CHARACTERS else location[:_NAME_CHARACTERS] + "..."
     if isinstance(source, bytes):
         return f"{kind} of {len(source)} bytes"
@@ -38,27 +51,80 @@ def describe(source: object, kind: str) -> str:
     return type(source).__name__
 
 
+def _without_secrets(url: str) -> str:
+    found = _URL.match(url)
+    if found is None:
+        # a password that holds a slash, say: there is no telling what is the host
+        return "http(s) URL that is not well-formed"
+    return found["scheme"] + found["place"] + ("?..." if found["query"] else "")
+
+
 def readable(name: str, source: str | bytes | os.PathLike[str], http: HttpLimits) -> str | io.BytesIO:
     """A path to a regular file, or the bytes themselves. Raises RequestError that starts with `name`."""
     if isinstance(source, bytes):
         return io.BytesIO(source)
-    location = os.fspath(source)
-    scheme = location.partition(":")[0].lower()
-    if scheme in ("http", "https"):
-        if not http.allowed:
-            raise RequestError(
-                f"{name}: nothing is fetched from the network unless it is allowed (--allow-http, HttpLimits); "
-                "download it and give its path"
-            )
+    location, scheme = os.fspath(source), scheme_of(source)
+    if scheme == "http":
+        _check_allowed(name, http)
         # here: few requests fetch, and http and TLS take 25 ms to import
         from .fetch import fetch
 
         return io.BytesIO(fetch(name, location, http.max_bytes, http.timeout_s))
     if scheme == "data":
-        try:
-            return io.BytesIO(base64.b64decode(location.partition(",")[2], validate=True))
-        except ValueError as error:
-            raise RequestError(f"{name}: not valid base64: {error}") from error
+        return io.BytesIO(_inline(name, location))
+    return _file(name, location, scheme)
+
+
+def check_there(name: str, source: object, http: HttpLimits) -> None:
+    """Raises what readable raises of a file that is missing or a URL that is not allowed; reads and fetches nothing."""
+    if isinstance(source, str | os.PathLike):
+        scheme = scheme_of(source)
+        if scheme == "http":
+            _check_allowed(name, http)
+        elif scheme != "data":
+            _file(name, os.fspath(source), scheme)
+
+
+def scheme_of(source: str | os.PathLike[str]) -> str:
+    """ "http", "data", "file" or "": a path, colons included. A path object is always a path."""
+    if not isinstance(source, str):
+        return ""
+    scheme, _, rest = source.partition(":")
+    scheme = scheme.lower()
+    if scheme in ("http", "https") and rest.startswith("//"):
+        return "http"
+    is_url = (scheme == "data" and "," in rest) or (scheme == "file" and rest.startswith("/"))
+    return scheme if is_url else ""
+
+
+def _check_allowed(name: str, http: HttpLimits) -> None:
+    if not http.allowed:
+        raise RequestError(
+            f"{name}: nothing is fetched from the network unless it is allowed (--allow-http, HttpLimits); "
+            "download it and give its path"
+        )
+
+
+def _inline(name: str, location: str) -> bytes:
+    """The bytes of a data: URI. White space in base64 is no data; both alphabets are read, with or without padding."""
+    data = location.partition(",")[2]
+    try:
+        return base64.b64decode(data, validate=True)
+    except ValueError:
+        # other ways of writing it, which cost a look at every character
+        data = _SPACE.sub("", unquote(data) if "%" in data else data)
+    plain = data.rstrip("=")
+    if strange := _NO_BASE64.search(plain):
+        raise RequestError(f"{name}: not valid base64: {strange.group()!r} at character {strange.start() + 1}")
+    if re.search("[-_]", plain) and re.search("[+/]", plain):
+        raise RequestError(f"{name}: not valid base64: has + or / of one alphabet and - or _ of the other")
+    padding = -len(plain) % 4
+    if padding == 3 or len(data) - len(plain) not in (0, padding):
+        raise RequestError(f"{name}: not valid base64: {len(plain)} characters and {len(data) - len(plain)} of padding")
+    return base64.b64decode(plain.translate(_STANDARD) + "=" * padding)
+
+
+def _file(name: str, location: str, scheme: str) -> str:
     if scheme == "file":
         try:
             url = urlsplit(location)

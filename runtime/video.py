@@ -52,11 +52,12 @@ OpenVideo = Callable[[str | io.BytesIO], VideoReader]
 
 @dataclass(frozen=True)
 class VideoRequest:
-    """How one video is sampled and sized; rule: one of SAMPLING_RULES."""
+    """How one video is sampled and sized; rule: one of SAMPLING_RULES. modes: see to_rgb, for a list of frames."""
 
     frames: FrameRequest
     size: SizeRequest
     rule: str
+    modes: str = "viewer"
 
 
 def video_patches(
@@ -99,7 +100,7 @@ def _listed(frames: Any, settings: ImageSettings, wanted: VideoRequest, http: Ht
     def pictures() -> Iterator[Image.Image]:
         for i, frame in enumerate(frames):
             try:
-                yield load_image(frame, http)
+                yield load_image(frame, http, wanted.modes)
             except RequestError as error:
                 raise RequestError(f"frame {i}: {error}") from error
 

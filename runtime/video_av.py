@@ -1,6 +1,7 @@
 """Video files through FFmpeg (PyAV): decodes what the sampled frames need, and makes RGB of those alone."""
 
 import io
+import os
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass
@@ -12,6 +13,7 @@ from numpy.typing import NDArray
 
 from ..artifacts.errors import MissingDependencyError, RequestError
 from .images import check_area
+from .orientation import upright
 from .video import FramesMissing
 
 if TYPE_CHECKING:
@@ -109,8 +111,10 @@ class AvReader:
         options = {"format_whitelist": _FORMATS, "protocol_whitelist": "file"}
         if isinstance(self._source, io.BytesIO):
             self._source.seek(0)
+        # what stands before a colon FFmpeg takes for a protocol, unless a slash comes first
+        source = os.path.abspath(self._source) if isinstance(self._source, str) else self._source
         try:
-            container = self._av.container.open(self._source, "r", options=options, metadata_errors="replace")
+            container = self._av.container.open(source, "r", options=options, **_metadata(self._av.__version__))
         except (self._av.error.FFmpegError, ValueError) as error:
             raise RequestError(f"not a video that can be read: {getattr(error, 'strerror', None) or error}") from error
         cover = self._av.stream.Disposition.attached_pic
@@ -160,11 +164,14 @@ class AvReader:
             return float(told) if told and abs(told / mean - 1) <= _RATE_TOLERANCE else mean
         if told:
             return float(told)
+        if self.frames == 1:
+            # it is taken whatever the rate
+            return 1.0
         raise RequestError("has no frame rate; give its frames as a list")
 
     def _timed(self, packets: list[_Packet], wanted: set[int]) -> Iterator[tuple[int, NDArray[np.uint8]]]:
         """The frames of these times, with them, in order but for those where two stretches meet."""
-        codec = self._stream.codec_context
+        codec = self._started(self._stream)
         for first, last in _stretches(packets, wanted):
             codec.flush_buffers()
             for position, packet in self._from(packets, first):
@@ -225,8 +232,17 @@ class AvReader:
     def _every_frame(self) -> Iterator["VideoFrame"]:
         container, stream = self._open()
         with container:
+            codec = self._started(stream)
             for packet in chain(self._demux(container, stream), [None]):
-                yield from (frame for frame in self._decode(stream.codec_context, packet) if not frame.is_corrupt)
+                yield from (frame for frame in self._decode(codec, packet) if not frame.is_corrupt)
+
+    def _started(self, stream: "VideoStream") -> "VideoCodecContext":
+        """The decoder, which some versions of PyAV cannot be asked again once it has failed to start."""
+        try:
+            stream.codec_context.open(strict=False)
+        except self._av.error.FFmpegError as error:
+            raise RequestError(f"none of its frames can be decoded: {error.strerror}") from error
+        return stream.codec_context
 
     def _decode(self, codec: "VideoCodecContext", packet: "av.Packet[Any] | None") -> Iterator["VideoFrame"]:
         """Frames that are ready after a packet or, for None, the delayed ones. A damaged packet has none."""
@@ -237,11 +253,14 @@ class AvReader:
 
     def _rgb(self, frame: "VideoFrame") -> NDArray[np.uint8]:
         check_area("frame", frame.width, frame.height, _MAX_FRAME_PIXELS)
-        turns, rest = divmod(frame.rotation, 90)
-        if rest:
-            raise RequestError(f"is turned by {frame.rotation} degrees; only multiples of 90 can be undone")
         pixels: NDArray[np.uint8] = frame.to_ndarray(format="rgb24").astype(np.uint8, copy=False)
-        return np.ascontiguousarray(np.rot90(pixels, turns)) if turns % 4 else pixels
+        matrix = frame.side_data.get("DISPLAYMATRIX")
+        return pixels if matrix is None else upright(pixels, matrix)
+
+
+def _metadata(version: str) -> dict[str, Any]:
+    """Makes PyAV open files whose titles are no UTF-8; from 19 on it does so by itself, and knows no such option."""
+    return {"metadata_errors": "replace"} if int(version.partition(".")[0]) < 19 else {}
 
 
 def _stretches(packets: list[_Packet], wanted: set[int]) -> Iterator[tuple[int, int]]:

@@ -3,6 +3,7 @@
 Also: artifacts of tiny models, each built once a run.
 """
 
+import importlib.util
 import os
 import signal
 from collections.abc import Callable
@@ -19,7 +20,9 @@ prepare_process()
 signal.signal(signal.SIGINT, signal.default_int_handler)
 # tiny tensors: several threads only wait for each other, ten times as long on a busy machine
 os.environ.setdefault("OMP_NUM_THREADS", "1")
-import_transformers()
+# `make newest` runs what needs no torch without it
+if importlib.util.find_spec("torch") is not None:
+    import_transformers()
 
 Build = Callable[..., tuple[Path, Path]]
 

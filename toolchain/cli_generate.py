@@ -9,7 +9,7 @@ import typer
 
 from ..artifacts.errors import RequestError
 from .cli_options import Artifact, ExecuteMode, examples
-from .cli_values import chat_messages, requests_file, vision_options
+from .cli_values import chat_messages, check_sources, requests_file, vision_options
 
 if TYPE_CHECKING:
     from ..runtime import Model
@@ -46,6 +46,14 @@ VideoSampling = Annotated[
         "--video-sampling",
         metavar="qwen|transformers",
         help="Which frames: as qwen-vl-utils takes them (2 a second), or as transformers does (all).",
+    ),
+]
+PictureModes = Annotated[
+    str,
+    typer.Option(
+        "--picture-modes",
+        metavar="viewer|transformers",
+        help="Transparent, 16-bit and float pictures: as a viewer shows them, or with transformers' bits.",
     ),
 ]
 AllowHttp = Annotated[
@@ -104,7 +112,9 @@ def generate(
     requests: Annotated[
         Path | None,
         typer.Option(
-            "--requests", metavar="FILE", help="JSON lines, each a list of messages: answered together, as batches."
+            "--requests",
+            metavar="FILE",
+            help='JSON lines, each [messages] or {"messages": [...]}: answered together, as batches.',
         ),
     ] = None,
     max_new_tokens: MaxNewTokens = None,
@@ -119,6 +129,7 @@ def generate(
     min_pixels: MinPixels = None,
     max_pixels: MaxPixels = None,
     video_sampling: VideoSampling = "qwen",
+    picture_modes: PictureModes = "viewer",
     allow_http: AllowHttp = False,
     backend: Backend = None,
     execute_mode: ExecuteMode = None,
@@ -129,19 +140,21 @@ def generate(
 ) -> None:
     """Answer a prompt about pictures, or about nothing but text. The text comes to stdout as it is made."""
     settings = _settings(locals())
-    vision = vision_options(min_pixels, max_pixels, video_sampling, allow_http)
+    vision = vision_options(min_pixels, max_pixels, video_sampling, picture_modes, allow_http)
     from .console import result, result_json, write_text
 
     if (prompt is None) == (requests is None):
         raise RequestError("give --prompt TEXT, or --requests FILE for several requests at once")
     if requests is not None and (image or video or system is not None):
         raise RequestError("--requests holds whole messages: put pictures, videos and system messages into the file")
-    batch = None if requests is None else requests_file(requests)
-    model = _loaded(artifact, backend, execute_mode, trusted_key)
-    if batch is not None:
-        _answer_batch(model, batch, vision, settings, as_json)
-        return
     messages = chat_messages(prompt or "", image or [], video or [], system)
+    asked = [messages] if requests is None else requests_file(requests)
+    for number, each in enumerate(asked):
+        check_sources(each, vision, "" if requests is None else f"requests[{number}]: ")
+    model = _loaded(artifact, backend, execute_mode, trusted_key)
+    if requests is not None:
+        _answer_batch(model, asked, vision, settings, as_json)
+        return
     if as_json:
         result_json(dataclasses.asdict(model.generate(messages, vision=vision, **settings)))
         return
@@ -213,6 +226,7 @@ def chat(
     min_pixels: MinPixels = None,
     max_pixels: MaxPixels = None,
     video_sampling: VideoSampling = "qwen",
+    picture_modes: PictureModes = "viewer",
     allow_http: AllowHttp = False,
     backend: Backend = None,
     execute_mode: ExecuteMode = None,
@@ -220,8 +234,9 @@ def chat(
 ) -> None:
     """Talk with the model: every turn computes only what is new. /image FILE shows it a picture; /help says more."""
     settings = _settings(locals())
-    vision = vision_options(min_pixels, max_pixels, video_sampling, allow_http)
+    vision = vision_options(min_pixels, max_pixels, video_sampling, picture_modes, allow_http)
     from .chat import run_chat
 
+    check_sources(chat_messages("", image or [], video or [], system), vision)
     conversation = _loaded(artifact, backend, execute_mode, trusted_key).chat(system, vision)
     run_chat(conversation, image or [], video or [], settings)

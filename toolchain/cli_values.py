@@ -1,11 +1,11 @@
 """The options' values: what a user typed, checked."""
 
-import json
+import codecs
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..artifacts.cann import RELEASES, cann_release
-from ..artifacts.errors import ConfigError, RequestError, TargetError
+from ..artifacts.errors import ArtifactError, ConfigError, RequestError, TargetError
 
 if TYPE_CHECKING:
     from ..runtime.pictures import VisionOptions
@@ -77,29 +77,58 @@ def chat_messages(prompt: str, images: list[str], videos: list[str], system: str
 
 
 def vision_options(
-    min_pixels: int | None, max_pixels: int | None, video_sampling: str, allow_http: bool
+    min_pixels: int | None, max_pixels: int | None, video_sampling: str, picture_modes: str, allow_http: bool
 ) -> "VisionOptions":
-    """Raises RequestError for an unknown sampling; the numbers are checked with each picture."""
+    """Raises RequestError for an unknown sampling or modes, and for bounds that make no sense."""
     from ..runtime.pictures import VisionOptions
     from ..runtime.sources import HttpLimits
 
-    return VisionOptions(min_pixels, max_pixels, video_sampling, HttpLimits(allowed=allow_http))
+    http = HttpLimits(allowed=allow_http)
+    return VisionOptions(min_pixels, max_pixels, video_sampling, http, picture_modes=picture_modes)
 
 
 def requests_file(path: Path) -> list[Any]:
-    """A file of JSON lines, each a list of messages. Raises RequestError for a line that is no JSON, or no line."""
-    try:
-        # not splitlines: JSON may hold characters that it takes for the end of a line
-        lines = path.read_text("utf-8").split("\n")
-    except UnicodeDecodeError as error:
-        raise RequestError(f"{path}: not UTF-8: {error}") from error
+    """A file of JSON lines, each a list of messages or {"messages": that list}, a byte order mark before them or not.
+
+    Raises RequestError, naming the line, for what is neither, for a key that stands twice, and where no line is.
+    """
+    from ..artifacts.schema import parse_json
+
     found = []
-    for number, line in enumerate(lines, 1):
+    # not splitlines: JSON may hold characters that it takes for the end of a line
+    for number, line in enumerate(path.read_bytes().removeprefix(codecs.BOM_UTF8).split(b"\n"), 1):
         if line.strip():
             try:
-                found.append(json.loads(line))
-            except (ValueError, RecursionError) as error:
-                raise RequestError(f"{path}:{number}: not JSON: {error}") from error
+                found.append(_messages(parse_json(line, f"{path}:{number}"), f"{path}:{number}"))
+            except ArtifactError as error:
+                raise RequestError(str(error)) from error
     if not found:
         raise RequestError(f"{path}: has no requests; each line is a list of messages as JSON")
     return found
+
+
+def _messages(request: Any, where: str) -> Any:
+    if not isinstance(request, dict):
+        return request
+    if set(request) != {"messages"}:
+        raise RequestError(
+            f"{where}: an object with {', '.join(request) or 'no keys'}, expected a list of messages or "
+            '{"messages": [...]}; pictures and clips are items of the messages'
+        )
+    return request["messages"]
+
+
+def check_sources(messages: Any, vision: "VisionOptions", where: str = "") -> None:
+    """Raises RequestError, which starts with `where`, for what is no list of messages and for a picture or video that
+    is missing: before the minutes that loading may take. `prepare` checks the rest.
+    """
+    from ..runtime.messages import vision_items
+    from ..runtime.sources import check_there, describe
+
+    try:
+        # a string is a prompt without messages
+        for item in [] if isinstance(messages, str) else vision_items(messages, (), (), {}):
+            for source in item.source if isinstance(item.source, list) else [item.source]:
+                check_there(f"{item.where}: {describe(source, item.kind)}", source, vision.http)
+    except RequestError as error:
+        raise RequestError(f"{where}{error}") from error

@@ -22,13 +22,13 @@ VISUAL, PREFILL = "visual", "prefill"
 
 @dataclass(frozen=True, eq=False)
 class HfInputs:
-    """What transformers makes of a case: token_ids int64 [tokens], grids int64 [pictures, 3], pixel_values
-    fp32 [patches, patch_dim] (None without pictures), positions int64 [3, tokens] and delta (M-RoPE).
+    """What transformers makes of a case: token_ids int64 [tokens], grids int64 [pictures and clips, 3], pixels (what
+    its model takes by keyword: fp32 [patches, patch_dim] and grids), positions int64 [3, tokens] and delta (M-RoPE).
     """
 
     token_ids: NDArray[np.int64]
     grids: NDArray[np.int64]
-    pixel_values: Tensor | None
+    pixels: Mapping[str, Tensor]
     positions: NDArray[np.int64]
     delta: int
 
@@ -92,6 +92,28 @@ class Watch:
             self.keys = [_rows(layer.keys[0, :, -tokens:].transpose(0, 1).flatten(1)) for layer in cache.layers]
 
 
+def trained_positions(placed: Tensor, grids: NDArray[np.int64], merge_size: int) -> tuple[NDArray[np.int64], int]:
+    """M-RoPE positions int64 [3, tokens] and delta by the rule that the checkpoints were trained with.
+
+    placed: bool [tokens], true where tokens stand for a clip. get_rope_index of transformers 4.45 to 5.2: whatever
+    follows a clip begins behind the largest position of all three axes. Later versions begin inside long clips.
+    """
+    parts: list[Tensor] = []
+    waiting, at = iter(grids.tolist()), 0
+    while at < len(placed):
+        start = int(parts[-1].max()) + 1 if parts else 0
+        if placed[at]:
+            t, h, w = next(waiting)
+            axes = (torch.arange(t), torch.arange(h // merge_size), torch.arange(w // merge_size))
+            part = torch.stack(torch.meshgrid(*axes, indexing="ij")).flatten(1)
+        else:
+            part = torch.zeros(3, 1, dtype=torch.int64)
+        parts.append(part + start)
+        at += part.shape[1]
+    positions = torch.cat(parts, 1)
+    return positions.numpy(), int(positions.max()) + 1 - len(placed)
+
+
 def _rows(tensor: Tensor) -> Tensor:
     """A copy [rows, width] in fp32. A convolution's output [rows, width, 1, 1, 1] counts too."""
     tensor = tensor.flatten(1) if tensor.dim() == 5 else tensor
@@ -107,27 +129,48 @@ class HfReference:
         self.image_processor = image_processor
 
     def inputs(self, case: Case) -> HfInputs:
-        """The case's text and pictures through transformers' own processing."""
+        """The case's text, pictures and clip through transformers' own processing."""
         config = self.model.config
-        grids, pixel_values = np.empty((0, 3), np.int64), None
-        text = case.prompt.text
+        grids, pixels, placeholder = np.empty((0, 3), np.int64), {}, config.image_token_id
         if case.pictures:
             made = self.image_processor(images=list(case.pictures), return_tensors="pt")
-            pixel_values, grids = made["pixel_values"].float(), made["image_grid_thw"].numpy()
-            # as Qwen2VLProcessor expands placeholders; the class itself needs torchvision for its video half
-            placeholder = self.tokenizer.convert_ids_to_tokens(config.image_token_id)
-            first, *rest = text.split(placeholder)
-            counts = grids.prod(1) // self.image_processor.merge_size**2
-            text = first + "".join(placeholder * count + part for count, part in zip(counts, rest, strict=True))
+            pixels = {"pixel_values": made["pixel_values"].float(), "image_grid_thw": made["image_grid_thw"]}
+            grids = made["image_grid_thw"].numpy()
+        elif case.clip:
+            values, grid = self._clip(case)
+            pixels = {"pixel_values_videos": values, "video_grid_thw": grid}
+            grids, placeholder = grid.numpy(), config.video_token_id
+        # as Qwen2VLProcessor expands placeholders; the class itself needs torchvision for its video half
+        written = self.tokenizer.convert_ids_to_tokens(placeholder)
+        first, *rest = case.prompt.text.split(written)
+        counts = grids.prod(1) // self.image_processor.merge_size**2
+        text = first + "".join(written * count + part for count, part in zip(counts, rest, strict=True))
         token_ids = self.tokenizer(text, return_tensors="pt")["input_ids"]
-        if not case.pictures:
-            length = token_ids.shape[1]
-            return HfInputs(token_ids[0].numpy(), grids, None, np.tile(np.arange(length), (3, 1)), 0)
-        kinds = (token_ids == config.image_token_id).int()
-        positions, delta = self.model.model.get_rope_index(
-            token_ids, mm_token_type_ids=kinds, image_grid_thw=torch.from_numpy(grids)
-        )
-        return HfInputs(token_ids[0].numpy(), grids, pixel_values, positions[:, 0].numpy(), int(delta))
+        if case.pictures:
+            kinds = (token_ids == config.image_token_id).int()
+            of_axes, behind = self.model.model.get_rope_index(
+                token_ids, mm_token_type_ids=kinds, image_grid_thw=torch.from_numpy(grids)
+            )
+            positions, delta = of_axes[:, 0].numpy(), int(behind)
+        else:
+            positions, delta = trained_positions(token_ids[0] == placeholder, grids, self.image_processor.merge_size)
+        return HfInputs(token_ids[0].numpy(), grids, pixels, positions, delta)
+
+    def _clip(self, case: Case) -> tuple[Tensor, Tensor]:
+        """Pixel values and grid of the case's clip.
+
+        A step of a clip is so many frames as transformers repeats a picture: each frame's pixels come from its picture.
+        Its own video processor needs torchvision.
+        """
+        together, area = self.image_processor.temporal_patch_size, self.image_processor.patch_size**2
+        size = {"shortest_edge": case.clip_area, "longest_edge": case.clip_area}
+        made = self.image_processor(images=list(case.clip), return_tensors="pt", size=size)
+        grids = made["image_grid_thw"]
+        # [steps, frames of a step, patches, channels, repeats, pixels]: each frame once, in its place
+        values = made["pixel_values"].float().view(-1, together, int(grids[0].prod()), 3, together, area)
+        frames = torch.stack([values[:, k, :, :, k] for k in range(together)], 3)
+        grid = torch.tensor([[len(values), *grids[0, 1:].tolist()]])
+        return frames.reshape(-1, made["pixel_values"].shape[-1]), grid
 
     @torch.no_grad()
     def run(
@@ -135,13 +178,9 @@ class HfReference:
     ) -> Expected:
         """Prefill and `steps` decode steps on `tokens`, or on the model's own greedy ones; end tokens are ignored."""
         ids = torch.from_numpy(inputs.token_ids)[None]
-        # a picture's offset would otherwise be kept for a later request without one
-        self.model.model.rope_deltas = None
-        extra: dict[str, Any] = {}
-        if inputs.pixel_values is not None:
-            extra["pixel_values"] = inputs.pixel_values
-            extra["image_grid_thw"] = torch.from_numpy(inputs.grids)
-            extra["mm_token_type_ids"] = (ids == self.model.config.image_token_id).int()
+        # given, since the model's own of a clip are others than those it was trained with
+        positions = torch.from_numpy(inputs.positions)[:, None]
+        extra: Mapping[str, Tensor] = inputs.pixels
         visual: list[Tensor] = []
         hook = self.model.model.visual.register_forward_hook(
             lambda module, given, out: visual.append(out.pooler_output.float().clone())
@@ -153,6 +192,7 @@ class HfReference:
                 with watch.during(self.model, call, ids.shape[1]) if watch else _nothing():
                     out = self.model(
                         input_ids=ids,
+                        position_ids=positions,
                         past_key_values=cache,
                         use_cache=True,
                         logits_to_keep=1,
@@ -165,6 +205,7 @@ class HfReference:
                 logits.append(out.logits[0, -1].float())
                 made.append(int(logits[-1].argmax()))
                 ids = torch.tensor([[made[-1] if tokens is None else tokens[step]]])
+                positions = torch.full((3, 1, 1), len(inputs.token_ids) + inputs.delta + step)
         finally:
             hook.remove()
         return Expected(visual[0] if visual else None, torch.stack(logits), tuple(made))

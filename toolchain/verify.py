@@ -97,8 +97,9 @@ def verify(
 ) -> VerifyReport:
     """Compare an open artifact with the HF checkpoint in the folder `against`; writes nothing.
 
-    Three requests (one picture, two, text only): the inputs that both make of them, the visual output, the prefill's
-    logits and those of `steps` decode steps of every compiled batch size, both sides fed transformers' greedy tokens.
+    Four requests (one picture, two, a clip, text only): the inputs that both make of them, the visual output, the
+    prefill's logits and those of `steps` decode steps of every compiled batch size, both fed transformers' greedy
+    tokens. Positions after the clip are compared with the rule of training, since newer transformers have another.
     Where one is outside the tolerance, the first such is run again to find the first intermediate that departs.
 
     Raises ArtifactError for an artifact without weights or graphs, or of another model; ConfigError or WeightError for

@@ -7,21 +7,30 @@ import numpy as np
 from PIL import Image
 
 from ..artifacts.errors import ArtifactError, TargetError
+from ..runtime.pictures import VisionOptions
 from ..runtime.prompt import Processor, Prompt
 
 # (width, height): no multiples of a merge window, so that resizing is checked too; small, so that the 16 decode steps
 # and not the pictures take the time
 _FIRST, _SECOND = (150, 117), (61, 90)
+# Steps in time of the clip, each of at most 4 merge windows: more than its rows and columns, so that the positions of
+# the text behind it depend on its length.
+_FRAME, _FRAME_WINDOWS, _CLIP_STEPS = (61, 57), 4, 6
 _QUESTION = "What is in the picture? Describe 3 things that you see."
 
 
 @dataclass(frozen=True, eq=False)
 class Case:
-    """One request: its pictures, for transformers' own image processor, and the prompt that the artifact makes."""
+    """One request: its pictures, for transformers' own image processor, and the prompt that the artifact makes.
+
+    clip: the frames of a video, each resized to about clip_area pixels.
+    """
 
     name: str
     pictures: tuple[Image.Image, ...]
     prompt: Prompt
+    clip: tuple[Image.Image, ...] = ()
+    clip_area: int = 0
 
 
 def picture(width: int, height: int, seed: int) -> Image.Image:
@@ -36,16 +45,14 @@ def picture(width: int, height: int, seed: int) -> Image.Image:
     return Image.fromarray(pixels.clip(0, 255).astype(np.uint8))
 
 
-def _request(
-    processor: Processor, pictures: tuple[Image.Image, ...], template: bool
-) -> tuple[Any, tuple[Image.Image, ...]]:
-    """Messages, or without a chat template a raw prompt and the pictures for its placeholders."""
+def _content(processor: Processor, kind: str, count: int, template: bool) -> Any:
+    """A question about `count` pictures or clips: messages, or without a chat template a raw prompt."""
     if template:
-        content = [{"type": "image", "image": each} for each in pictures]
-        return [{"role": "user", "content": [*content, {"type": "text", "text": _QUESTION}]}], ()
+        return [{"role": "user", "content": [*[{"type": kind}] * count, {"type": "text", "text": _QUESTION}]}]
     config, token = processor.config, processor.tokenizer.id_to_token
-    marks = (config.vision_start_token_id, config.image_token_id, config.vision_end_token_id)
-    return "".join(token(mark) or "" for mark in marks) * len(pictures) + _QUESTION, pictures
+    middle = config.image_token_id if kind == "image" else config.video_token_id
+    marks = (config.vision_start_token_id, middle, config.vision_end_token_id)
+    return "".join(token(mark) or "" for mark in marks) * count + _QUESTION
 
 
 def template_problem(processor: Processor) -> str | None:
@@ -59,13 +66,18 @@ def template_problem(processor: Processor) -> str | None:
 
 
 def make_cases(processor: Processor, max_length: int) -> tuple[Case, ...]:
-    """One picture, two of different sizes, text only. Raises TargetError when a prompt does not fit the KV cache."""
+    """One picture, two of different sizes, a clip, text only. Raises TargetError if one does not fit the KV cache."""
     template = template_problem(processor) is None
     first, second = picture(*_FIRST, seed=1), picture(*_SECOND, seed=2)
     cases = []
     for name, pictures in (("one image", (first,)), ("two images", (first, second)), ("text only", ())):
-        request, given = _request(processor, pictures, template)
-        cases.append(Case(name, pictures, processor.prepare(request, given)))
+        request = _content(processor, "image", len(pictures), template)
+        cases.append(Case(name, pictures, processor.prepare(request, pictures)))
+    clip = tuple(picture(*_FRAME, seed) for seed in range(_CLIP_STEPS * processor.settings.temporal_patch_size))
+    area = _FRAME_WINDOWS * processor.settings.factor**2
+    small = VisionOptions(min_pixels=area, max_pixels=area, video_sampling="transformers")
+    prompt = processor.prepare(_content(processor, "video", 1, template), videos=[clip], vision=small)
+    cases.insert(2, Case("a clip", (), prompt, clip, area))
     longest = max(len(case.prompt.token_ids) for case in cases)
     if longest >= max_length:
         raise TargetError(

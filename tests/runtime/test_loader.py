@@ -1,19 +1,27 @@
 """load(): what it needs, what it refuses, and that nothing unchecked gets out."""
 
+import dataclasses
 import gc
 import json
 import subprocess
 import sys
 from pathlib import Path
 from shutil import copytree
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 
-from qwen2vl_tc.artifacts.errors import ArtifactError, RequestError, TargetError, ToolchainError
+from qwen2vl_tc.artifacts.errors import (
+    ArtifactError,
+    MissingDependencyError,
+    RequestError,
+    TargetError,
+    ToolchainError,
+)
 from qwen2vl_tc.artifacts.store import Artifact
-from qwen2vl_tc.runtime import Model, load
+from qwen2vl_tc.runtime import Model, load, loader
 from qwen2vl_tc.runtime.backends.base import Backend
 from qwen2vl_tc.runtime.vision import segment_ends, vision_positions
 from qwen2vl_tc.toolchain.compile import CompileOptions, compile_config
@@ -151,6 +159,34 @@ def test_the_model_says_which_backend_it_took_and_why(model: Model) -> None:
 def test_backends_that_cannot_run_say_so(artifact: Path, backend: str, message: str) -> None:
     with pytest.raises(ToolchainError, match=message):
         load(artifact, backend=backend)
+
+
+@pytest.mark.parametrize(
+    ("has_onnx", "has_npu", "message"),
+    [
+        (False, False, r"no engine is installed; pip install 'qwen2vl-tc\[reference\]'"),
+        (True, False, r"no engine is installed; pip install 'qwen2vl-tc\[onnx\]', the faster one on CPU"),
+        (True, True, r"no engine is installed, and an NPU is here; pip install 'qwen2vl-tc\[npu\]'"),
+    ],
+)
+def test_where_no_engine_is_installed_the_best_one_for_the_artifact_is_named(
+    artifact: Path, monkeypatch: pytest.MonkeyPatch, has_onnx: bool, has_npu: bool, message: str
+) -> None:
+    open_it = loader.open_artifact
+
+    def opened(*given: Any) -> Artifact:
+        found = open_it(*given)
+        if has_onnx:
+            found.manifest = dataclasses.replace(found.manifest, onnx=SimpleNamespace(verification="none", graphs=()))
+        return found
+
+    monkeypatch.setattr(loader, "open_artifact", opened)
+    monkeypatch.setattr(loader, "npu_problem", lambda: None if has_npu else "no NPU is here")
+    monkeypatch.setattr(loader.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(MissingDependencyError, match=message):
+        load(artifact)
+    with pytest.raises(MissingDependencyError, match=r"backend reference needs torch; .*\[reference\]"):
+        load(artifact, "reference")
 
 
 def flip_last_byte(path: Path) -> None:

@@ -1,7 +1,10 @@
-"""M-RoPE positions equal those of transformers' get_rope_index."""
+"""M-RoPE positions: those that the checkpoints were trained with, and transformers' own wherever it still has them."""
 
 import functools
+import json
+from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -14,6 +17,8 @@ from qwen2vl_tc.runtime.positions import rope_positions
 from qwen2vl_tc.toolchain.synthetic import tiny_config
 
 CONFIG = model_config_from_hf(tiny_config())
+# get_rope_index of transformers 4.51.3: prompts, each with its positions [3, tokens], or the last of them, and delta
+RECORDED = json.loads((Path(__file__).parents[1] / "data" / "mrope_video.json").read_text())
 Grid = tuple[int, int, int]
 
 
@@ -32,7 +37,27 @@ def prompt_of(*parts: int | tuple[str, Grid], config: ModelConfig = CONFIG) -> t
     return ids, grids["image"], grids["video"]
 
 
-def original(ids: list[int], images: list[Grid], videos: list[Grid]) -> tuple[np.ndarray, int]:
+def trained(ids: list[int], images: list[Grid], videos: list[Grid]) -> tuple[np.ndarray, int]:
+    """The rule of Qwen2-VL's own code and of transformers 4.45 to 5.2: each stretch of text or vision begins behind the
+    largest position of any axis before it."""
+    waiting = {CONFIG.image_token_id: list(images), CONFIG.video_token_id: list(videos)}
+    stretches: list[np.ndarray] = []
+    at = 0
+    while at < len(ids):
+        start = 1 + max((int(each.max()) for each in stretches), default=-1)
+        if ids[at] in waiting:
+            t, h, w = waiting[ids[at]].pop(0)
+            times, rows, columns = np.meshgrid(range(t), range(h // 2), range(w // 2), indexing="ij")
+            stretches.append(start + np.stack([times.ravel(), rows.ravel(), columns.ravel()]))
+        else:
+            stretches.append(np.full((3, 1), start))
+        at += stretches[-1].shape[1]
+    positions = np.concatenate(stretches, axis=1)
+    return positions, int(positions.max()) + 1 - len(ids)
+
+
+def installed(ids: list[int], images: list[Grid], videos: list[Grid]) -> tuple[np.ndarray, int]:
+    """The installed transformers: from 5.3 on it lets text begin inside a clip of more steps than rows and columns."""
     config = SimpleNamespace(vision_config=SimpleNamespace(spatial_merge_size=2))
     model = SimpleNamespace(config=config)
     model.get_vision_position_ids = functools.partial(Qwen2VLModel.get_vision_position_ids, model)
@@ -75,29 +100,62 @@ MIXES = {
 }
 
 
+def agree(found: tuple[np.ndarray, int], expected: tuple[np.ndarray, int]) -> None:
+    assert found[0].dtype == np.int64
+    np.testing.assert_array_equal(found[0], expected[0])
+    assert found[1] == expected[1]
+
+
+@pytest.mark.parametrize("case", RECORDED["cases"], ids=lambda case: str(case["parts"]))
+def test_positions_and_delta_are_those_recorded_of_the_rule_that_checkpoints_were_trained_with(
+    case: dict[str, Any],
+) -> None:
+    parts: list[Any] = []
+    for part in case["parts"]:
+        # the two marks around a clip or picture are text
+        parts += [part] if isinstance(part, int) else [1, (part[0], tuple(part[1])), 1]
+    given = prompt_of(*parts)
+    positions, delta = rope_positions(*given, CONFIG)
+    assert (positions[:, -1].tolist(), delta) == (case["last"], case["delta"])
+    if "positions" in case:
+        assert positions.tolist() == case["positions"]
+    agree(trained(*given), (positions, delta))
+
+
 @pytest.mark.parametrize("parts", MIXES.values(), ids=MIXES.keys())
-def test_positions_and_delta_are_those_of_transformers(parts):
-    ids, images, videos = prompt_of(*parts)
-    positions, delta = rope_positions(ids, images, videos, CONFIG)
-    expected, expected_delta = original(ids, images, videos)
-    assert positions.dtype == np.int64
-    np.testing.assert_array_equal(positions, expected)
-    assert delta == expected_delta
+def test_positions_and_delta_are_those_of_training(parts):
+    given = prompt_of(*parts)
+    agree(rope_positions(*given, CONFIG), trained(*given))
 
 
-def test_random_mixes_have_the_positions_of_transformers():
+def is_short(part: Any) -> bool:
+    return isinstance(part, int) or part[1][0] <= max(part[1][1:]) // 2
+
+
+@pytest.mark.parametrize(
+    "parts", [parts for parts in MIXES.values() if all(map(is_short, parts))], ids=lambda parts: str(parts)[:60]
+)
+def test_positions_and_delta_are_those_of_transformers_but_after_long_clips(parts):
+    given = prompt_of(*parts)
+    agree(rope_positions(*given, CONFIG), installed(*given))
+
+
+def test_random_mixes_have_the_positions_of_training_and_without_long_clips_those_of_transformers():
     random = np.random.default_rng(0)
+    compared = 0
     for _ in range(200):
         parts: list = [int(random.integers(1, 9))]
         for _ in range(random.integers(0, 6)):
-            t, h, w = random.integers(1, 6, 3).tolist()
+            t, h, w = random.integers(1, 9, 3).tolist()
             parts += [image(1, 2 * h, 2 * w) if random.random() < 0.6 else video(t, 2 * h, 2 * w)]
-            parts += [int(random.integers(1, 9))]
-        ids, images, videos = prompt_of(*parts)
-        positions, delta = rope_positions(ids, images, videos, CONFIG)
-        expected, expected_delta = original(ids, images, videos)
-        np.testing.assert_array_equal(positions, expected)
-        assert delta == expected_delta
+            parts += [int(random.integers(0, 9))]
+        given = prompt_of(*parts)
+        agree(rope_positions(*given, CONFIG), trained(*given))
+        if all(map(is_short, parts)) and 0 not in parts:
+            # it takes clips that touch for one
+            agree(rope_positions(*given, CONFIG), installed(*given))
+            compared += 1
+    assert 50 < compared < 180
 
 
 def test_two_images_without_text_between_them_keep_a_grid_each():
@@ -108,16 +166,19 @@ def test_two_images_without_text_between_them_keep_a_grid_each():
     assert positions[2].tolist() == [0, 1, 2, 3, 2, 3, 4, 5, 6, 7]
 
 
-@pytest.mark.parametrize("parts", [(7,), (3, image(1, 8, 4), 5), (3, video(2, 4, 4), 1, image(1, 4, 4), 2)])
-def test_a_conversation_continued_from_the_next_position_has_the_positions_of_the_whole(parts):
-    first, first_images, first_videos = prompt_of(4, image(1, 6, 8), 5)
+@pytest.mark.parametrize("begun", [(4, image(1, 6, 8), 5), (4, video(9, 4, 4), 5), (4, video(9, 4, 4))], ids=str)
+@pytest.mark.parametrize(
+    "parts", [(7,), (3, image(1, 8, 4), 5), (3, video(2, 4, 4), 1, image(1, 4, 4), 2), (1, video(7, 4, 6), 2)], ids=str
+)
+def test_a_conversation_continued_from_the_next_position_has_the_positions_of_the_whole(begun, parts):
+    first, first_images, first_videos = prompt_of(*begun)
     _, delta = rope_positions(first, first_images, first_videos, CONFIG)
     following = len(first) + delta
 
     more, more_images, more_videos = prompt_of(*parts)
     added, added_delta = rope_positions(more, more_images, more_videos, CONFIG, start=following)
 
-    whole, _ = original(first + more, first_images + more_images, first_videos + more_videos)
+    whole, _ = trained(first + more, first_images + more_images, first_videos + more_videos)
     np.testing.assert_array_equal(added, whole[:, len(first) :])
     assert len(more) + added_delta == whole.max() + 1
 

@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from fractions import Fraction
 from pathlib import Path
 
@@ -184,6 +185,56 @@ def test_transformers_rule_takes_every_frame_and_fills_up_an_odd_count(tmp_path)
             patches_of(path, "transformers", **unknown)
 
 
+SHORT = {"one.mp4": {}, "one.mkv": {}, "one.ts": {}, "one.webm": {"codec": "libvpx-vp9"}, "one.h264": {}, "one.avi": {}}
+
+
+@pytest.mark.parametrize("rule", ["qwen", "transformers"])
+@pytest.mark.parametrize("name", SHORT)
+def test_a_clip_of_one_frame_is_that_frame_twice(tmp_path, rule, name):
+    path = write_clip(tmp_path / name, frames=1, **SHORT[name])
+    expected, (_, h, w) = image_patches(Image.fromarray(every_frame(path)[0]), PUBLISHED, SMALL)
+    for wanted in ({}, {"fps": 1.0}, {"nframes": 1}, {"nframes": 2}, {"nframes": 64}, {"fps": 30.0, "min_frames": 4}):
+        patches, grid = patches_of(path, rule, **wanted)
+        assert grid == (1, h, w)
+        np.testing.assert_array_equal(patches, expected)
+
+
+@pytest.mark.parametrize("rule", ["qwen", "transformers"])
+@pytest.mark.parametrize("frames", [1, 2, 3])
+def test_a_clip_shorter_than_a_temporal_patch_ends_with_its_last_frame_over_and_over(tmp_path, rule, frames):
+    settings = replace(PUBLISHED, temporal_patch_size=4)
+    path = write_clip(tmp_path / "short.mp4", frames=frames)
+    wanted = VideoRequest(FrameRequest(nframes=4), SMALL, rule)
+    shown = every_frame(path)
+    for source in (path, shown):
+        if source is shown:
+            wanted = replace(wanted, frames=FrameRequest())
+        patches, (t, h, w) = video_patches(source, settings, wanted, LOCAL_ONLY, AvReader)
+        assert t == 1
+        pixels = patches.reshape(h * w, 3, 4, 196)
+        for i in range(4):
+            expected, _ = image_patches(Image.fromarray(shown[min(i, frames - 1)]), PUBLISHED, SMALL)
+            np.testing.assert_array_equal(pixels[:, :, i], expected.reshape(h * w, 3, 2, 196)[:, :, 0])
+
+
+def test_a_time_range_of_a_clip_of_one_frame_holds_it_or_not(tmp_path):
+    path = write_clip(tmp_path / "one.mp4", frames=1)
+    assert len(patches_of(path, video_start=0.0, video_end=1.0)[0])
+    assert len(patches_of(path, video_end=0.0)[0])
+    with pytest.raises(RequestError, match="leave no frames"):
+        patches_of(path, video_start=1.0)
+
+
+@pytest.mark.parametrize(
+    "name", ["a:b.mp4", "C:clip.mp4", "http:clip.mp4", "data:clip.mp4", "file:clip.mp4", "x,y:z.mp4"]
+)
+def test_a_video_with_a_colon_in_its_name_is_a_file(tmp_path, monkeypatch, name):
+    monkeypatch.chdir(tmp_path)
+    write_clip(tmp_path / "plain.mp4", frames=4).rename(name)
+    for source in (name, Path(name), Path(name).absolute().as_uri()):
+        assert len(patches_of(source)[0])
+
+
 def test_a_step_that_rounds_past_the_last_frame_leaves_it_out(tmp_path):
     path = write_clip(tmp_path / "short.mp4", frames=17)
     _, (t, _, _) = patches_of(path, "transformers", nframes=14)
@@ -229,23 +280,59 @@ def test_a_variable_frame_rate_is_sampled_by_frame_with_its_mean_rate(tmp_path, 
         np.testing.assert_array_equal(pixels, expected[index])
 
 
-@pytest.mark.parametrize("angle", [90, 180, 270, -90])
-def test_a_video_taken_sideways_is_turned_upright(tmp_path, angle):
-    plain = write_clip(tmp_path / "plain.mp4", frames=4)
-    # the matrix in the track's header (ISO 14496-12, 8.3.2): a, b, u, c, d, v, x, y, w
-    cos, sin = {90: (0, 1), 180: (-1, 0), 270: (0, -1), -90: (0, -1)}[angle]
+def shown_by(path: Path, a: float, b: float, c: float, d: float, folder: Path) -> Path:
+    """The clip with another matrix in its track's header (ISO 14496-12, 8.3.2): a, b, u, c, d, v, x, y, w."""
     identity, matrix = (
-        b"".join((n << 16).to_bytes(4, "big", signed=True) for n in (a, b, 0, -b, a, 0, 0, 0, 1 << 14))
-        for a, b in ((1, 0), (cos, sin))
+        b"".join(round(n * 65536).to_bytes(4, "big", signed=True) for n in (a, b, 0, c, d, 0, 0, 0, 1 << 14))
+        for a, b, c, d in ((1, 0, 0, 1), (a, b, c, d))
     )
-    data = plain.read_bytes()
+    data = path.read_bytes()
     at = data.index(identity, data.index(b"tkhd"))
-    turned = tmp_path / "turned.mp4"
-    turned.write_bytes(data[:at] + matrix + data[at + len(identity) :])
-    upright = every_frame(plain)[0]
-    found = next(AvReader(str(turned)).read([0]))
-    # the matrix turns clockwise by `angle`
-    np.testing.assert_array_equal(found, np.rot90(upright, -angle // 90))
+    shown = folder / "shown.mp4"
+    shown.write_bytes(data[:at] + matrix + data[at + len(identity) :])
+    return shown
+
+
+# (a, b, c, d): the point (p, q) of the stored frame is shown at (a p + c q, b p + d q); what that makes of its rows
+SHOWN = {
+    "as stored": ((1, 0, 0, 1), lambda rows: rows),
+    "mirrored left to right": ((-1, 0, 0, 1), lambda rows: rows[:, ::-1]),
+    "mirrored top to bottom": ((1, 0, 0, -1), lambda rows: rows[::-1]),
+    "half a turn": ((-1, 0, 0, -1), lambda rows: rows[::-1, ::-1]),
+    "a quarter turn clockwise": ((0, 1, -1, 0), lambda rows: np.rot90(rows, -1)),
+    "a quarter turn anticlockwise": ((0, -1, 1, 0), lambda rows: np.rot90(rows, 1)),
+    "transposed": ((0, 1, 1, 0), lambda rows: rows.swapaxes(0, 1)),
+    "transposed about the other diagonal": ((0, -1, -1, 0), lambda rows: rows[::-1, ::-1].swapaxes(0, 1)),
+    "scaled and a little off": ((-2, 0.01, 0, 1), lambda rows: rows[:, ::-1]),
+}
+
+
+@pytest.mark.parametrize(("matrix", "upright"), SHOWN.values(), ids=SHOWN.keys())
+def test_a_video_is_shown_as_its_display_matrix_says(tmp_path, matrix, upright):
+    plain = write_clip(tmp_path / "plain.mp4", frames=4)
+    shown = shown_by(plain, *matrix, tmp_path)
+    stored = every_frame(plain)[0]
+    np.testing.assert_array_equal(next(AvReader(str(shown)).read([0])), upright(stored))
+
+
+@pytest.mark.parametrize("matrix", [(0.7, 0.7, -0.7, 0.7), (0, 0, 0, 0), (1, 1, 0, 1), (1, 0, 0, 0)])
+def test_a_matrix_that_is_no_quarter_turn_is_refused(tmp_path, matrix):
+    shown = shown_by(write_clip(tmp_path / "plain.mp4", frames=4), *matrix, tmp_path)
+    with pytest.raises(RequestError, match=r"shown\.mp4: is shown by the matrix"):
+        patches_of(shown)
+
+
+def test_a_title_that_is_no_utf_8_does_not_keep_a_video_from_being_read(tmp_path):
+    path = tmp_path / "a.mkv"
+    with av.open(str(write_clip(tmp_path / "plain.mkv", frames=4))) as source, av.open(str(path), "w") as made:
+        made.metadata["title"] = "a title"
+        stream = made.add_stream_from_template(source.streams.video[0])
+        for packet in source.demux(video=0):
+            if packet.size:
+                packet.stream = stream
+                made.mux(packet)
+    path.write_bytes(path.read_bytes().replace(b"a title", b"\xff\xfe\x80itle"))
+    assert len(patches_of(path)[0])
 
 
 def test_a_file_that_ends_early_is_sampled_over_the_frames_it_has(tmp_path):

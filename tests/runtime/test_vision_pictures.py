@@ -3,6 +3,8 @@
 import base64
 import io
 import warnings
+from collections.abc import Iterator
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -16,7 +18,7 @@ from qwen2vl_tc.runtime.images import load_image
 from qwen2vl_tc.runtime.messages import VisionItem, vision_items
 from qwen2vl_tc.runtime.patches import image_patches
 from qwen2vl_tc.runtime.pictures import VisionOptions, item_patches
-from qwen2vl_tc.runtime.resize import SizeRequest, resize, smart_resize
+from qwen2vl_tc.runtime.resize import SizeRequest, image_size, resize, smart_resize
 from qwen2vl_tc.runtime.vision import ImageSettings
 from qwen2vl_tc.toolchain.hf_processor import default_image_processor
 
@@ -58,7 +60,8 @@ def test_patches_have_the_bits_of_transformers(size, wanted):
 @pytest.mark.parametrize("mode", ["L", "1", "P", "CMYK", "LA", "RGBA", "YCbCr", "I;16"])
 def test_every_pixel_format_has_the_bits_of_transformers(mode):
     image = picture((61, 45), mode if mode != "I;16" else "L").convert(mode)
-    np.testing.assert_array_equal(image_patches(image, SMALL)[0], original_patches(image, SMALL)[0])
+    loaded = load_image(image, modes="transformers")
+    np.testing.assert_array_equal(image_patches(loaded, SMALL)[0], original_patches(image, SMALL)[0])
 
 
 @pytest.mark.parametrize("kind", ["PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF"])
@@ -71,15 +74,31 @@ def test_a_file_has_the_bits_of_transformers_however_it_is_named(tmp_path, kind,
     expected, _ = original_patches(str(path), SMALL)
     url = "data:image/any;base64," + base64.b64encode(path.read_bytes()).decode()
     for source in (path, str(path), path.as_uri(), path.read_bytes(), url):
-        np.testing.assert_array_equal(image_patches(load_image(source), SMALL)[0], expected)
+        loaded = load_image(source, modes="transformers")
+        np.testing.assert_array_equal(image_patches(loaded, SMALL)[0], expected)
 
 
-def test_a_photo_taken_sideways_is_turned_upright_as_in_transformers(tmp_path):
-    path = tmp_path / "phone.jpg"
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_a_photo_is_turned_and_mirrored_upright_as_in_transformers(tmp_path, orientation):
+    path = tmp_path / "phone.png"
+    stored = picture((120, 60))
     exif = Image.Exif()
-    exif[0x0112] = 6  # orientation: rotate by 90 degrees
-    picture((120, 60)).save(path, exif=exif)
-    assert load_image(path).size == (60, 120)
+    exif[0x0112] = orientation
+    stored.save(path, exif=exif)
+    rows = np.asarray(stored)
+    # EXIF 2.32, 4.6.4: where the stored picture's row 0 and column 0 are shown
+    across = rows.swapaxes(0, 1)
+    shown = [
+        rows,
+        rows[:, ::-1],
+        rows[::-1, ::-1],
+        rows[::-1],
+        across,
+        across[:, ::-1],
+        across[::-1, ::-1],
+        across[::-1],
+    ]
+    np.testing.assert_array_equal(np.asarray(load_image(path)), shown[orientation - 1])
     np.testing.assert_array_equal(image_patches(load_image(path), SMALL)[0], original_patches(str(path), SMALL)[0])
 
 
@@ -115,7 +134,8 @@ def test_a_16_bit_file_has_the_bits_of_transformers(tmp_path):
     path = tmp_path / "deep.png"
     Image.fromarray(np.random.default_rng(0).integers(0, 700, (50, 60), dtype=np.uint16)).save(path)
     assert Image.open(path).mode.startswith("I;16")
-    np.testing.assert_array_equal(image_patches(load_image(path), SMALL)[0], original_patches(str(path), SMALL)[0])
+    loaded = load_image(path, modes="transformers")
+    np.testing.assert_array_equal(image_patches(loaded, SMALL)[0], original_patches(str(path), SMALL)[0])
 
 
 def test_pixel_bounds_given_with_the_image_override_the_settings():
@@ -126,6 +146,35 @@ def test_pixel_bounds_given_with_the_image_override_the_settings():
     # qwen-vl-utils: rounded to merge windows, whatever the picture's own shape
     _, grid = image_patches(picture((300, 50)), PUBLISHED, SizeRequest(resized_height=100, resized_width=200))
     assert grid == (1, 8, 14)
+
+
+def test_a_messages_bounds_come_first_and_the_checkpoints_hold_for_what_they_give():
+    def grid_of(least: int, most: int, **said: int) -> Iterator[tuple[int, int, int]]:
+        settings = replace(PUBLISHED, min_pixels=least, max_pixels=most)
+        for sampling in ("qwen", "transformers"):
+            for kind, source in (("image", picture((1148, 840))), ("video", [picture((1148, 840))] * 2)):
+                small = {"min_pixels": 3136, **said} if kind == "video" else said
+                item = VisionItem(kind, source, "here", SizeRequest(**small))
+                yield item_patches(item, settings, VisionOptions(video_sampling=sampling))[1]
+
+    # asked for more than the checkpoint allows, and for less
+    assert set(grid_of(3136, 200_704, max_pixels=2_000_000)) == {(1, 26, 36)}
+    assert set(grid_of(100_352, 12_845_056, max_pixels=50_000)) == {(1, 20, 28)}
+    assert set(grid_of(3136, 200_704, resized_height=840, resized_width=1148)) == {(1, 26, 36)}
+    assert set(grid_of(3136, 12_845_056, max_pixels=50_000)) == {(1, 12, 18)}
+
+
+def test_sizes_are_those_of_qwen_vl_utils_followed_by_the_processor():
+    rng = np.random.default_rng(0)
+    for _ in range(2000):
+        height, width = np.exp(rng.uniform(np.log(30), np.log(3000), 2)).astype(int).tolist()
+        least, most = sorted((28 * 28 * np.exp(rng.uniform(1.4, 9, 2))).astype(int).tolist())
+        said_least, said_most = sorted((28 * 28 * np.exp(rng.uniform(1.4, 9, 2))).astype(int).tolist())
+        settings = replace(PUBLISHED, min_pixels=least, max_pixels=most)
+        first = original.smart_resize(height, width, 28, said_least, said_most)
+        expected = original.smart_resize(*first, 28, least, most)
+        wanted = SizeRequest(min_pixels=said_least, max_pixels=said_most)
+        assert image_size(height, width, wanted, settings) == expected
 
 
 @pytest.mark.parametrize(

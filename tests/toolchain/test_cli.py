@@ -36,7 +36,7 @@ SETTINGS = {
     *("--repetition-penalty", "--seed", "--stop"),
 }
 ENGINE = {"--backend", "--trusted-key", "--execute-mode"}
-VISION = {"--min-pixels", "--max-pixels", "--video-sampling", "--allow-http"}
+VISION = {"--min-pixels", "--max-pixels", "--video-sampling", "--picture-modes", "--allow-http"}
 GENERATE = {*SETTINGS, *VISION}
 BENCH_OPTIONS = {"--image", "--video", "--size", "--runs", "--backend", "--execute-mode", "--json"}
 FROZEN = {

@@ -6,6 +6,7 @@ import json
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -17,14 +18,16 @@ from qwen2vl_tc.artifacts.errors import ArtifactError, ConfigError, TargetError
 from qwen2vl_tc.artifacts.manifest import Manifest
 from qwen2vl_tc.artifacts.schema import from_plain
 from qwen2vl_tc.artifacts.store import open_artifact, read_manifest
-from qwen2vl_tc.runtime import load
+from qwen2vl_tc.runtime import load, prompt
 from qwen2vl_tc.runtime.backends.ge.proto import message_class
 from qwen2vl_tc.runtime.backends.reference import ReferenceBackend
 from qwen2vl_tc.runtime.loader import open_processor
+from qwen2vl_tc.runtime.positions import rope_positions
 from qwen2vl_tc.toolchain import verify as module
 from qwen2vl_tc.toolchain.compile import CompileOptions, compile_artifact
 from qwen2vl_tc.toolchain.graphs.constants import constant_tables
 from qwen2vl_tc.toolchain.graphs.form import Form
+from qwen2vl_tc.toolchain.hf_reference import trained_positions
 from qwen2vl_tc.toolchain.synthetic import tiny_config, write_checkpoint
 from qwen2vl_tc.toolchain.verify import REPORT_PATH, VerifyReport, render, verify, verify_artifact
 from qwen2vl_tc.toolchain.verify_cases import make_cases
@@ -138,7 +141,7 @@ def test_a_right_fp32_artifact_is_verified_in_every_graph_and_keeps_the_report(
     assert report.passed and report.conclusion.startswith("verified: ")
     covered = {(each.case, each.graph) for each in report.comparisons}
     graphs = ("visual", "prefill", "decode_b1", "decode_b2")
-    cases = ("one image", "two images", "text only")
+    cases = ("one image", "two images", "a clip", "text only")
     assert covered == {(case, graph) for case in cases for graph in graphs} - {("text only", "visual")}
     decoded = [each for each in report.comparisons if (each.case, each.graph) == ("two images", "decode_b2")]
     assert [each.step for each in decoded] == list(range(1, 17))
@@ -307,7 +310,7 @@ def test_a_checkpoint_that_resizes_otherwise_fails_by_its_grids(fp32: Path, sour
     assert not report.passed
     assert report.conclusion.startswith("FAILED: one image: grids differ from transformers': ")
     # what has the same inputs is still compared
-    assert {each.case for each in report.comparisons} == {"text only"}
+    assert {each.case for each in report.comparisons} == {"a clip", "text only"}
 
 
 def test_an_artifact_without_a_chat_template_is_verified_with_a_raw_prompt(
@@ -386,6 +389,44 @@ def test_a_cache_too_short_for_the_prompts_is_refused_with_the_length_it_takes(f
         make_cases(open_processor(artifact), 16)
 
 
+def text_inside_the_clip(ids: Any, images: Any, videos: Any, config: Any) -> tuple[np.ndarray, int]:
+    """The rule of transformers from 5.3 on: text goes on max(h, w) behind a clip's beginning, however long it is."""
+    positions, delta = rope_positions(ids, images, videos, config)
+    if len(videos):
+        ((t, h, w),) = videos.tolist()
+        before = t - max(h, w) // config.vision.spatial_merge_size
+        behind = int(np.flatnonzero(ids == config.video_token_id)[-1]) + 1
+        positions[:, behind:] -= before
+        delta -= before
+    return positions, delta
+
+
+def test_text_that_begins_inside_a_clip_fails_by_its_positions(
+    fp32: Path, source: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(prompt, "rope_positions", text_inside_the_clip)
+    report = verified(fp32, source, steps=1)
+    assert not report.passed
+    assert report.conclusion.startswith("FAILED: a clip: M-RoPE positions differ from transformers': ")
+
+
+def test_positions_that_clips_are_verified_by_are_those_recorded_of_the_rule_of_training() -> None:
+    recorded = json.loads((Path(__file__).parents[1] / "data" / "mrope_video.json").read_text())["cases"]
+    compared = 0
+    for case in recorded:
+        shown = [part for part in case["parts"] if not isinstance(part, int)]
+        placed: list[bool] = []
+        for part in case["parts"]:
+            # a clip or picture stands between two marks
+            placed += [False] * part if isinstance(part, int) else [False, *[True] * (np.prod(part[1]) // 4), False]
+        positions, delta = trained_positions(torch.tensor(placed), np.array([grid for _, grid in shown]), 2)
+        assert (positions[:, -1].tolist(), delta) == (case["last"], case["delta"])
+        if "positions" in case:
+            assert positions.tolist() == case["positions"]
+            compared += 1
+    assert compared == 4
+
+
 def test_the_terminal_shows_a_row_for_each_case_and_graph_and_ends_with_the_verdict(fp32: Path, source: Path) -> None:
     def shown(report: VerifyReport) -> list[str]:
         console = Console(file=io.StringIO(), width=140, color_system=None)
@@ -394,8 +435,8 @@ def test_the_terminal_shows_a_row_for_each_case_and_graph_and_ends_with_the_verd
 
     report = verified(fp32, source, steps=2)
     lines = shown(report)
-    assert sum("decode_b2 x 2" in line and "2/2" in line and "ok" in line for line in lines) == 3
+    assert sum("decode_b2 x 2" in line and "2/2" in line and "ok" in line for line in lines) == 4
     assert lines[-1] == report.conclusion
     wrong = [dataclasses.replace(each, passed=each.graph != "prefill") for each in report.comparisons]
     lines = shown(dataclasses.replace(report, passed=False, comparisons=tuple(wrong)))
-    assert sum("FAILED" in line and "prefill" in line for line in lines) == 3
+    assert sum("FAILED" in line and "prefill" in line for line in lines) == 4

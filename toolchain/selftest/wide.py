@@ -14,7 +14,8 @@ from ...runtime.backends.ge.bound import Cache
 from ...runtime.backends.ge.checks import check_graph
 from ...runtime.backends.ge.executor import Executor
 from ...runtime.backends.ge.graph import Node, read_graph
-from ...runtime.backends.ge.operators import Operator, Outputs, operator
+from ...runtime.backends.ge.kernel import Operator, Outputs
+from ...runtime.backends.ge.operators import operator
 from ...runtime.backends.reference import ReferenceBackend
 
 _HALF = (torch.bfloat16, torch.float16)
