@@ -19,11 +19,12 @@ import torch
 from torch import Tensor
 
 from qwen2vl_tc.artifacts.binding import LENGTHS, Binding
-from qwen2vl_tc.artifacts.ge_ops import ATTENTIONS, Op, count_kinds, live_ops, op_kind
+from qwen2vl_tc.artifacts.ge_ops import ATTENTIONS, count_kinds, live_ops, op_kind
 from qwen2vl_tc.runtime.backends.ge.executor import _constant_tensor
 from qwen2vl_tc.runtime.backends.ge.graph import INPUT_TYPES, GeGraph, Node, read_graph
 from qwen2vl_tc.runtime.backends.ge.operators import OPERATORS, TORCH_DTYPES
 from qwen2vl_tc.toolchain.inspect import count_graph_ops
+from qwen2vl_tc.toolchain.shapes import graph_ops
 
 Outputs = tuple[Tensor, ...]
 
@@ -266,7 +267,7 @@ def _inputs(graph: GeGraph, binding: Binding, sizes: Sizes) -> dict[str, Outputs
 
 def _run(graph: GeGraph, binding: Binding, sizes: Sizes) -> tuple[int, int, int]:
     """Bytes, floating-point operations of the matrix products, and the bytes of the largest tensor but weights."""
-    ops = [Op(node.name, node.op, tuple(edge[0] if edge else None for edge in node.inputs)) for node in graph.nodes]
+    ops = graph_ops(graph)
     live = live_ops(ops)
     values: dict[str, Outputs] = _inputs(graph, binding, sizes)
     fixed = {node.name for node, bound in zip(graph.inputs, binding.inputs, strict=True) if -1 not in bound.shape}
@@ -278,7 +279,7 @@ def _run(graph: GeGraph, binding: Binding, sizes: Sizes) -> tuple[int, int, int]
         if node.constant is not None:
             values[node.name] = (_constant_tensor(node),)
             continue
-        arguments = [values[e[0]][e[1]] if e else None for e in node.inputs if e is None or e[1] >= 0]
+        arguments = [values[e[0]][e[1]] if e else None for e in node.inputs]
         outputs = _outputs(node, arguments)
         values[node.name] = outputs
         if op_kind(node.op) == "device":

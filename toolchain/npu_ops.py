@@ -63,7 +63,7 @@ class _Call(Node):
     """An operator called by itself, with what its reference reads of a graph's node."""
 
     def __init__(self, op: str, **attributes: Any) -> None:
-        super().__init__(op, op, (), 0, None)
+        super().__init__(op, op, (), (), 0, None)
         # where the base class keeps what it reads from a graph
         self.__dict__["attributes"] = attributes
 
