@@ -21,10 +21,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ...artifacts.errors import ArtifactError, MissingDependencyError, RequestError, TargetError
-from ...artifacts.manifest import OnnxGraph
+from ...artifacts.manifest import OnnxGraph, OnnxPart
 from ...artifacts.store import Artifact, onnx_part
 from .base import Backend, Embeds, Ints, Step
-from .onnx_files import external_locations
+from .onnx_check import check_model
 
 # how many threads compute; the default is the cores that this process may use
 THREADS_VARIABLE = "QWEN2VL_TC_THREADS"
@@ -41,6 +41,7 @@ _MAX_ROWS = 64
 _LENGTH_STEP = 256
 
 Arrays = tuple[NDArray[Any], ...]
+_NO_MEMORY = re.compile(r"bad_?alloc|bad allocation|Failed to allocate memory|[Oo]ut of memory|Cannot allocate memory")
 
 
 @dataclass(eq=False)
@@ -68,6 +69,7 @@ class OnnxBackend(Backend):
         # The standard attention multiplies what lies behind a row's length by zero, and zero times a stray NaN is NaN.
         self.reuses_caches = not self._part.standard_only
         self._model = artifact.manifest.model
+        self._where = str(artifact.path)
         runtime = import_onnxruntime()
         self.loading.mark("imports")
         graphs = {graph.name: graph for graph in self._part.graphs}
@@ -77,7 +79,8 @@ class OnnxBackend(Backend):
             )
         # onnxruntime lays a model's weights out on one core
         with ThreadPoolExecutor() as pool:
-            self._visual, self._text = pool.map(lambda name: _open(runtime, artifact, graphs[name]), ("visual", "text"))
+            made = pool.map(lambda name: _open(runtime, artifact, graphs[name], self._part), ("visual", "text"))
+            self._visual, self._text = made
         self.loading.mark("graphs")
 
     def allocate(self, rows: int) -> Cache:
@@ -106,7 +109,8 @@ class OnnxBackend(Backend):
                 "patches": patches[begin:end].reshape(count, length, -1),
                 "positions": positions[:, begin:end].reshape(2, count, length),
             }
-            found.append(self._visual.run(["embeds"], feeds)[0])
+            with _failures(f"{self._where}: the visual model fails on {count} x {length} patches"):
+                found.append(self._visual.run(["embeds"], feeds)[0])
         embeds = found[0] if len(found) == 1 else np.concatenate(found)
         return Embeds(embeds, len(embeds))
 
@@ -172,7 +176,8 @@ class OnnxBackend(Backend):
         for bind, arrays in ((binding.bind_input, inputs), (binding.bind_output, outputs)):
             for name, array in arrays.items():
                 bind(name, "cpu", 0, array.dtype.type, array.shape, array.ctypes.data)
-        self._text.run_with_iobinding(binding)
+        with _failures(f"{self._where}: the text model fails on {token_ids.shape[1]} token(s) of {count} row(s)"):
+            self._text.run_with_iobinding(binding)
         return Step(outputs["next_token"], outputs["logits"])
 
     def _binding(self, cache: Cache, first: int, count: int, longest: int) -> Any:
@@ -214,6 +219,21 @@ def _batches(segment_ends: list[int]) -> Iterator[tuple[int, int, int]]:
         count, length = count + 1, size
     if count:
         yield begin, count, length
+
+
+@contextlib.contextmanager
+def _failures(what: str) -> Iterator[None]:
+    """Whatever onnxruntime raises, as an error of ours: TargetError where memory ran out, else ArtifactError."""
+    try:
+        yield
+    except Exception as error:  # onnxruntime raises classes of its own that have no common base
+        first = (str(error).splitlines() or [type(error).__name__])[0]
+        # a kernel's allocation fails as C++'s bad_alloc, its arena's with a message
+        if isinstance(error, MemoryError) or _NO_MEMORY.search(str(error)):
+            raise TargetError(
+                f"{what}: not enough memory ({first}); free some, or ask for less: a smaller picture, a shorter prompt"
+            ) from error
+        raise ArtifactError(f"{what}: {first}; compile the artifact again, or update onnxruntime") from error
 
 
 def import_onnxruntime() -> Any:
@@ -277,24 +297,15 @@ def _products_saturate() -> bool:
         return True
 
 
-def _open(runtime: Any, artifact: Artifact, graph: OnnxGraph) -> Any:
+def _open(runtime: Any, artifact: Artifact, graph: OnnxGraph, part: OnnxPart) -> Any:
     """A session of one model. Raises ArtifactError where a file is altered, replaced or refused."""
     path, options = artifact.path / graph.model.path, session_options(runtime)
     model, data = artifact.read(graph.model), artifact.path / graph.data.path
-    if strange := sorted(external_locations(model, str(path)) - {data.name}):
-        raise ArtifactError(
-            f"{path}: reads {strange[0]!r}, expected only {data.name}, which the manifest vouches for; compile the "
-            "artifact again"
-        )
-    options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(data.parent))
-    try:
+    check_model(model, graph, artifact.manifest.model, part.standard_only, str(path))
+    # bytes: a path need not be UTF-8, and a str must be
+    options.add_session_config_entry("session.model_external_initializers_file_folder_path", os.fsencode(data.parent))
+    with _failures(f"{path}: onnxruntime {runtime.__version__} refuses it"):
         session = runtime.InferenceSession(model, options, providers=[PROVIDER])
-    except Exception as error:  # onnxruntime raises classes of its own that have no common base
-        first = str(error).splitlines()[0]
-        raise ArtifactError(
-            f"{path}: onnxruntime {runtime.__version__} refuses it: {first}; compile the artifact again, or update "
-            "onnxruntime"
-        ) from error
     # onnxruntime opens the data by name: it must still be the file whose hash is checked
     artifact.check_in_place(graph.data)
     return session
