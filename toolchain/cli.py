@@ -5,6 +5,7 @@ prepared the process.
 """
 
 import dataclasses
+import sys
 from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated
@@ -14,7 +15,7 @@ import typer
 from ..artifacts.errors import ConfigError, TargetError
 from ..artifacts.process import prepare_process
 from . import cli_bench, cli_generate
-from .cli_errors import FAILED, Commands
+from .cli_errors import FAILED, REFUSED, Commands
 from .cli_options import (
     Artifact,
     Batch,
@@ -36,7 +37,9 @@ from .cli_options import (
 )
 from .cli_values import batches, check_mode, check_source, config_file, dump, passes
 from .compile import DEFAULT_MAX_LENGTH, DEFAULT_SOC
+from .console import fail
 from .onnx_export import DEFAULT_WEIGHTS
+from .streams import prepare_streams
 
 DEBUG_VARIABLE = "QWEN2VL_TC_DEBUG"
 
@@ -55,6 +58,11 @@ app = typer.Typer(
 
 def main() -> None:
     """The console script."""
+    try:
+        prepare_streams()
+    except TargetError as error:
+        fail(str(error))
+        sys.exit(REFUSED)
     prepare_process()
     app()
 
@@ -232,7 +240,7 @@ def build(
     from .build import build as build_artifact
     from .cli_output import print_compiled, print_written, warn_signed
     from .compile import CompileOptions
-    from .console import bytes_progress, fail, stdout, step_progress
+    from .console import bytes_progress, stdout, step_progress
 
     check_mode(mode)
     if mode == "air":
@@ -280,7 +288,7 @@ def verify(
     """
     from ..artifacts.store import read_manifest
     from .cli_output import warn_signed
-    from .console import fail, result_json, stdout, step_progress
+    from .console import result_json, stdout, step_progress
     from .onnx_verify import verify_onnx_artifact
     from .verify import verify_artifact
     from .verify_report import render

@@ -1,6 +1,7 @@
 """The options' values: what a user typed, checked."""
 
 import json
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -11,6 +12,7 @@ if TYPE_CHECKING:
 
 MODES = ("dynamo", "onnx", "air")
 DUMPS = ("pbtxt",)
+_MAX_REQUESTS_BYTES = 256 << 20
 
 
 def batches(text: str) -> tuple[int, ...]:
@@ -47,8 +49,12 @@ def check_mode(mode: str) -> None:
 
 
 def config_file(path: Path) -> Path:
-    """A config.json, named itself or by its folder."""
-    return path / "config.json" if path.is_dir() else path
+    """A config.json, named itself or by its folder. Raises ConfigError for what is there and is no file: reading a pipe
+    or a device may never end."""
+    found = path / "config.json" if path.is_dir() else path
+    if found.exists() and not found.is_file():
+        raise ConfigError(f"{found}: not a file; --config is a config.json, or the folder of one")
+    return found
 
 
 def check_source(src: Path) -> None:
@@ -77,11 +83,23 @@ def vision_options(
     return VisionOptions(min_pixels, max_pixels, video_sampling, HttpLimits(allowed=allow_http))
 
 
+def _read(path: Path) -> bytes:
+    """A file, or what comes through a pipe. Raises RequestError for one without an end."""
+    # a pipe that nobody writes into is an empty one: opened as usual, it would wait for a writer
+    fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    os.set_blocking(fd, True)
+    with open(fd, "rb") as file:
+        data = file.read(_MAX_REQUESTS_BYTES + 1)
+    if len(data) > _MAX_REQUESTS_BYTES:
+        raise RequestError(f"{path}: more than {_MAX_REQUESTS_BYTES >> 20} MB; ask in several runs")
+    return data
+
+
 def requests_file(path: Path) -> list[Any]:
     """A file of JSON lines, each a list of messages. Raises RequestError for a line that is no JSON, or no line."""
     try:
         # not splitlines: JSON may hold characters that it takes for the end of a line
-        lines = path.read_text("utf-8").split("\n")
+        lines = _read(path).decode("utf-8").split("\n")
     except UnicodeDecodeError as error:
         raise RequestError(f"{path}: not UTF-8: {error}") from error
     found = []

@@ -62,7 +62,9 @@ def result(line: str) -> None:
 
 def result_json(value: Any) -> None:
     """A command's result as one JSON object."""
-    print(json.dumps(value, indent=2, ensure_ascii=False), flush=True)
+    # where the stream lacks a character it writes an escape of Python's, which JSON does not know
+    utf8 = (sys.stdout.encoding or "utf-8").lower().replace("-", "") == "utf8"
+    print(json.dumps(value, indent=2, ensure_ascii=not utf8), flush=True)
 
 
 def write_text(piece: str) -> None:
