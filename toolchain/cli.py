@@ -49,7 +49,6 @@ app = typer.Typer(
     help="Compile Qwen2-VL for Ascend NPUs, ahead of time: from a Hugging Face checkpoint to one artifact that loads "
     "and generates without tracing anything.",
     no_args_is_help=True,
-    add_completion=False,
     rich_markup_mode="rich",
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
