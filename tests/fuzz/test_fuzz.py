@@ -42,7 +42,7 @@ def test_mutated_onnx_models_end_in_our_own_error_or_in_an_answer(onnx: Path, tm
 
 
 def test_command_lines_that_no_one_means_end_in_words(onnx: Path, tmp_path: Path) -> None:
-    assert edges.fuzz(onnx, tmp_path / "files", 8, 11) == []
+    assert edges.fuzz(onnx, tmp_path / "files", 6, 14) == []
 
 
 @pytest.mark.parametrize(
