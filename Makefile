@@ -6,6 +6,9 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
+# mypy sees the folders as one package through links, which a source distribution does not hold
+TYPING := .typing/qwen2vl_tc
+
 # kills of `make torture`, and mutations of `make fuzz`
 RUNS ?=
 
@@ -33,6 +36,9 @@ test: lint
 	$(BIN)/python -m pytest
 
 lint: $(READY)
+	mkdir -p $(TYPING)
+	for each in artifacts exporters runtime toolchain package/__init__.py package/__main__.py package/py.typed; \
+		do ln -sfn ../../$$each $(TYPING)/$${each##*/}; done
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy -p qwen2vl_tc
@@ -41,7 +47,7 @@ lint: $(READY)
 torture: $(READY)
 	OMP_NUM_THREADS=1 PYTHONPATH=tests $(BIN)/python -m torture.runner $(if $(RUNS),--runs $(RUNS))
 
-# Loads artifacts with damaged and hostile files.
+# Loads artifacts with damaged and hostile files, of GE graphs and of ONNX models; gives the command line odd words.
 fuzz: $(READY)
 	OMP_NUM_THREADS=1 PYTHONPATH=tests $(BIN)/python -m fuzz.runner $(if $(RUNS),--runs $(RUNS))
 

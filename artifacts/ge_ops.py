@@ -7,8 +7,13 @@ from dataclasses import dataclass
 INPUTS = ("Data", "RefData")
 OUTPUT = "NetOutput"
 CONSTANT = "Const"
+# the output that a control edge names
+CONTROL = "-1"
 # In-place operators: their effect is a write, so they live even where nothing reads their output.
 WRITES = frozenset({"Scatter", "ScatterNdUpdate", "ScatterPaKvCache"})
+# Their output is, or may be, the memory of their first input: on CPU by the reference backend, on the device by GE's
+# choice.
+VIEWS = frozenset({"Cast", "Identity", "Reshape", "SplitV", "Squeeze", "Unsqueeze"})
 TRANSPOSES = frozenset({"Transpose", "TransposeD"})
 # One of them a layer, in every form of every graph.
 ATTENTIONS = frozenset({"FusedInferAttentionScore", "PromptFlashAttention", "IncreFlashAttention"})
@@ -22,11 +27,32 @@ _KINDS = {op_type: kind for kind, group in _GROUPS.items() for op_type in group}
 
 @dataclass(frozen=True)
 class Op:
-    """One operator of a graph; `inputs` are the names of its producers, None where an optional input is not fed."""
+    """One operator of a graph; `inputs` are the names of its producers, None where an optional input is not fed, and
+    `after` the operators that only have to run before it."""
 
     name: str
     type: str
     inputs: tuple[str | None, ...]
+    after: tuple[str, ...] = ()
+
+    @property
+    def first(self) -> str | None:
+        """What makes the first input: the memory that an in-place operator writes, and that a view shows."""
+        return self.inputs[0] if self.inputs else None
+
+
+def op_of(name: str, op_type: str, edges: Iterable[str]) -> Op:
+    """An operator from its edges as a graph's file has them: `producer:output`, empty for an input that is not fed, and
+    `producer:-1` for a control edge, which is an order and no input wherever it stands among them."""
+    inputs: list[str | None] = []
+    after = []
+    for edge in edges:
+        producer, _, output = edge.rpartition(":")
+        if output == CONTROL:
+            after.append(producer)
+        else:
+            inputs.append(producer or None)
+    return Op(name, op_type, tuple(inputs), tuple(after))
 
 
 def op_kind(op_type: str) -> str:
@@ -43,8 +69,8 @@ def count_kinds(op_types: Iterable[str]) -> dict[str, int]:
 
 def _writes_input(op: Op | None, by_name: dict[str, Op]) -> bool:
     """Whether an in-place operator writes into an input of the graph, so that the caller sees it."""
-    while op is not None and op.type in WRITES:
-        op = by_name.get(op.inputs[0] or "")
+    while op is not None and (op.type in WRITES or op.type in VIEWS):
+        op = by_name.get(op.first or "")
     return op is not None and op.type in INPUTS
 
 
@@ -61,15 +87,16 @@ def live_ops(ops: Iterable[Op]) -> set[str]:
         name = open_names.pop()
         if name not in live:
             live.add(name)
-            open_names += [producer for producer in by_name[name].inputs if producer is not None]
+            op = by_name[name]
+            open_names += [producer for producer in (*op.inputs, *op.after) if producer is not None]
     return live
 
 
 def input_behind(producer: str | None, by_name: dict[str, Op]) -> str | None:
     """The input of the graph that `producer` hands on, seen through operators that only change its shape; else None."""
     op = by_name.get(producer or "")
-    while op is not None and op_kind(op.type) == "layout" and op.inputs:
-        op = by_name.get(op.inputs[0] or "")
+    while op is not None and op_kind(op.type) == "layout":
+        op = by_name.get(op.first or "")
     return op.name if op is not None and op.type in INPUTS else None
 
 

@@ -222,7 +222,7 @@ class Processor:
         try:
             encoding = self.tokenizer.encode(text, add_special_tokens=not (bos and text.startswith(bos)))
         except Exception as error:  # lone surrogates; the library raises nothing narrower
-            raise RequestError(f"the prompt cannot be tokenised: {error}") from error
+            raise RequestError(f"the prompt cannot be tokenised, it is not UTF-8: {error}") from error
         except BaseException as error:
             refuse(error, "tokenizer.json: failed on the prompt")
         ids = np.array(encoding.ids, dtype=np.int64)

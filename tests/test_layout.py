@@ -134,13 +134,15 @@ def test_every_folder_with_code_is_listed_as_a_package() -> None:
     folders = {path.parent for path in SOURCES}
     assert all((folder / "__init__.py").is_file() for folder in folders)
     names = {"qwen2vl_tc." + ".".join(folder.relative_to(ROOT).parts) for folder in folders}
-    assert names == set(settings["packages"]), "a package that is not listed is absent from the wheel"
-    assert settings["package-dir"] == {f"qwen2vl_tc.{folder}": folder for folder in MAY_IMPORT}
+    assert names | {"qwen2vl_tc"} == set(settings["packages"]), "a package that is not listed is not in the wheel"
+    mapped = {f"qwen2vl_tc.{folder}": folder for folder in MAY_IMPORT}
+    assert settings["package-dir"] == {"qwen2vl_tc": "package", **mapped}
 
 
 def test_the_type_checker_sees_every_folder() -> None:
     links = {link.name: link.resolve() for link in (ROOT / ".typing" / "qwen2vl_tc").iterdir()}
-    assert links == {folder: ROOT / folder for folder in MAY_IMPORT}
+    own = ("__init__.py", "__main__.py", "py.typed")
+    assert links == {folder: ROOT / folder for folder in MAY_IMPORT} | {name: ROOT / "package" / name for name in own}
 
 
 @pytest.mark.parametrize("python", ["3.10", "3.11"])

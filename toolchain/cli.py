@@ -5,6 +5,7 @@ prepared the process.
 """
 
 import dataclasses
+import sys
 from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated
@@ -15,7 +16,7 @@ from ..artifacts.errors import ConfigError, TargetError
 from ..artifacts.process import prepare_process
 from ..artifacts.soc import DEFAULT_SOC
 from . import cli_bench, cli_check, cli_generate, cli_selftest
-from .cli_errors import FAILED, Commands
+from .cli_errors import FAILED, REFUSED, Commands
 from .cli_options import (
     Artifact,
     Batch,
@@ -37,7 +38,9 @@ from .cli_options import (
     examples,
 )
 from .cli_values import batches, check_mode, check_source, config_file, dump, passes, releases
+from .console import fail
 from .onnx_export import DEFAULT_WEIGHTS
+from .streams import prepare_streams
 
 DEBUG_VARIABLE = "QWEN2VL_TC_DEBUG"
 
@@ -47,7 +50,6 @@ app = typer.Typer(
     help="Compile Qwen2-VL for Ascend NPUs, ahead of time: from a Hugging Face checkpoint to one artifact that loads "
     "and generates without tracing anything.",
     no_args_is_help=True,
-    add_completion=False,
     rich_markup_mode="rich",
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
@@ -56,6 +58,11 @@ app = typer.Typer(
 
 def main() -> None:
     """The console script."""
+    try:
+        prepare_streams()
+    except TargetError as error:
+        fail(str(error))
+        sys.exit(REFUSED)
     prepare_process()
     app()
 
@@ -238,7 +245,7 @@ def build(
     from .build import build as build_artifact
     from .cli_output import print_admitted, print_compiled, print_written, warn_notes, warn_signed
     from .compile import CompileOptions
-    from .console import bytes_progress, fail, stdout, step_progress
+    from .console import bytes_progress, stdout, step_progress
 
     check_mode(mode)
     if mode == "air":
@@ -289,7 +296,7 @@ def verify(
     """
     from ..artifacts.store import read_manifest
     from .cli_output import warn_signed
-    from .console import fail, result_json, stdout, step_progress
+    from .console import result_json, stdout, step_progress
     from .onnx_verify import verify_onnx_artifact
     from .verify import verify_artifact
     from .verify_report import render

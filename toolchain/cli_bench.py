@@ -1,6 +1,7 @@
 """The commands that measure: bench, and bench cold-start."""
 
 import dataclasses
+import re
 from typing import Annotated
 
 import typer
@@ -95,7 +96,11 @@ def cold_start(
 
 def _size(text: str) -> tuple[int, int]:
     """`728x504` to (728, 504)."""
-    width, _, height = text.partition("x")
-    if not (width.isdecimal() and height.isdecimal() and int(width) and int(height)):
+    from ..runtime.images import check_area
+
+    found = re.fullmatch(r"([0-9]{1,9})x([0-9]{1,9})", text)
+    if found is None:
         raise RequestError(f"--size {text}: expected width and height in pixels, such as 728x504")
-    return int(width), int(height)
+    width, height = int(found[1]), int(found[2])
+    check_area(f"--size {text}", width, height)
+    return width, height

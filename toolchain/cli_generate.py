@@ -44,8 +44,9 @@ VideoSampling = Annotated[
     str,
     typer.Option(
         "--video-sampling",
-        metavar="qwen|transformers",
-        help="Which frames: as qwen-vl-utils takes them (2 a second), or as transformers does (all).",
+        metavar="RULE",
+        help="qwen or transformers. Which frames: as qwen-vl-utils takes them (2 a second), or as transformers does "
+        "(all).",
     ),
 ]
 PictureModes = Annotated[
@@ -71,7 +72,10 @@ TrustedKeys = Annotated[
 Backend = Annotated[
     str | None,
     typer.Option(
-        "--backend", metavar="reference|onnxruntime|npu", help="What runs the graphs. Default: the best here."
+        # not reference|onnxruntime|npu: the names of options are cut where this column is wide
+        "--backend",
+        metavar="ENGINE",
+        help="reference, onnxruntime or npu: what runs the graphs. Default: the best here.",
     ),
 ]
 MaxNewTokens = Annotated[

@@ -70,13 +70,14 @@ def print_compiled(manifest: Manifest) -> None:
 
 def _graphs(part: GePart) -> "Table":
     from rich.table import Table
+    from rich.text import Text
 
     title = f"GE graphs for {part.soc}: {part.dtype}, up to {part.max_length} tokens"
-    table = Table("graph", title=title, title_justify="left")
+    table = Table("graph", title=Text(title), title_justify="left")
     for column in ("operators", "device operators", "bytes"):
         table.add_column(column, justify="right")
     for graph in part.graphs:
-        table.add_row(graph.name, str(graph.ops["total"]), str(graph.ops["device"]), format_bytes(_size(graph)))
+        table.add_row(Text(graph.name), str(graph.ops["total"]), str(graph.ops["device"]), format_bytes(_size(graph)))
     return table
 
 
@@ -87,17 +88,18 @@ def _size(graph: Graph) -> int:
 def print_onnx(manifest: Manifest) -> None:
     """The ONNX models: nodes and bytes."""
     from rich.table import Table
+    from rich.text import Text
 
     part = manifest.onnx
     if part is None:
         return
     kinds = "standard operators only" if part.standard_only else f"opset {part.opset} and com.microsoft"
-    table = Table("model", title=f"ONNX models: {part.weights}, {kinds}", title_justify="left")
+    table = Table("model", title=Text(f"ONNX models: {part.weights}, {kinds}"), title_justify="left")
     for column in ("nodes", "model", "tensors"):
         table.add_column(column, justify="right")
     for graph in part.graphs:
         sizes = (format_bytes(graph.model.bytes), format_bytes(graph.data.bytes))
-        table.add_row(graph.name, str(sum(graph.ops.values())), *sizes)
+        table.add_row(Text(graph.name), str(sum(graph.ops.values())), *sizes)
     stdout().print(table)
 
 

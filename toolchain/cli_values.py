@@ -1,6 +1,7 @@
 """The options' values: what a user typed, checked."""
 
 import codecs
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,6 +13,7 @@ if TYPE_CHECKING:
 
 MODES = ("dynamo", "onnx", "air")
 DUMPS = ("pbtxt",)
+_MAX_REQUESTS_BYTES = 256 << 20
 
 
 def batches(text: str) -> tuple[int, ...]:
@@ -56,8 +58,12 @@ def check_mode(mode: str) -> None:
 
 
 def config_file(path: Path) -> Path:
-    """A config.json, named itself or by its folder."""
-    return path / "config.json" if path.is_dir() else path
+    """A config.json, named itself or by its folder. Raises ConfigError for what is there and is no file: reading a pipe
+    or a device may never end."""
+    found = path / "config.json" if path.is_dir() else path
+    if found.exists() and not found.is_file():
+        raise ConfigError(f"{found}: not a file; --config is a config.json, or the folder of one")
+    return found
 
 
 def check_source(src: Path) -> None:
@@ -87,6 +93,18 @@ def vision_options(
     return VisionOptions(min_pixels, max_pixels, video_sampling, http, picture_modes=picture_modes)
 
 
+def _read(path: Path) -> bytes:
+    """A file, or what comes through a pipe. Raises RequestError for one without an end."""
+    # a pipe that nobody writes into is an empty one: opened as usual, it would wait for a writer
+    fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    os.set_blocking(fd, True)
+    with open(fd, "rb") as file:
+        data = file.read(_MAX_REQUESTS_BYTES + 1)
+    if len(data) > _MAX_REQUESTS_BYTES:
+        raise RequestError(f"{path}: more than {_MAX_REQUESTS_BYTES >> 20} MB; ask in several runs")
+    return data
+
+
 def requests_file(path: Path) -> list[Any]:
     """A file of JSON lines, each a list of messages or {"messages": that list}, a byte order mark before them or not.
 
@@ -96,7 +114,7 @@ def requests_file(path: Path) -> list[Any]:
 
     found = []
     # not splitlines: JSON may hold characters that it takes for the end of a line
-    for number, line in enumerate(path.read_bytes().removeprefix(codecs.BOM_UTF8).split(b"\n"), 1):
+    for number, line in enumerate(_read(path).removeprefix(codecs.BOM_UTF8).split(b"\n"), 1):
         if line.strip():
             try:
                 found.append(_messages(parse_json(line, f"{path}:{number}"), f"{path}:{number}"))

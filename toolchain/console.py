@@ -35,9 +35,19 @@ def stderr() -> "Console":
 
 def _console(stderr: bool) -> "Console":
     from rich.console import Console
+    from rich.table import Table
+
+    class Whole(Console):
+        """Folds what is too wide for its column, where rich would cut it."""
+
+        def print(self, *objects: Any, **options: Any) -> None:
+            for table in objects:
+                for column in table.columns if isinstance(table, Table) else ():
+                    column.overflow = "fold"
+            super().print(*objects, **options)
 
     stream = sys.stderr if stderr else sys.stdout
-    return Console(stderr=stderr, highlight=False, width=None if stream.isatty() else _FILE_WIDTH)
+    return Whole(stderr=stderr, highlight=False, width=None if stream.isatty() else _FILE_WIDTH)
 
 
 def note(message: str) -> None:
@@ -62,7 +72,9 @@ def result(line: str) -> None:
 
 def result_json(value: Any) -> None:
     """A command's result as one JSON object."""
-    print(json.dumps(value, indent=2, ensure_ascii=False), flush=True)
+    # where the stream lacks a character it writes an escape of Python's, which JSON does not know
+    utf8 = (sys.stdout.encoding or "utf-8").lower().replace("-", "") == "utf8"
+    print(json.dumps(value, indent=2, ensure_ascii=not utf8), flush=True)
 
 
 def write_text(piece: str) -> None:

@@ -125,12 +125,12 @@ def _edges(
                 continue
             if edge[0] not in inside:
                 yield _source(by_name[edge[0]], bound, layers)
-            yield _edge(edge[0], name, _shape(edge[0], max(edge[1], 0), specs))
+            yield _edge(edge[0], name, _shape(edge[0], edge[1], specs))
     for name, node in by_name.items():
         for edge in node.inputs:
             if name not in inside and edge is not None and edge[0] in inside:
                 yield _node(f"to {name}", f"{_place(name, layers)}: {node.op}", "outside")
-                yield _edge(edge[0], f"to {name}", _shape(edge[0], max(edge[1], 0), specs))
+                yield _edge(edge[0], f"to {name}", _shape(edge[0], edge[1], specs))
 
 
 def _is_parameter(name: str, bound: Mapping[str, BoundInput]) -> bool:

@@ -95,7 +95,7 @@ def count_graph_ops(graph: GeGraph, binding: Binding) -> OpCounts:
     kept = [op for op in ops if op.name in live]
     by_name = {op.name: op for op in kept}
     weights = {node.name for node, bound in zip(graph.inputs, binding.inputs, strict=True) if bound.kind == PARAMETER}
-    transposed = [op for op in kept if op.type in TRANSPOSES and input_behind(op.inputs[0], by_name) in weights]
+    transposed = [op for op in kept if op.type in TRANSPOSES and input_behind(op.first, by_name) in weights]
     return OpCounts(
         **count_kinds(op.type for op in kept),
         transpose_weight=len(transposed),

@@ -136,7 +136,7 @@ def graph_cost(
             node,
             node_inputs(node, specs),
             specs[node.name],
-            [edge is not None and edge[0] in constants for edge in node.inputs if edge is None or edge[1] >= 0],
+            [edge is not None and edge[0] in constants for edge in node.inputs],
             sequences,
         )
         for node in nodes
@@ -162,8 +162,8 @@ def graph_cost(
 def _behind(edge: tuple[str, int], by_name: Mapping[str, Node]) -> tuple[str, int]:
     """The output whose memory this one is: seen through Reshape and the like, and through writes in place."""
     node = by_name[edge[0]]
-    while (op_kind(node.op) == "layout" or node.op in WRITES) and node.inputs[0] is not None:
-        edge = node.inputs[0]
+    while (op_kind(node.op) == "layout" or node.op in WRITES) and node.first is not None:
+        edge = node.first
         node = by_name[edge[0]]
     return edge
 
@@ -180,10 +180,10 @@ def peak_activations(graph: GeGraph, specs: Mapping[str, Specs]) -> tuple[int, s
         for output in range(len(specs[node.name])):
             last_use.setdefault(_behind((node.name, output), by_name), i)
         for edge in node.inputs:
-            if edge is not None and edge[1] >= 0:
+            if edge is not None:
                 last_use[_behind(edge, by_name)] = i
     for edge in graph.output.inputs:
-        if edge is not None and edge[1] >= 0:
+        if edge is not None:
             last_use[_behind(edge, by_name)] = len(nodes) - 1
     # what every step adds before it runs, and what is free once it has run
     added, freed = [0] * len(nodes), [0] * len(nodes)

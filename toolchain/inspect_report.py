@@ -96,7 +96,7 @@ def _overview(inspection: Inspection) -> Table:
         ("self-test", f"answers by {inspection.selftest}" if inspection.selftest else "none"),
     ]
     for name, value in rows:
-        table.add_row(name, Text(value))
+        table.add_row(Text(name), Text(value))
     return table
 
 
@@ -114,7 +114,7 @@ def _counts(graphs: dict[str, GraphView]) -> Table:
     """A column a graph, so that it fits a terminal of 80 columns; the recipe's figures in brackets."""
     table = Table("", title="Operators (in brackets: the recipe at 7B)", title_justify="left")
     for name in graphs:
-        table.add_column(name, justify="right")
+        table.add_column(Text(name), justify="right")
     for title, key in _COUNTED:
         cells = []
         for name, graph in graphs.items():
@@ -170,7 +170,7 @@ def _costs(costs: dict[str, GraphCost], lengths: Lengths) -> Table:
     )
     table = Table("", title=title, title_justify="left")
     for name in costs:
-        table.add_column(name, justify="right")
+        table.add_column(Text(name), justify="right")
     rows: list[tuple[str, list[str]]] = [
         ("FLOPs", [_flops(cost.flops) for cost in costs.values()]),
         ("bytes moved by kernels", [format_bytes(cost.moved_bytes) for cost in costs.values()]),
@@ -219,14 +219,14 @@ def _grouped(tensors: tuple[TensorView, ...]) -> list[str]:
 def _signatures(graphs: dict[str, GraphView]) -> Table:
     table = Table("graph", "inputs", "outputs", title="Signatures (? is known at run time)", title_justify="left")
     for name, graph in graphs.items():
-        table.add_row(name, Text("\n".join(_grouped(graph.inputs))), Text("\n".join(_grouped(graph.outputs))))
+        table.add_row(Text(name), Text("\n".join(_grouped(graph.inputs))), Text("\n".join(_grouped(graph.outputs))))
     return table
 
 
 def _types(graphs: dict[str, GraphView]) -> Table:
     table = Table("graph", "live operators by type", title_justify="left")
     for name, graph in graphs.items():
-        table.add_row(name, Text(", ".join(f"{op_type} {count}" for op_type, count in graph.ops.by_type.items())))
+        table.add_row(Text(name), Text(", ".join(f"{op_type} {count}" for op_type, count in graph.ops.by_type.items())))
     return table
 
 
@@ -234,5 +234,5 @@ def operator_table(notes: tuple[OperatorNote, ...]) -> Table:
     """The operators that the device must be asked about."""
     table = Table("operator", "why", title="Operators to check on the device", title_justify="left")
     for note in notes:
-        table.add_row(note.operator, Text(note.reason))
+        table.add_row(Text(note.operator), Text(note.reason))
     return table

@@ -69,7 +69,7 @@ class _Call(Node):
     """An operator called by itself, with what its reference reads of a graph's node."""
 
     def __init__(self, op: str, name: str, attributes: dict[str, Any]) -> None:
-        super().__init__(name, op, (), 0, None)
+        super().__init__(name, op, (), (), 0, None)
         # where the base class keeps what it reads from a graph
         self.__dict__["attributes"] = attributes
 

@@ -44,7 +44,10 @@ class _Misfit(Exception):
 
 def graph_ops(graph: GeGraph) -> list[Op]:
     """The graph's operators, in order, as `artifacts.ge_ops` counts them."""
-    return [Op(node.name, node.op, tuple(edge[0] if edge else None for edge in node.inputs)) for node in graph.nodes]
+    return [
+        Op(node.name, node.op, tuple(edge[0] if edge else None for edge in node.inputs), node.after)
+        for node in graph.nodes
+    ]
 
 
 def live_nodes(graph: GeGraph) -> tuple[Node, ...]:
@@ -54,8 +57,8 @@ def live_nodes(graph: GeGraph) -> tuple[Node, ...]:
 
 
 def node_inputs(node: Node, specs: Mapping[str, Specs]) -> list[TensorSpec | None]:
-    """What a node reads, None where an optional input is not fed; control edges are an order and no input."""
-    return [specs[edge[0]][edge[1]] if edge else None for edge in node.inputs if edge is None or edge[1] >= 0]
+    """What a node reads, None where an optional input is not fed."""
+    return [specs[edge[0]][edge[1]] if edge else None for edge in node.inputs]
 
 
 def propagate(graph: GeGraph, inputs: Iterable[TensorSpec], where: str) -> dict[str, Specs]:

@@ -77,7 +77,7 @@ def find_landmarks(graph: GeGraph, binding: Binding, config: ModelConfig) -> lis
             marks = (
                 Landmark(str(bound.index), KEYS, *node.inputs[2])
                 for node in readers.get(data.name, ())
-                if node.op == "Scatter" and node.inputs[2]
+                if node.op == "Scatter" and len(node.inputs) > 2 and node.inputs[2]
             )
         for mark in marks:
             edge = (mark.node, mark.index)
@@ -90,9 +90,11 @@ def find_landmarks(graph: GeGraph, binding: Binding, config: ModelConfig) -> lis
 
 def _users(data: Node, readers: dict[str, list[Node]]) -> Iterator[Node]:
     """The operators that compute with an input, layout operators between them skipped."""
-    for node in readers.get(data.name, ()):
+    waiting = list(reversed(readers.get(data.name, ())))
+    while waiting:
+        node = waiting.pop()
         if op_kind(node.op) == "layout" or node.op in TRANSPOSES:
-            yield from _users(node, readers)
+            waiting += reversed(readers.get(node.name, ()))
         else:
             yield node
 
@@ -106,7 +108,7 @@ def _around(node: Node, owner: str) -> Iterator[Landmark]:
         # a tied head has the embedding's weight
         name = "lm_head" if node.op == "MatMul" and owner == "model.embed_tokens" else owner
         # patches are uint8 here and normalised in transformers: only the embedding's output is the same
-        if (edge := node.inputs[0]) and name != "visual.patch_embed":
+        if (edge := node.first) and name != "visual.patch_embed":
             yield Landmark(name, INPUT, *edge)
         yield Landmark(name, OUTPUT, node.name, 0)
     elif node.op == "GatherV2":

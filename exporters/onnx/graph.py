@@ -11,20 +11,10 @@ from blake3 import blake3
 from numpy.typing import NDArray
 from onnx import TensorProto, helper, numpy_helper
 
+from ...artifacts.onnx_ops import DTYPES, INLINE_BYTES, MICROSOFT, OPERATORS
+
 OPSET = 24
-MICROSOFT = "com.microsoft"
 _PAGE_BYTES = 4096
-# smaller tensors stand in the model itself
-_INLINE_BYTES = 1024
-DTYPES = {
-    "fp32": TensorProto.FLOAT,
-    "fp16": TensorProto.FLOAT16,
-    "int32": TensorProto.INT32,
-    "int64": TensorProto.INT64,
-    "int8": TensorProto.INT8,
-    "uint8": TensorProto.UINT8,
-    "uint4": TensorProto.UINT4,
-}
 NAMES = {number: name for name, number in DTYPES.items()}
 
 
@@ -90,7 +80,10 @@ class Graph:
     def nodes(
         self, op: str, name: str, *inputs: str, outputs: tuple[str, ...], domain: str = "", **attributes: Any
     ) -> tuple[str, ...]:
-        """A node with several outputs."""
+        """A node with several outputs. Raises ValueError for one that the runtime would refuse."""
+        rule = OPERATORS.get((domain, op))
+        if rule is None or len(inputs) not in rule.inputs or not attributes.keys() <= rule.attributes.keys():
+            raise ValueError(f"{op} {name}: artifacts.onnx_ops has no such operator")
         self._names.add(name)
         self._nodes.append(helper.make_node(op, inputs, outputs, name=name, domain=domain, **attributes))
         return outputs
@@ -103,7 +96,7 @@ class Graph:
         """A small tensor; the same name twice is the same tensor."""
         if name not in self._initializers:
             array = np.asarray(value, dtype)
-            if array.nbytes > _INLINE_BYTES:
+            if array.nbytes > INLINE_BYTES:
                 return self.stored(name, NAMES[helper.np_dtype_to_tensor_dtype(array.dtype)], array.shape, [array])
             self._initializers[name] = numpy_helper.from_array(array, name)
         return name

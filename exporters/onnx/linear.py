@@ -14,7 +14,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ...artifacts.errors import WeightError
-from .graph import MICROSOFT, Graph
+from ...artifacts.onnx_ops import MICROSOFT
+from .graph import Graph
 from .quantize import block_size, pack_int4, quantize_blocks, quantize_rows
 from .source import Floats, Weights
 

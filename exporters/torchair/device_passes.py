@@ -1,10 +1,11 @@
 """Passes that write a graph as CANN's libraries take it, from 8.1 on; each has the rule of `check` that it obeys."""
 
 import struct
+from collections import Counter
 from typing import Any
 
-from ...artifacts.ge_ops import CONSTANT, INPUTS, WRITES, op_kind
-from .dtypes import INT32, INT64, input_dtypes, tensor_dtypes
+from ...artifacts.ge_ops import CONSTANT, INPUTS, VIEWS, WRITES, op_kind
+from .dtypes import INT32, INT64, data_inputs, input_dtypes, tensor_dtypes
 
 # RotaryMul's contract on Ascend 910B; beyond it columns may stay unturned, without a message
 _ROTARY_MULTIPLE = 64
@@ -18,6 +19,12 @@ _NEWER_ATTRIBUTES: dict[str, dict[str, Any]] = {
 
 def _producers(graph: Any) -> dict[str, Any]:
     return {op.name: op for op in graph.op}
+
+
+def _input(op: Any, number: int) -> str:
+    """The edge of a data input."""
+    edge: str = op.input[data_inputs(op)[number]]
+    return edge
 
 
 def _source(edge: str, producers: dict[str, Any]) -> Any:
@@ -40,27 +47,28 @@ def rotate_any_width(graph: Any) -> None:
 
 def _last_dimension(op: Any, producers: dict[str, Any]) -> int:
     """The width of what a rotary operator rotates, which a Reshape to a constant shape gives it."""
-    shape = _source(_source(op.input[0], producers).input[1], producers).attr["value"].t
+    shape = _source(_input(_source(_input(op, 0), producers), 1), producers).attr["value"].t
     return int(struct.unpack("<q", shape.data[-8:])[0])
 
 
 def write_fresh_tensors(graph: Any) -> None:
     """Drop a TensorMove that copies, for an operator that writes in place, what nobody else reads."""
     producers = _producers(graph)
-    readers: dict[str, int] = {}
-    for op in graph.op:
-        for edge in op.input:
-            readers[edge] = readers.get(edge, 0) + 1
+    readers = Counter(edge for op in graph.op for edge in op.input)
     dropped = set()
     for op in graph.op:
         if op.type not in WRITES:
             continue
-        copy = _source(op.input[0], producers)
-        if copy.type == "TensorMove" and readers[op.input[0]] == 1 and readers[copy.input[0]] == 1:
-            origin = _source(copy.input[0], producers)
+        place = data_inputs(op)[0]
+        copy = _source(op.input[place], producers)
+        if copy.type != "TensorMove":
+            continue
+        copied = _input(copy, 0)
+        if readers[op.input[place]] == 1 and readers[copied] == 1:
+            origin = _source(copied, producers)
             # a kernel's own memory: not an input's, a constant's, or a view of either
-            if op_kind(origin.type) == "device" and origin.type not in WRITES:
-                op.input[0] = copy.input[0]
+            if op_kind(origin.type) == "device" and origin.type not in WRITES | VIEWS:
+                op.input[place] = copied
                 dropped.add(copy.name)
     for i in reversed(range(len(graph.op))):
         if graph.op[i].name in dropped:
@@ -73,8 +81,11 @@ def normalise_over_int32(graph: Any) -> None:
     Before equal constants are merged each is its node's own; one that others read, too, stays as it is.
     """
     producers = _producers(graph)
-    shapes = {op.input[1] for op in graph.op if op.type == "LayerNormV4"}
-    shapes -= {edge for op in graph.op for i, edge in enumerate(op.input) if (op.type, i) != ("LayerNormV4", 1)}
+    norms = [op for op in graph.op if op.type == "LayerNormV4"]
+    shapes = {_input(op, 1) for op in norms}
+    readers = Counter(edge for op in graph.op for edge in op.input)
+    # of which others than these norms read none
+    shapes -= {edge for edge in shapes if readers[edge] != sum(_input(op, 1) == edge for op in norms)}
     for edge in shapes:
         constant = _source(edge, producers)
         value = constant.attr["value"].t

@@ -4,7 +4,7 @@ from collections.abc import Callable
 from typing import Any
 
 from ...artifacts.errors import TargetError
-from ...artifacts.ge_ops import CONSTANT, INPUTS
+from ...artifacts.ge_ops import CONSTANT, CONTROL, INPUTS
 
 # ge.proto.DataType, as descriptors number them
 FLOAT, INT32, INT64, BOOL = 1, 7, 8, 11
@@ -85,10 +85,11 @@ def tensor_dtypes(graph: Any) -> dict[str, Dtypes]:
 
 
 def input_dtypes(op: Any, found: dict[str, Dtypes]) -> Dtypes:
-    """The dtypes that reach an operator's data inputs; 0 where one is not fed. Control edges carry none."""
-    dtypes = []
-    for edge in op.input:
-        name, _, index = edge.rpartition(":")
-        if index != "-1":
-            dtypes.append(found[name][int(index)] if edge else 0)
-    return dtypes
+    """The dtypes that reach an operator's data inputs; 0 where one is not fed."""
+    edges = (op.input[i].rpartition(":") for i in data_inputs(op))
+    return [found[name][int(index)] if index else 0 for name, _, index in edges]
+
+
+def data_inputs(op: Any) -> list[int]:
+    """Which of an operator's edges carry data: torchair puts control edges, which only order, before them."""
+    return [i for i, edge in enumerate(op.input) if edge.rpartition(":")[2] != CONTROL]

@@ -6,7 +6,7 @@ Every pass keeps the graph's outputs and in-place writes equal, bit for bit; tes
 from collections.abc import Callable, Iterable
 from typing import Any
 
-from ...artifacts.ge_ops import Op, count_kinds, live_ops
+from ...artifacts.ge_ops import count_kinds, live_ops, op_of
 from .device_passes import (
     describe_dtypes,
     drop_what_is_not_asked,
@@ -14,7 +14,7 @@ from .device_passes import (
     rotate_any_width,
     write_fresh_tensors,
 )
-from .dtypes import input_dtypes, tensor_dtypes
+from .dtypes import data_inputs, input_dtypes, tensor_dtypes
 
 
 def _producer(edge: str) -> str:
@@ -31,8 +31,7 @@ def _keep(graph: Any, names: Iterable[str]) -> None:
 
 def remove_dead_ops(graph: Any) -> None:
     """Drop operators that neither reach NetOutput nor write into an input. Inputs stay: they are the signature."""
-    ops = (Op(op.name, op.type, tuple(_producer(edge) or None for edge in op.input)) for op in graph.op)
-    _keep(graph, live_ops(ops))
+    _keep(graph, live_ops(op_of(op.name, op.type, op.input) for op in graph.op))
 
 
 def merge_equal_constants(graph: Any) -> None:
@@ -57,7 +56,8 @@ def drop_same_dtype_casts(graph: Any) -> None:
     source: dict[str, str] = {}
     for op in graph.op:
         if op.type == "Cast" and dtypes[op.name] == input_dtypes(op, dtypes)[:1]:
-            source[op.name] = source.get(_producer(op.input[0]), op.input[0])
+            edge = op.input[data_inputs(op)[0]]
+            source[op.name] = source.get(_producer(edge), edge)
     for op in graph.op:
         for i, edge in enumerate(op.input):
             if edge and _producer(edge) in source:

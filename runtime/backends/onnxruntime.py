@@ -11,7 +11,7 @@ import mmap
 import os
 import platform
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,11 +21,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ...artifacts.errors import ArtifactError, MissingDependencyError, RequestError, TargetError
-from ...artifacts.manifest import OnnxGraph
+from ...artifacts.manifest import OnnxGraph, OnnxPart
 from ...artifacts.store import Artifact, onnx_part
 from ..segments import Piece, pieces, plan_runs, rows_of
 from .base import Backend, Embeds, Ints, Step
-from .onnx_files import external_locations
+from .onnx_check import check_model
 
 # how many threads compute; the default is the cores that this process may use
 THREADS_VARIABLE = "QWEN2VL_TC_THREADS"
@@ -42,6 +42,7 @@ _MAX_ROWS = 64
 _LENGTH_STEP = 256
 
 Arrays = tuple[NDArray[Any], ...]
+_NO_MEMORY = re.compile(r"bad_?alloc|bad allocation|Failed to allocate memory|[Oo]ut of memory|Cannot allocate memory")
 
 
 @dataclass(eq=False)
@@ -69,6 +70,7 @@ class OnnxBackend(Backend):
         # The standard attention multiplies what lies behind a row's length by zero, and zero times a stray NaN is NaN.
         self.reuses_caches = not self._part.standard_only
         self._model = artifact.manifest.model
+        self._where = str(artifact.path)
         runtime = import_onnxruntime()
         self.loading.mark("imports")
         graphs = {graph.name: graph for graph in self._part.graphs}
@@ -78,7 +80,8 @@ class OnnxBackend(Backend):
             )
         # onnxruntime lays a model's weights out on one core
         with ThreadPoolExecutor() as pool:
-            self._visual, self._text = pool.map(lambda name: _open(runtime, artifact, graphs[name]), ("visual", "text"))
+            made = pool.map(lambda name: _open(runtime, artifact, graphs[name], self._part), ("visual", "text"))
+            self._visual, self._text = made
         self.loading.mark("graphs")
 
     def allocate(self, rows: int) -> Cache:
@@ -106,7 +109,8 @@ class OnnxBackend(Backend):
         # this model takes no lengths: rows of one length only
         for run in plan_runs(segment_ends, _VISUAL_PATCHES, pads=False):
             taken, places = rows_of(run, segment_ends, patches, positions)
-            (made,) = self._visual.run(["embeds"], {"patches": taken, "positions": places})
+            with _failures(f"{self._where}: the visual model fails on {len(run.segments)} x {run.length} patches"):
+                (made,) = self._visual.run(["embeds"], {"patches": taken, "positions": places})
             found = list(pieces(run, segment_ends, merge))
             if found == [Piece(0, count, 0)]:
                 return Embeds(made, count)
@@ -176,7 +180,8 @@ class OnnxBackend(Backend):
         for bind, arrays in ((binding.bind_input, inputs), (binding.bind_output, outputs)):
             for name, array in arrays.items():
                 bind(name, "cpu", 0, array.dtype.type, array.shape, array.ctypes.data)
-        self._text.run_with_iobinding(binding)
+        with _failures(f"{self._where}: the text model fails on {token_ids.shape[1]} token(s) of {count} row(s)"):
+            self._text.run_with_iobinding(binding)
         return Step(outputs["next_token"], outputs["logits"])
 
     def _binding(self, cache: Cache, first: int, count: int, longest: int) -> Any:
@@ -205,6 +210,21 @@ class OnnxBackend(Backend):
     def logits(self, step: Step) -> NDArray[np.float32]:
         logits: NDArray[np.float32] = step.logits
         return logits
+
+
+@contextlib.contextmanager
+def _failures(what: str) -> Iterator[None]:
+    """Whatever onnxruntime raises, as an error of ours: TargetError where memory ran out, else ArtifactError."""
+    try:
+        yield
+    except Exception as error:  # onnxruntime raises classes of its own that have no common base
+        first = (str(error).splitlines() or [type(error).__name__])[0]
+        # a kernel's allocation fails as C++'s bad_alloc, its arena's with a message
+        if isinstance(error, MemoryError) or _NO_MEMORY.search(str(error)):
+            raise TargetError(
+                f"{what}: not enough memory ({first}); free some, or ask for less: a smaller picture, a shorter prompt"
+            ) from error
+        raise ArtifactError(f"{what}: {first}; compile the artifact again, or update onnxruntime") from error
 
 
 def import_onnxruntime() -> Any:
@@ -268,24 +288,15 @@ def _products_saturate() -> bool:
         return True
 
 
-def _open(runtime: Any, artifact: Artifact, graph: OnnxGraph) -> Any:
+def _open(runtime: Any, artifact: Artifact, graph: OnnxGraph, part: OnnxPart) -> Any:
     """A session of one model. Raises ArtifactError where a file is altered, replaced or refused."""
     path, options = artifact.path / graph.model.path, session_options(runtime)
     model, data = artifact.read(graph.model), artifact.path / graph.data.path
-    if strange := sorted(external_locations(model, str(path)) - {data.name}):
-        raise ArtifactError(
-            f"{path}: reads {strange[0]!r}, expected only {data.name}, which the manifest vouches for; compile the "
-            "artifact again"
-        )
-    options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(data.parent))
-    try:
+    check_model(model, graph, artifact.manifest.model, part.standard_only, str(path))
+    # bytes: a path need not be UTF-8, and a str must be
+    options.add_session_config_entry("session.model_external_initializers_file_folder_path", os.fsencode(data.parent))
+    with _failures(f"{path}: onnxruntime {runtime.__version__} refuses it"):
         session = runtime.InferenceSession(model, options, providers=[PROVIDER])
-    except Exception as error:  # onnxruntime raises classes of its own that have no common base
-        first = str(error).splitlines()[0]
-        raise ArtifactError(
-            f"{path}: onnxruntime {runtime.__version__} refuses it: {first}; compile the artifact again, or update "
-            "onnxruntime"
-        ) from error
     # onnxruntime opens the data by name: it must still be the file whose hash is checked
     artifact.check_in_place(graph.data)
     return session

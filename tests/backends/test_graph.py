@@ -1,14 +1,25 @@
 """Reading graph.pb: order, and refusal of what is not a graph."""
 
+import dataclasses
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from PIL import Image
 
+from qwen2vl_tc.artifacts.binding import Binding, BoundInput
 from qwen2vl_tc.artifacts.errors import ArtifactError
+from qwen2vl_tc.artifacts.ge_ops import VIEWS, WRITES, live_ops, op_of
+from qwen2vl_tc.runtime import load
+from qwen2vl_tc.runtime.backends.ge.checks import check_graph
 from qwen2vl_tc.runtime.backends.ge.executor import Executor
-from qwen2vl_tc.runtime.backends.ge.graph import read_graph
+from qwen2vl_tc.runtime.backends.ge.graph import read_graph, written_by
 from qwen2vl_tc.runtime.backends.ge.proto import message_class
+from qwen2vl_tc.toolchain.synthetic import tiny_config
+
+Build = Callable[..., tuple[Path, Path]]
 
 
 def serialized(*ops: tuple[str, str, list[str]], change: Any = None) -> bytes:
@@ -111,3 +122,132 @@ def test_inputs_that_are_not_numbered_in_a_row_are_refused() -> None:
     data = serialized(("a", "Data", []), ("b", "Data", []), change=skip)
     with pytest.raises(ArtifactError, match="not numbered 0 to 1"):
         _ = read_graph(data, "g").inputs
+
+
+# what stands around the two control edges, of the operator that writes: its variable, its indices, its updates
+_ORDERS = {
+    "first": ["early:-1", "{}:0", "at:0", "new:0"],
+    "in the middle": ["{}:0", "early:-1", "at:0", "new:0"],
+    "last": ["{}:0", "at:0", "new:0", "early:-1"],
+    "to an input": ["at:-1", "{}:0", "at:0", "new:0"],
+    "twice": ["early:-1", "early:-1", "{}:0", "early:-1", "at:0", "new:0"],
+    "to what it reads": ["{}:-1", "{}:0", "at:0", "new:0"],
+}
+
+
+def writing(inputs: list[str], table: str = "Data", between: tuple[str, ...] = ()) -> bytes:
+    """A graph that writes into `table` through a chain of operators; `early` is only ever a producer in an order."""
+    names = ["table", *(f"step{i}" for i in range(len(between)))]
+    chain = [(name, kind, [f"{before}:0"]) for name, kind, before in zip(names[1:], between, names, strict=False)]
+    return serialized(
+        ("write", "ScatterNdUpdate", [edge.format(names[-1]) for edge in inputs]),
+        *chain,
+        ("table", table, []),
+        ("at", "Data", []),
+        ("new", "Data", []),
+        ("early", "Add", ["new:0", "new:0"]),
+        ("out", "NetOutput", ["write:0"]),
+    )
+
+
+@pytest.mark.parametrize("inputs", _ORDERS.values(), ids=_ORDERS)
+def test_a_control_edge_is_an_order_and_no_input_wherever_it_stands(inputs: list[str]) -> None:
+    graph = read_graph(writing(inputs), "g")
+    nodes = {node.name: node for node in graph.nodes}
+    assert nodes["write"].inputs == (("table", 0), ("at", 0), ("new", 0))
+    assert nodes["write"].after == tuple(e.removesuffix(":-1").format("table") for e in inputs if e.endswith(":-1"))
+    position = {node.name: i for i, node in enumerate(graph.nodes)}
+    assert all(position[name] < position["write"] for name in nodes["write"].after)
+    assert [node.name for node in written_by(graph, "g")] == ["table"]
+    table = torch.zeros(4, 2)
+    Executor(graph, "g").run([table, torch.tensor([[2]]), torch.ones(1, 2)])
+    assert table.sum() == 2
+
+
+@pytest.mark.parametrize("inputs", _ORDERS.values(), ids=_ORDERS)
+def test_a_write_into_a_parameter_is_found_whatever_stands_before_it(inputs: list[str]) -> None:
+    where = Binding("prefill", _bound("parameter"), (), {}, {})
+    with pytest.raises(ArtifactError, match="writes into parameter table, which is no cache"):
+        check_graph(read_graph(writing(inputs), "g"), where, "g")
+    check_graph(read_graph(writing(inputs), "g"), Binding("prefill", _bound("cache"), (), {}, {}), "g")
+
+
+@pytest.mark.parametrize(
+    "between",
+    [
+        *[(kind,) for kind in ("Reshape", "Identity", "Squeeze", "Unsqueeze", "Cast", "SplitV", "TensorMove")],
+        ("Reshape", "Identity", "Reshape", "TensorMove", "SplitV"),
+        ("ScatterNdUpdate", "Scatter", "Cast"),
+    ],
+    ids=" ".join,
+)
+def test_a_write_into_a_parameter_is_found_through_every_chain_of_views(between: tuple[str, ...]) -> None:
+    graph = read_graph(writing(_ORDERS["first"], between=between), "g")
+    with pytest.raises(ArtifactError, match="writes into parameter table"):
+        check_graph(graph, Binding("prefill", _bound("parameter"), (), {}, {}), "g")
+    with pytest.raises(ArtifactError, match="writes into the constant 'table'"):
+        written_by(read_graph(writing(_ORDERS["first"], "FileConstant", between), "g"), "g")
+
+
+def _bound(kind: str) -> tuple[BoundInput, ...]:
+    cache = kind == "cache"
+    first = BoundInput(kind, "keys" if cache else "table", 0 if cache else None, "fp32", (4, 2), False, not cache)
+    rest = (BoundInput("argument", name, None, "fp32", (1, 2), False, False) for name in ("at", "new"))
+    return (first, *rest)
+
+
+def test_an_operator_with_control_edges_alone_has_no_inputs() -> None:
+    data = serialized(("a", "Data", []), ("b", "Add", ["a:-1", "a:-1"]), ("out", "NetOutput", ["a:-1", "a:0", "b:-1"]))
+    graph = read_graph(data, "g")
+    nodes = {node.name: node for node in graph.nodes}
+    assert (nodes["b"].inputs, nodes["b"].first, nodes["b"].after) == ((), None, ("a", "a"))
+    assert graph.output.inputs == (("a", 0),)
+    with pytest.raises(ArtifactError, match=r"Add b cannot run on \(\)"):
+        Executor(graph, "g").run([torch.ones(1)])
+
+
+@pytest.mark.parametrize(
+    ("ops", "message"),
+    [
+        ([("a", "Add", ["b:-1"]), ("b", "Add", ["a:-1"])], "part of a cycle"),
+        ([("a", "Add", ["ghost:-1"])], "reads 'ghost', which no node produces"),
+        ([("a", "Data", []), ("out", "NetOutput", ["a:0"]), ("b", "Add", ["out:-1"])], "reads the graph's output"),
+    ],
+)
+def test_control_edges_are_checked_like_all_others(ops: list[Any], message: str) -> None:
+    with pytest.raises(ArtifactError, match=message):
+        read_graph(serialized(*ops), "x/graph.pb")
+
+
+def test_what_lives_is_decided_by_inputs_and_by_orders() -> None:
+    edges = {"write": ["early:-1", "view:0"], "view": ["cache:0"], "early": [], "cache": [], "out": ["cache:0"]}
+    kinds = {"write": "Scatter", "view": "Reshape", "early": "Add", "cache": "Data", "out": "NetOutput"}
+    assert live_ops(op_of(name, kinds[name], edges[name]) for name in edges) == set(edges)
+
+
+def test_every_operator_whose_output_may_be_its_input_counts_as_a_view(build: Build) -> None:
+    """Seen while a model answers: an operator that is missing there could write through to a parameter."""
+    found: set[str] = set()
+    ran: set[str] = set()
+
+    def watched(step: Any) -> Any:
+        def run(node: Any, *inputs: torch.Tensor | None) -> tuple[torch.Tensor, ...]:
+            outputs: tuple[torch.Tensor, ...] = step.function(node, *inputs)
+            given = {x.untyped_storage().data_ptr() for x in inputs if x is not None and x.numel()}
+            ran.add(node.op)
+            if any(out.untyped_storage().data_ptr() in given for out in outputs):
+                found.add(node.op)
+            return outputs
+
+        return dataclasses.replace(step, function=run)
+
+    for operators in ("fused", "recipe"):
+        _, artifact = build(f"not_numbers_{operators}", tiny_config(), batches="1,2", operators=operators)
+        model = load(artifact, "reference")
+        for executor in model.backend._executors.values():  # type: ignore[attr-defined]
+            executor._steps = [watched(step) for step in executor._steps]
+        picture = [{"type": "image", "image": Image.new("RGB", (56, 56))}, {"type": "text", "text": "a"}]
+        model.generate([{"role": "user", "content": picture}], max_new_tokens=2)
+    assert {"Scatter", "Reshape", "FusedInferAttentionScore", "PromptFlashAttention"} <= ran
+    assert "Scatter" in found
+    assert found <= WRITES | VIEWS

@@ -17,6 +17,7 @@ from qwen2vl_tc.artifacts.errors import ArtifactError, MissingDependencyError, T
 from qwen2vl_tc.artifacts.store import Artifact
 from qwen2vl_tc.runtime import Model, load, loader
 from qwen2vl_tc.runtime.backends import npu
+from qwen2vl_tc.runtime.backends.ge.proto import message_class
 from qwen2vl_tc.runtime.generate import Timings, Token, generate_rows
 from qwen2vl_tc.runtime.memory import device_memory
 from qwen2vl_tc.toolchain.execute_mode import engine
@@ -272,6 +273,21 @@ def test_an_altered_file_is_refused_before_device_memory_is_taken(
     with DeviceWork() as work, pytest.raises(ArtifactError, match=f"{file}: blake3 .* altered or damaged"):
         load(moved, engine(mode, "npu"))
     assert not work.counts["to_device"]
+
+
+@pytest.mark.parametrize("place", [0, 1, 3])
+def test_a_write_into_a_weight_is_refused_wherever_a_control_edge_stands(model: Model, place: int) -> None:
+    entry = next(each.graph for each in model.manifest.ge.graphs if each.name == "prefill")  # type: ignore[union-attr]
+    made = message_class("ModelDef").FromString(model.artifact.read(entry))
+    nodes = {op.name: op for op in made.graph[0].op}
+    scatter = next(op for op in made.graph[0].op if op.type == "Scatter")
+    weight = next(op.input[1] for op in nodes.values() if op.type == "MatMul")
+    edges = [f"{weight.partition(':')[0]}:0", *list(scatter.input)[1:]]
+    edges.insert(place, f"{edges[1].partition(':')[0]}:-1")
+    del scatter.input[:]
+    scatter.input.extend(edges)
+    with pytest.raises(ArtifactError, match=r"writes into parameter .* which is no cache"):
+        model.backend.load_graph("prefill", made.SerializeToString(), "g")  # type: ignore[attr-defined]
 
 
 def test_a_cann_that_lacks_an_operator_of_the_graphs_is_refused_before_device_memory_is_taken(

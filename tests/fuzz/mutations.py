@@ -9,6 +9,7 @@ from typing import Any
 from google.protobuf.descriptor import FieldDescriptor
 
 from qwen2vl_tc.runtime.backends.ge.proto import message_class
+from qwen2vl_tc.runtime.backends.onnx_proto import parse_model
 
 _INTEGERS = (0, 1, -1, 2, 3, 7, 255, 2**31 - 1, 2**31, -(2**31), 2**32, 2**53, 2**62, 2**63 - 1, 2**63, 2**64, 10**30)
 _LITERALS = (
@@ -26,7 +27,9 @@ def mutate(path: str, data: bytes, rng: random.Random) -> bytes:
     if path.endswith(".json"):
         structured = _json
     elif path.endswith((".pb", ".air")):
-        structured = _proto
+        structured = _ge
+    elif path.endswith(".onnx"):
+        structured = _onnx
     elif path.endswith(".safetensors"):
         structured = _safetensors
     if structured is not None and rng.random() < 0.6:
@@ -106,13 +109,26 @@ def _safetensors(data: bytes, rng: random.Random) -> bytes:
     return struct.pack("<Q", claimed) + header + data[8 + length :]
 
 
-def _proto(data: bytes, rng: random.Random) -> bytes:
+def _ge(data: bytes, rng: random.Random) -> bytes:
     """One field of one message somewhere in a GE graph."""
     model = message_class("ModelDef").FromString(data)
     message = model
     if model.graph and rng.random() < 0.97:
         graph = model.graph[0]
         message = rng.choice(graph.op) if graph.op and rng.random() < 0.95 else graph
+    return _proto(model, message, rng)
+
+
+def _onnx(data: bytes, rng: random.Random) -> bytes:
+    """One field of one message somewhere in an ONNX model: mostly of its nodes and tensors."""
+    model = parse_model(data, "clean")
+    graph = model.graph
+    message = rng.choice((model, graph, *[graph.node] * 5, *[graph.initializer] * 3, graph.input, graph.output))
+    return _proto(model, message if hasattr(message, "DESCRIPTOR") else rng.choice(message), rng)
+
+
+def _proto(model: Any, message: Any, rng: random.Random) -> bytes:
+    """`model` with one field of `message`, or of one inside it, changed."""
     for _ in range(12):
         fields = message.DESCRIPTOR.fields
         field = rng.choice(fields)

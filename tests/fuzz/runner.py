@@ -1,7 +1,8 @@
 """Feeds mutated artifacts to a process of their own, with a limit on its memory and on the time for each.
 
-`make fuzz RUNS=5000` mutates the artifact of tests/data, twice: with the hashes as they were, and
-with the manifest naming the new ones, so that the parsers are reached. `--artifact DIR` takes another artifact.
+`make fuzz RUNS=5000` mutates the artifact of tests/data, then a tiny one with ONNX models, each twice: with the hashes
+as they were, and with the manifest naming the new ones, so that the parsers are reached. `--artifact DIR` takes another
+artifact instead. At last the command line is given options, files and streams of every kind (fuzz.edges).
 """
 
 import argparse
@@ -19,8 +20,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
 
+from helpers.onnx_artifact import onnx_artifact
 from helpers.released import unpack
 
+from fuzz import edges
 from fuzz.mutations import mutate
 from qwen2vl_tc.artifacts.integrity import hash_bytes
 
@@ -37,7 +40,7 @@ class Sandbox:
         self._process: subprocess.Popen[str] | None = None
 
     def _start(self) -> subprocess.Popen[str]:
-        environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(TESTS)}
+        environment = {**os.environ, "OMP_NUM_THREADS": "1", "QWEN2VL_TC_THREADS": "1", "PYTHONPATH": str(TESTS)}
         process = subprocess.Popen(
             [sys.executable, "-m", "fuzz.worker"],
             stdin=subprocess.PIPE,
@@ -175,25 +178,37 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--runs", type=int, default=5000, help="mutations, each of them tried both ways")
     parser.add_argument("--seed", type=int, default=1)
-    parser.add_argument("--artifact", type=Path, help="default: the one in tests/data")
+    parser.add_argument("--artifact", type=Path, help="default: the one in tests/data, and one with ONNX models")
     parser.add_argument("--corpus", type=Path, help="write what fails to this file")
     arguments = parser.parse_args()
     failed = 0
     corpus: list[object] = []
     with tempfile.TemporaryDirectory() as name:
-        clean = arguments.artifact or unpack(Path(name) / "clean")
+        folder = Path(name)
         if arguments.artifact:
-            clean = Path(shutil.copytree(arguments.artifact, Path(name) / "clean"))
-        for restamp in (False, True):
+            artifacts = [Path(shutil.copytree(arguments.artifact, folder / "clean"))]
+        else:
+            artifacts = [unpack(folder / "schema-1"), onnx_artifact(folder / "onnx")]
+        for clean in artifacts:
+            for restamp in (False, True):
+                begin = time.monotonic()
+                report = fuzz(clean, folder / "variant", arguments.runs, arguments.seed, restamp, corpus)
+                failed += len(report.failures)
+                how = f"{clean.name}, {'hashes renewed' if restamp else 'hashes as they were'}"
+                counts = ", ".join(f"{count} {outcome}" for outcome, count in sorted(report.outcomes.items()))
+                seconds = time.monotonic() - begin
+                print(f"{how}: {arguments.runs} mutations, {len(report.failures)} failures ({counts}), {seconds:.0f} s")
+                for failure in report.failures:
+                    print(f"  {failure}")
+        if not arguments.artifact:
             begin = time.monotonic()
-            report = fuzz(clean, Path(name) / "variant", arguments.runs, arguments.seed, restamp, corpus)
-            failed += len(report.failures)
-            how = "hashes renewed" if restamp else "hashes as they were"
-            counts = ", ".join(f"{count} {outcome}" for outcome, count in sorted(report.outcomes.items()))
-            seconds = time.monotonic() - begin
-            print(f"{how}: {arguments.runs} mutations, {len(report.failures)} failures ({counts}), {seconds:.0f} s")
-            for failure in report.failures:
-                print(f"  {failure}")
+            # a process each: a tenth of the runs takes as long as the rest
+            lines = max(1, arguments.runs // 10)
+            problems = edges.fuzz(folder / "onnx", folder / "edges", lines, arguments.seed)
+            failed += len(problems)
+            print(f"command lines: {lines}, {len(problems)} failures, {time.monotonic() - begin:.0f} s")
+            for problem in problems:
+                print(f"  {problem}")
     if arguments.corpus:
         arguments.corpus.write_text(json.dumps(corpus, indent=1) + "\n")
     return 1 if failed else 0

@@ -88,6 +88,15 @@ def write_into_a_constant(graph: Any) -> None:
     ops(graph, "Scatter")[0].input[0] = f"{ops(graph, 'Const')[0].name}:0"
 
 
+def behind_a_control_edge(graph: Any) -> None:
+    """What the in-place operator writes into is its second edge, and its first input all the same."""
+    write_into_a_weight(graph)
+    scatter = ops(graph, "Scatter")[0]
+    edges = [f"{ops(graph, 'Const')[0].name}:-1", *scatter.input]
+    del scatter.input[:]
+    scatter.input.extend(edges)
+
+
 def claim_outputs(graph: Any) -> None:
     producer = ops(graph, "MatMul")[0]
     for _ in range(3):
@@ -126,6 +135,7 @@ GRAPHS: dict[str, tuple[Edit, str]] = {
     "a constant of negative size": (huge_constant(-1), "has the shape"),
     "a constant of many dimensions": (huge_constant(*[1] * 5000), "has the shape"),
     "a write into a weight": (write_into_a_weight, "writes into .* which is no cache"),
+    "a write into a weight behind a control edge": (behind_a_control_edge, "writes into .* which is no cache"),
     "a write into a constant": (write_into_a_constant, "writes into the constant"),
     "an operator with fewer outputs than it claims": (claim_outputs, "reads output 3 of an operator that has 1"),
     "an operator without attributes": (no_attributes, "cannot run on"),

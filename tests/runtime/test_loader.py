@@ -61,7 +61,7 @@ GE = ("bound", "checks", "graph", "proto", *KERNELS)
 BACKENDS = {
     "reference": {"base", "ge", "reference", *(f"ge.{name}" for name in (*GE, "executor"))},
     "npu": {"base", "ge", "npu", *(f"ge.{name}" for name in GE)},
-    "onnxruntime": {"base", "onnx_files", "onnxruntime"},
+    "onnxruntime": {"base", "onnx_check", "onnx_proto", "onnxruntime"},
 }
 
 

@@ -121,6 +121,7 @@ def test_the_module_runs_like_the_script() -> None:
 
 def test_main_prepares_the_process_before_anything_else(monkeypatch: pytest.MonkeyPatch) -> None:
     done: list[str] = []
+    monkeypatch.setattr("qwen2vl_tc.toolchain.cli.prepare_streams", lambda: None)
     monkeypatch.setattr("qwen2vl_tc.toolchain.cli.prepare_process", lambda: done.append("prepared"))
     monkeypatch.setattr("qwen2vl_tc.toolchain.cli.app", lambda: done.append("ran"))
     main()

@@ -46,7 +46,7 @@ class Executor:
         slots: dict[str, int] = {node.name: i for i, node in enumerate(graph.nodes)}
         self._inputs = [slots[node.name] for node in graph.inputs]
         self._output = graph.output
-        self._outputs = [(slots[e[0]], e[1]) for e in graph.output.inputs if e is not None and e[1] >= 0]
+        self._outputs = [(slots[e[0]], e[1]) for e in graph.output.inputs if e is not None]
         self._constants = {
             slots[node.name]: (_constant_tensor(node),) for node in graph.nodes if node.constant is not None
         }
@@ -68,8 +68,7 @@ class Executor:
             _Step(
                 node,
                 lookup(node, where, soc),
-                # index -1 is a control edge: an order, not a value
-                tuple((slots[e[0]], e[1]) if e else None for e in node.inputs if e is None or e[1] >= 0),
+                tuple((slots[e[0]], e[1]) if e else None for e in node.inputs),
                 slots[node.name],
                 tuple(dead.get(node.name, ())),
             )

@@ -7,7 +7,7 @@ from functools import cached_property
 from typing import Any
 
 from ....artifacts.errors import ArtifactError
-from ....artifacts.ge_ops import WRITES
+from ....artifacts.ge_ops import CONTROL, VIEWS, WRITES
 from .proto import parse_graph
 
 # ge.proto.DataType: how descriptors and constants number their dtypes
@@ -26,8 +26,9 @@ ATTRIBUTE_DTYPES = {0: "fp32", 1: "fp16", 2: "int8", 3: "int32", 4: "uint8", 9: 
 ITEM_BYTES = {"fp32": 4, "fp16": 2, "bf16": 2, "int8": 1, "uint8": 1, "int32": 4, "int64": 8, "bool": 1}
 INPUT_TYPES = ("Data", "RefData")
 _MAX_DIMENSIONS = 16
-# Their output may be the memory of their first input: on CPU by the reference backend, on the device by GE's choice.
-_SHARES_MEMORY = frozenset({"Cast", "Identity", "Reshape", "SplitV", "Squeeze", "Unsqueeze"})
+# Operators through which a write may reach their first input. TensorMove is a copy, but one that a compiler is free to
+# leave out where it finds no other reader.
+_HANDS_ON = WRITES | VIEWS | {"TensorMove"}
 # a producer's name, and its output or -1: a control edge, an order and not a value
 _EDGE = re.compile(r"(.+):(-1|[0-9]{1,9})", re.DOTALL | re.ASCII)
 
@@ -43,11 +44,13 @@ class Constant:
 
 @dataclass(frozen=True)
 class Node:
-    """One operator. Inputs are (producer's name, output index), None where an optional input is not fed."""
+    """One operator. Inputs are (producer's name, output index), None where an optional input is not fed; `after` names
+    the operators that only have to run before it: the control edges, wherever they stood among the inputs."""
 
     name: str
     op: str
     inputs: tuple[tuple[str, int] | None, ...]
+    after: tuple[str, ...]
     outputs: int
     proto: Any
     constant: Constant | None = None
@@ -60,6 +63,16 @@ class Node:
     @property
     def where(self) -> str:
         return f"{self.op} {self.name}"
+
+    @property
+    def first(self) -> tuple[str, int] | None:
+        """The first input: the memory that an in-place operator writes, and that a view shows."""
+        return self.inputs[0] if self.inputs else None
+
+    @property
+    def producers(self) -> tuple[str, ...]:
+        """All that has to run before it: what it reads, then what it only comes after."""
+        return (*(edge[0] for edge in self.inputs if edge is not None), *self.after)
 
 
 @dataclass(frozen=True)
@@ -114,33 +127,42 @@ def _constant(op: Any, where: str) -> Constant:
     return Constant(dtype, shape, tensor.data)
 
 
-def _edge(text: str, where: str, reader: str) -> tuple[str, int] | None:
-    if not text:
-        return None
-    match = _EDGE.fullmatch(text)
-    if match is None:
-        raise ArtifactError(f"{where}: {reader}: malformed input {text[:80]!r}")
-    return match[1], int(match[2])
+def _edges(op: Any, where: str) -> tuple[tuple[tuple[str, int] | None, ...], tuple[str, ...]]:
+    """An operator's inputs, and the producers of its control edges."""
+    inputs: list[tuple[str, int] | None] = []
+    after = []
+    for text in op.input:
+        if not text:
+            inputs.append(None)
+            continue
+        match = _EDGE.fullmatch(text)
+        if match is None:
+            raise ArtifactError(f"{where}: {op.name}: malformed input {text[:80]!r}")
+        if match[2] == CONTROL:
+            after.append(match[1])
+        else:
+            inputs.append((match[1], int(match[2])))
+    return tuple(inputs), tuple(after)
 
 
 def _ordered(nodes: dict[str, Node], where: str) -> tuple[Node, ...]:
-    """Depth-first topological order from the nodes as listed; control edges (index -1) count. Refuses cycles."""
+    """Depth-first topological order from the nodes as listed; control edges count. Refuses cycles."""
     done: dict[str, None] = {}
     for start in nodes:
-        stack, open_nodes = [(start, iter(nodes[start].inputs))], {start}
+        stack, open_nodes = [(start, iter(nodes[start].producers))], {start}
         if start in done:
             continue
         while stack:
-            name, edges = stack[-1]
-            for edge in edges:
-                if edge is None or edge[0] in done:
+            name, producers = stack[-1]
+            for producer in producers:
+                if producer in done:
                     continue
-                if edge[0] not in nodes:
-                    raise ArtifactError(f"{where}: {nodes[name].where} reads {edge[0]!r}, which no node produces")
-                if edge[0] in open_nodes:
+                if producer not in nodes:
+                    raise ArtifactError(f"{where}: {nodes[name].where} reads {producer!r}, which no node produces")
+                if producer in open_nodes:
                     raise ArtifactError(f"{where}: {nodes[name].where} is part of a cycle")
-                open_nodes.add(edge[0])
-                stack.append((edge[0], iter(nodes[edge[0]].inputs)))
+                open_nodes.add(producer)
+                stack.append((producer, iter(nodes[producer].producers)))
                 break
             else:
                 stack.pop()
@@ -156,10 +178,12 @@ def read_graph(data: bytes, where: str) -> GeGraph:
     for op in proto.op:
         if op.name in nodes:
             raise ArtifactError(f"{where}: two nodes are called {op.name!r}")
+        inputs, after = _edges(op, where)
         nodes[op.name] = Node(
             name=op.name,
             op=op.type,
-            inputs=tuple([_edge(text, where, op.name) for text in op.input]),
+            inputs=inputs,
+            after=after,
             outputs=len(op.output_desc),
             proto=op,
             constant=_constant(op, where) if op.type == "Const" else None,
@@ -167,9 +191,9 @@ def read_graph(data: bytes, where: str) -> GeGraph:
     for node in nodes.values():
         if node.op in INPUT_TYPES and type(node.attributes.get("index")) is not int:
             raise ArtifactError(f"{where}: input {node.name!r} has no index")
+        if any(name in nodes and nodes[name].op == "NetOutput" for name in node.producers):
+            raise ArtifactError(f"{where}: {node.where} reads the graph's output")
         for edge in node.inputs:
-            if edge and edge[0] in nodes and nodes[edge[0]].op == "NetOutput":
-                raise ArtifactError(f"{where}: {node.where} reads the graph's output")
             if edge and edge[0] in nodes and edge[1] >= max(nodes[edge[0]].outputs, 1):
                 raise ArtifactError(f"{where}: {node.where} reads output {edge[1]} of {nodes[edge[0]].where}")
     return GeGraph(proto.name, _ordered(nodes, where))
@@ -184,11 +208,8 @@ def written_by(graph: GeGraph, where: str) -> list[Node]:
     found = []
     for node in graph.nodes:
         root = node
-        while root.op in WRITES or root.op in _SHARES_MEMORY:
-            edge = root.inputs[0] if root.inputs else None
-            if edge is None:
-                break
-            root = by_name[edge[0]]
+        while root.op in _HANDS_ON and root.first is not None:
+            root = by_name[root.first[0]]
         if node.op in WRITES and root.op in INPUT_TYPES:
             found.append(root)
         elif node.op in WRITES and root.op in ("Const", "FileConstant"):
