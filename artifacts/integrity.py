@@ -22,13 +22,14 @@ _MAX_READ_BYTES = 16 << 20
 _most_threads = max(min((os.cpu_count() or 1) // 2, 16), 1)
 
 
-def _without_threads() -> None:
-    """blake3's pool of threads does not survive a fork, and a child would wait for it for ever."""
+def hash_without_threads() -> None:
+    """From now on. blake3's pool does not survive a fork: a child would wait for it for ever; where the pool cannot be
+    made, blake3 panics."""
     global _most_threads
     _most_threads = 1
 
 
-os.register_at_fork(after_in_child=_without_threads)
+os.register_at_fork(after_in_child=hash_without_threads)
 
 
 def hash_bytes(data: "bytes | bytearray | memoryview | mmap.mmap") -> str:
