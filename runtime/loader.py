@@ -52,6 +52,7 @@ def load(
     loading = Phases()
     prepare_process()
     artifact = open_artifact(path, trusted_keys)
+    renderer = None
     try:
         choice, reason = _choose(artifact, "reference" if observer and backend is None else backend)
         if observer and backend is None:
@@ -78,6 +79,8 @@ def load(
         processor = open_processor(artifact, renderer)
         loading.mark("processor")
     except BaseException:
+        if renderer is not None:
+            renderer.close()
         artifact.close()
         raise
     return Model(artifact, processor, engine, reason, check, loading.phases)

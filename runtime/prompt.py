@@ -128,6 +128,12 @@ class Processor:
             )
         return ChatTemplate(source, name, renderer=self._renderer)
 
+    def close(self) -> None:
+        """End the process that renders the chat template."""
+        for each in (self._renderer, self.__dict__.get("template")):
+            if each is not None:
+                each.close()
+
     def stream(self, skip_special_tokens: bool = True) -> TextStream:
         """A new decoder of generated ids."""
         return TextStream(self.tokenizer, skip_special_tokens)
