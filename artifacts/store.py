@@ -32,7 +32,7 @@ def _open_folder(path: Path) -> int:
         return os.open(path, flags)
     except FileNotFoundError as error:
         try:
-            return os.open(leftover(path), flags)
+            return os.open(leftover(path), flags | os.O_NOFOLLOW)
         except FileNotFoundError:
             raise ArtifactError(
                 f"{path}: no such folder; make an artifact with `qwen2vl-tc build --src <hf_dir> --out {path}`"
