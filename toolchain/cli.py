@@ -30,6 +30,7 @@ from .cli_options import (
     Soc,
     Src,
     StandardOnly,
+    TrustedKeys,
     VisualAttention,
     Weights,
     examples,
@@ -272,6 +273,7 @@ def verify(
     against: Annotated[
         Path, typer.Option("--against", metavar="DIR", help="The checkpoint that the artifact was made from.")
     ],
+    trusted_key: TrustedKeys = None,
     as_json: Json = False,
 ) -> None:
     """Compare an artifact with the original model, run by transformers in fp32, and record the result in it.
@@ -291,10 +293,10 @@ def verify(
     reports = []
     if manifest.ge is not None or manifest.onnx is None:
         with step_progress("verify") as progress:
-            reports.append(verify_artifact(artifact, against, progress=progress))
+            reports.append(verify_artifact(artifact, against, progress=progress, trusted_keys=trusted_key or None))
     if manifest.onnx is not None:
         with step_progress("verify ONNX") as progress:
-            reports.append(verify_onnx_artifact(artifact, against, progress=progress))
+            reports.append(verify_onnx_artifact(artifact, against, progress=progress, trusted_keys=trusted_key or None))
     if as_json:
         # the first is that of the GE graphs, where there are any
         first, *second = (dataclasses.asdict(report) for report in reports)
@@ -330,6 +332,7 @@ def inspect(
     dot: Annotated[
         Path | None, typer.Option("--dot", metavar="FILE", help="Draw one layer for Graphviz, and print no report.")
     ] = None,
+    trusted_key: TrustedKeys = None,
     layer: Annotated[
         int | None, typer.Option("--layer", metavar="N", help="With --dot: the layer, from 0. Default: the second.")
     ] = None,
@@ -347,7 +350,7 @@ def inspect(
         dot.write_text(drawing.text)
         result(f"wrote {dot}: layer {drawing.layer} of {graph}, {drawing.device_ops} device operators")
         return
-    inspection = inspect_artifact(target, tokens, patches)
+    inspection = inspect_artifact(target, tokens, patches, trusted_key or None)
     if as_json:
         result_json(dataclasses.asdict(inspection))
     else:
@@ -361,7 +364,7 @@ app.command("bench cold-start", epilog=cli_bench.COLD_START_EXAMPLES)(cli_bench.
 
 
 @app.command(epilog=examples("qwen2vl-tc warm qwen2-vl-7b.artifact"))
-def warm(artifact: Artifact) -> None:
+def warm(artifact: Artifact, trusted_key: TrustedKeys = None) -> None:
     """On the NPU host: compile the graphs ahead of the first request, into GE's cache in your cache folder.
 
     Run it again after an update of CANN or of the driver: each has a cache of its own.
@@ -371,7 +374,7 @@ def warm(artifact: Artifact) -> None:
     from .warm import warm_artifact
 
     with step_progress("warm") as progress:
-        warmed = warm_artifact(artifact, progress)
+        warmed = warm_artifact(artifact, progress, trusted_key or None)
     print_warmed(warmed, artifact)
 
 

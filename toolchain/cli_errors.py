@@ -65,7 +65,8 @@ def _is_own(error: Exception) -> bool:
 
 def _trace(debug: bool) -> None:
     if debug:
-        traceback.print_exc()
+        for line in traceback.format_exc().splitlines():
+            note(line)
 
 
 def _bug(error: Exception, debug: bool) -> typer.Exit:

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 
 from ..artifacts.config import ModelConfig
 from ..artifacts.manifest import OperatorNote
+from ..artifacts.signing import Signed
 from .inspect_cost import GraphCost, Lengths
 from .roofline import Assumptions
 
@@ -120,6 +121,7 @@ class Inspection:
     processor: tuple[str, ...]
     bytes: int
     verification: str
+    signed: Signed | None
     recipe_at_7b: dict[str, dict[str, int]]
     lengths: Lengths | None
     estimate_assumptions: Assumptions | None

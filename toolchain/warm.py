@@ -1,6 +1,7 @@
 """`warm`: fill GE's compile cache on the NPU host ahead of the first request."""
 
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -28,7 +29,7 @@ class Warmed:
     seconds: float
 
 
-def warm_artifact(path: Path, progress: "StepProgress") -> Warmed:
+def warm_artifact(path: Path, progress: "StepProgress", trusted_keys: Sequence[str | Path] | None = None) -> Warmed:
     """Load the artifact on the NPU, which compiles every graph, and run a tiny request through each of them.
 
     Raises TargetError where there is no usable NPU, and whatever loading and a request raise.
@@ -39,7 +40,7 @@ def warm_artifact(path: Path, progress: "StepProgress") -> Warmed:
 
     begin = time.perf_counter()
     progress("compile", 0, 1)
-    model = load(path, backend="npu")
+    model = load(path, backend="npu", trusted_keys=trusted_keys)
     part = ge_part(model.manifest, path)
     try:
         for done, rows in enumerate(part.batches, 1):
