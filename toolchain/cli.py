@@ -7,7 +7,7 @@ prepared the process.
 import dataclasses
 from importlib.metadata import version
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -290,10 +290,11 @@ def verify(
     check_source(against)
     warn_signed(artifact)
     manifest = read_manifest(artifact)
+    trust: dict[str, Any] = {"trusted_keys": trusted_key} if trusted_key else {}
     reports = []
     if manifest.ge is not None or manifest.onnx is None:
         with step_progress("verify") as progress:
-            reports.append(verify_artifact(artifact, against, progress=progress, trusted_keys=trusted_key or None))
+            reports.append(verify_artifact(artifact, against, progress=progress, **trust))
     if manifest.onnx is not None:
         with step_progress("verify ONNX") as progress:
             reports.append(verify_onnx_artifact(artifact, against, progress=progress, trusted_keys=trusted_key or None))
