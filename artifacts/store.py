@@ -57,9 +57,12 @@ def _read_manifest_bytes(folder_fd: int, path: Path) -> bytes:
 
 
 def _read_signature(folder_fd: int, path: Path) -> bytes | None:
-    if SIGNATURE_NAME not in os.listdir(folder_fd):
-        return None
-    return _read_small(folder_fd, path, SIGNATURE_NAME, MAX_SIGNATURE_BYTES)
+    try:
+        return _read_small(folder_fd, path, SIGNATURE_NAME, MAX_SIGNATURE_BYTES)
+    except ArtifactError as error:
+        if isinstance(error.__cause__, FileNotFoundError):
+            return None
+        raise
 
 
 def read_signed(path: "Path | str", trusted_keys: "Sequence[str | Path] | None" = None) -> Signed | None:
