@@ -4,6 +4,7 @@ import errno
 import mmap
 import os
 import stat
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from types import TracebackType
 
@@ -12,6 +13,7 @@ from blake3 import blake3
 from .errors import ArtifactError
 from .manifest import FileEntry
 
+Buffer = bytes | bytearray | memoryview | mmap.mmap
 # below this, starting threads costs more than they save
 _PARALLEL_BYTES = 1 << 20
 _CHUNK_BYTES = 32 << 20
@@ -22,23 +24,41 @@ _MAX_READ_BYTES = 16 << 20
 _most_threads = max(min((os.cpu_count() or 1) // 2, 16), 1)
 
 
-def _without_threads() -> None:
-    """blake3's pool of threads does not survive a fork, and a child would wait for it for ever."""
+def hash_without_threads() -> None:
+    """From now on. blake3's pool does not survive a fork: a child would wait for it for ever; where the pool cannot be
+    made, blake3 panics."""
     global _most_threads
     _most_threads = 1
 
 
-os.register_at_fork(after_in_child=_without_threads)
+os.register_at_fork(after_in_child=hash_without_threads)
 
 
-def hash_bytes(data: "bytes | bytearray | memoryview | mmap.mmap") -> str:
-    """The blake3 hash of a buffer as 64 hex digits."""
-    view = memoryview(data)
-    hasher = blake3(max_threads=_most_threads if view.nbytes > _PARALLEL_BYTES else 1)
-    for begin in range(0, view.nbytes, _CHUNK_BYTES):
-        hasher.update(view[begin : begin + _CHUNK_BYTES])
-    view.release()
+def _hash_all(pieces: Callable[[], Iterable[Buffer]], threads: int) -> str:
+    try:
+        hasher = blake3(max_threads=threads)
+        for piece in pieces():
+            hasher.update(piece)
+    except BaseException as error:
+        # what Rust panics with is no Exception; its class has no name to import
+        if type(error).__name__ != "PanicException" or threads == 1:
+            raise
+        hash_without_threads()
+        return _hash_all(pieces, 1)
     return hasher.hexdigest()
+
+
+def hash_bytes(data: Buffer) -> str:
+    """The blake3 hash of a buffer as 64 hex digits."""
+    with memoryview(data) as view:
+        size = view.nbytes
+
+        def pieces() -> Iterator[memoryview]:
+            for begin in range(0, size, _CHUNK_BYTES):
+                with view[begin : begin + _CHUNK_BYTES] as piece:
+                    yield piece
+
+        return _hash_all(pieces, _most_threads if size > _PARALLEL_BYTES else 1)
 
 
 def check_relative(path: str, where: str) -> tuple[str, ...]:
@@ -150,12 +170,13 @@ class OpenedFile:
             self._compare(hash_bytes(self._map))
             return
         # read, not mapped: pages of a mapping would count as this process's memory
-        hasher, offset = blake3(max_threads=_most_threads), 0
-        buffer = memoryview(bytearray(min(_READ_BYTES, self.entry.bytes)))
+        self._compare(_hash_all(self._pieces, _most_threads))
+
+    def _pieces(self) -> Iterator[memoryview]:
+        offset, buffer = 0, memoryview(bytearray(min(_READ_BYTES, self.entry.bytes)))
         while count := os.preadv(self._fd, [buffer], offset):
-            hasher.update(buffer[:count])
+            yield buffer[:count]
             offset += count
-        self._compare(hasher.hexdigest())
 
     def is_at(self, path: Path) -> bool:
         """Whether `path` leads to this file."""
@@ -169,7 +190,8 @@ class OpenedFile:
             )
 
     def close(self) -> None:
-        """Close the file; a mapping that was handed out lives as long as it is referenced."""
+        """Close the file; a mapping that was handed out lives as long as it is referenced elsewhere."""
+        self._map = None
         if self._fd >= 0:
             os.close(self._fd)
             self._fd = -1

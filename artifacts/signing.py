@@ -4,7 +4,9 @@ The manifest names the hash of every file, so its signature covers them all. Key
 `openssl genpkey -algorithm ed25519 -out key.pem` and `openssl pkey -in key.pem -pubout -out key.pub`.
 """
 
-from collections.abc import Callable, Sequence
+import os
+import stat
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,6 +16,8 @@ from .schema import dump_json, from_plain, parse_json
 
 SIGNATURE_NAME = "manifest.sig"
 MAX_SIGNATURE_BYTES = 4096
+# an ed25519 key in PEM form has 120, an RSA key of 16384 bits 13,000
+_MAX_KEY_BYTES = 1 << 16
 _ALGORITHM = "ed25519"
 
 # signs manifest.json's bytes: what then stands in manifest.sig
@@ -39,13 +43,24 @@ def _library() -> tuple[Any, Any]:
 
 
 def _read(path: "str | Path") -> bytes:
+    """A key's file, links followed. Raises TargetError for what is no regular file, or too large for a key."""
     try:
-        return Path(path).read_bytes()
+        # O_NONBLOCK: opening a FIFO must not wait for a writer
+        fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+        try:
+            if not stat.S_ISREG(os.fstat(fd).st_mode):
+                raise TargetError(f"{path}: is no regular file, expected a key in PEM form")
+            data = os.read(fd, _MAX_KEY_BYTES + 1)
+        finally:
+            os.close(fd)
     except OSError as error:
         raise TargetError(
             f"{path}: cannot read the key: {error.strerror}; make one with `openssl genpkey -algorithm ed25519 -out "
             "key.pem`, and its public half with `openssl pkey -in key.pem -pubout -out key.pub`"
         ) from error
+    if len(data) > _MAX_KEY_BYTES:
+        raise TargetError(f"{path}: larger than {_MAX_KEY_BYTES} bytes, expected a key in PEM form")
+    return data
 
 
 def signer(key_file: "str | Path") -> Signer:
@@ -61,12 +76,12 @@ def signer(key_file: "str | Path") -> Signer:
     return lambda data: dump_json(Signature(_ALGORITHM, public, key.sign(data).hex()))
 
 
-def public_keys(keys: "Sequence[str | Path]") -> frozenset[str]:
-    """The keys in PEM files of public keys, in hexadecimal. Raises TargetError for any other file."""
+def public_keys(keys: "Sequence[str | Path]") -> dict[str, str]:
+    """The keys in PEM files of public keys, in hexadecimal, with their files. Raises TargetError for any other file."""
     if isinstance(keys, str | Path):
         raise TargetError(f"trusted_keys is {str(keys)!r}, expected a list of files")
     serialization, ed25519 = _library()
-    found = set()
+    found = {}
     for path in keys:
         try:
             key = serialization.load_pem_public_key(_read(path))
@@ -76,14 +91,12 @@ def public_keys(keys: "Sequence[str | Path]") -> frozenset[str]:
             ) from error
         if not isinstance(key, ed25519.Ed25519PublicKey):
             raise TargetError(f"{path}: is no ed25519 key")
-        found.add(key.public_bytes_raw().hex())
-    return frozenset(found)
+        found[key.public_bytes_raw().hex()] = str(path)
+    return found
 
 
-def check_signature(manifest: bytes, signature: bytes | None, trusted: frozenset[str], where: str) -> None:
-    """Raises ArtifactError naming `where` unless one of the trusted keys signed these bytes of manifest.json."""
-    if signature is None:
-        raise ArtifactError(f"{where}: is not signed, and only signed artifacts are trusted here")
+def _parse(signature: bytes, where: str) -> tuple[str, bytes]:
+    """The public key in hexadecimal, and what it made of the manifest."""
     name = f"{where}/{SIGNATURE_NAME}"
     found = from_plain(Signature, parse_json(signature, name), name)
     if found.algorithm != _ALGORITHM:
@@ -92,18 +105,62 @@ def check_signature(manifest: bytes, signature: bytes | None, trusted: frozenset
         key, value = bytes.fromhex(found.key), bytes.fromhex(found.signature)
     except ValueError as error:
         raise ArtifactError(f"{name}: key and signature must be hexadecimal") from error
-    if (key.hex(), len(value)) != (found.key, 64):
+    if (key.hex(), len(key), len(value)) != (found.key, 32, 64):
         raise ArtifactError(f"{name}: key and signature must be 64 and 128 hexadecimal digits, in lower case")
-    if found.key not in trusted:
-        raise ArtifactError(
-            f"{where}: is signed with the key {found.key[:16]}..., which is none of the {len(trusted)} trusted ones"
-        )
+    return found.key, value
+
+
+def _verify(manifest: bytes, key: str, value: bytes, where: str) -> None:
     _, ed25519 = _library()
     from cryptography.exceptions import InvalidSignature
 
     try:
-        ed25519.Ed25519PublicKey.from_public_bytes(key).verify(value, manifest)
+        ed25519.Ed25519PublicKey.from_public_bytes(bytes.fromhex(key)).verify(value, manifest)
     except InvalidSignature as error:
         raise ArtifactError(
-            f"{where}: manifest.json was altered after it was signed with the key {found.key[:16]}...: copy it again"
+            f"{where}: manifest.json was altered after it was signed with the key {key[:16]}...: copy it again"
         ) from error
+
+
+def check_signature(manifest: bytes, signature: bytes | None, trusted: Mapping[str, str], where: str) -> None:
+    """Raises ArtifactError naming `where` unless one of the trusted keys signed these bytes of manifest.json."""
+    if signature is None:
+        raise ArtifactError(f"{where}: is not signed, and only signed artifacts are trusted here")
+    key, value = _parse(signature, where)
+    if key not in trusted:
+        raise ArtifactError(
+            f"{where}: is signed with the key {key[:16]}..., which is none of the {len(trusted)} trusted ones"
+        )
+    _verify(manifest, key, value, where)
+
+
+@dataclass(frozen=True)
+class Signed:
+    """What there is to say of a signature.
+
+    key: the public key that it names, in hexadecimal. valid: whether it is this key's, of this manifest; None where
+    that cannot be checked. trusted: whether the key is among the trusted ones, by the file trusted_key; None where none
+    were given. problem: why it is not valid, or was not checked.
+    """
+
+    key: str | None
+    valid: bool | None
+    trusted: bool | None
+    trusted_key: str | None
+    problem: str | None
+
+
+def describe_signature(manifest: bytes, signature: bytes, trusted: Mapping[str, str] | None, where: str) -> Signed:
+    """Who signed these bytes of manifest.json, and whether that holds."""
+    key: str | None = None
+    valid: bool | None = True
+    problem: str | None = None
+    try:
+        key, value = _parse(signature, where)
+        _verify(manifest, key, value, where)
+    except ArtifactError as error:
+        valid, problem = False, str(error)
+    except MissingDependencyError as error:
+        valid, problem = None, str(error)
+    file = trusted.get(key) if trusted and key else None
+    return Signed(key, valid, None if trusted is None else bool(valid and file), file, problem)

@@ -10,6 +10,7 @@ import errno
 import fcntl
 import os
 import shutil
+import stat
 import sys
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -17,8 +18,9 @@ from pathlib import Path
 from typing import Any
 
 from .errors import ArtifactError, ConfigError, TargetError, WeightError
-from .integrity import check_relative, hash_bytes, is_same_file
+from .integrity import check_relative, hash_bytes, is_same_file, open_inside
 from .manifest import MANIFEST_NAME, FileEntry, Manifest
+from .own import check_deletable, check_own, open_own, own_folder, remove_tree
 from .schema import dump_json, parse_json
 from .signing import SIGNATURE_NAME, Signer
 from .store import Artifact, is_signed, leftover, open_artifact, read_manifest, real_path
@@ -48,12 +50,6 @@ def sync_path(path: Path) -> None:
         os.fsync(fd)
     finally:
         os.close(fd)
-
-
-def remove_tree(path: Path) -> None:
-    """Delete a folder; its manifest goes first, so that what an interruption leaves is not taken for an artifact."""
-    (path / MANIFEST_NAME).unlink(missing_ok=True)
-    shutil.rmtree(path)
 
 
 def exchange(first: Path, second: Path) -> bool:
@@ -86,7 +82,7 @@ class Staging:
         self._found = _state(target)
         self.journal: dict[str, Any] = {}
         self._added: set[str] = set()
-        if self.path.is_dir():
+        if own_folder(self.path):
             self.journal = _read_journal(self.path) or {}
         else:
             self.path.mkdir()
@@ -174,13 +170,20 @@ class Staging:
         if self.sync:
             sync_path(self.path)
         self._check_unchanged()
-        self._replace()
+        with _still_here(self.target):
+            self._replace()
         self.committed = True
-        if self.sync:
-            sync_path(self.target.parent)
-        for old in (self.path, leftover(self.target)):
-            if old.is_dir():
-                remove_tree(old)
+        # the new artifact is there: whatever fails now is no failure of the build
+        try:
+            if self.sync:
+                sync_path(self.target.parent)
+            for old in (self.path, leftover(self.target)):
+                if own_folder(old):
+                    remove_tree(old, MANIFEST_NAME)
+        except (OSError, TargetError) as error:
+            import logging
+
+            logging.getLogger(__name__).warning("warning: %s is written, but: %s", self.target, error)
 
     def _still_signed(self, manifest: Manifest) -> bytes | None:
         """The present artifact's signature, where it is also one of the new manifest."""
@@ -192,6 +195,7 @@ class Staging:
         """What stands at the target is deleted by the commit: it must be what stood there at the start."""
         if self.base is not None:
             _refuse_strangers(self.target, self.base)
+        check_deletable(self.target)
         if _state(self.target) != self._found:
             raise ArtifactError(
                 f"{self.target}: changed while this was being built; it is left alone: run the command again"
@@ -218,7 +222,19 @@ class Staging:
 
     def discard(self) -> None:
         """Delete the staged tree; the target stays as it was."""
-        remove_tree(self.path)
+        remove_tree(self.path, MANIFEST_NAME)
+
+
+@contextmanager
+def _still_here(target: Path) -> Iterator[None]:
+    """Whoever stands in the folder that is replaced stands in the new one afterwards, not in a deleted one."""
+    try:
+        here = Path(os.getcwd())
+    except FileNotFoundError:
+        here = None
+    yield
+    if here is not None and target in (here, *here.parents):
+        os.chdir(here if here.is_dir() else target)
 
 
 def _state(target: Path) -> tuple[int, int, bytes] | None:
@@ -261,9 +277,16 @@ def _locked(target: Path) -> Iterator[None]:
     while True:
         try:
             target.parent.mkdir(parents=True, exist_ok=True)
-            fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+            fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, 0o644)
         except OSError as error:
+            if path.is_symlink():
+                check_own(path.lstat(), path, stat.S_IFREG)
             raise ArtifactError(f"{target.parent}: cannot write there: {error.strerror}; use another --out") from error
+        try:
+            check_own(os.fstat(fd), path, stat.S_IFREG)
+        except TargetError:
+            os.close(fd)
+            raise
         try:
             fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
@@ -285,7 +308,12 @@ def _read_journal(staged: Path) -> dict[str, Any] | None:
     """The journal of a staged tree; None if there is none, or if a power cut left it damaged."""
     path = staged / JOURNAL_NAME
     try:
-        journal = parse_json(path.read_bytes(), str(path))
+        folder_fd = open_own(staged)
+        try:
+            with open(open_inside(folder_fd, JOURNAL_NAME, str(staged)), "rb") as file:
+                journal = parse_json(file.read(), str(path))
+        finally:
+            os.close(folder_fd)
     except (FileNotFoundError, ArtifactError):
         return None
     return journal if isinstance(journal, dict) else None
@@ -293,20 +321,19 @@ def _read_journal(staged: Path) -> dict[str, Any] | None:
 
 def _recover(target: Path) -> None:
     """Finish or undo what a killed build left. Called with the lock held."""
-    old = leftover(target)
-    if old.is_dir():
+    old, staged, aside = leftover(target), staging_path(target), _set_aside(target)
+    if own_folder(old):
         if not target.exists() and (old / MANIFEST_NAME).exists():
             os.rename(old, target)
         else:
-            remove_tree(old)
-    staged = staging_path(target)
+            remove_tree(old, MANIFEST_NAME)
     # without a journal it is an old artifact that was swapped out and not deleted to the end
-    if staged.is_dir() and _read_journal(staged) is None:
-        remove_tree(staged)
-    if _set_aside(target).is_dir():
-        if staged.is_dir():
-            remove_tree(staged)
-        os.rename(_set_aside(target), staged)
+    if own_folder(staged) and _read_journal(staged) is None:
+        remove_tree(staged, MANIFEST_NAME)
+    if own_folder(aside):
+        if own_folder(staged):
+            remove_tree(staged, MANIFEST_NAME)
+        os.rename(aside, staged)
 
 
 def _present(target: Path, whole: bool) -> Manifest | None:
@@ -316,6 +343,7 @@ def _present(target: Path, whole: bool) -> Manifest | None:
         raise ArtifactError(
             f"{target}: exists and is not an artifact (no {MANIFEST_NAME}); it is left alone: use another --out"
         )
+    check_deletable(target)
     try:
         manifest = read_manifest(target)
     except ArtifactError:
@@ -339,12 +367,14 @@ def stage(out: "Path | str", *, sync: bool = True, whole: bool = False, resumes:
     otherwise; it is always deleted when the source was refused (ConfigError, WeightError). The present artifact stays.
     Raises ArtifactError if `out` is something else than an artifact, or if another build holds it.
     """
+    if os.path.islink(out):
+        check_own(os.lstat(out), out, stat.S_IFLNK)
     target = real_path(out)
     with _locked(target):
         _recover(target)
         base = _present(target, whole)
         staged, aside = staging_path(target), _set_aside(target)
-        if not resumes and staged.is_dir() and _read_journal(staged):
+        if not resumes and own_folder(staged) and _read_journal(staged):
             os.rename(staged, aside)
         refused = False
         try:
@@ -358,5 +388,5 @@ def stage(out: "Path | str", *, sync: bool = True, whole: bool = False, resumes:
                 if not staging.committed and (refused or not staging.journal):
                     staging.discard()
         finally:
-            if aside.is_dir() and not staged.exists():
+            if own_folder(aside) and not own_folder(staged):
                 os.rename(aside, staged)

@@ -2,14 +2,14 @@
 
 import mmap
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 
 from .errors import ArtifactError
 from .integrity import OpenedFile, hash_bytes, open_inside
 from .manifest import MANIFEST_NAME, FileEntry, GePart, Manifest, OnnxPart, manifest_from_bytes
-from .signing import MAX_SIGNATURE_BYTES, SIGNATURE_NAME, check_signature, public_keys
+from .signing import MAX_SIGNATURE_BYTES, SIGNATURE_NAME, Signed, check_signature, describe_signature, public_keys
 
 # 72B with ten batch sizes has 0.5 MB; JSON grows twentyfold when it is parsed
 _MAX_MANIFEST_BYTES = 8 << 20
@@ -32,7 +32,7 @@ def _open_folder(path: Path) -> int:
         return os.open(path, flags)
     except FileNotFoundError as error:
         try:
-            return os.open(leftover(path), flags)
+            return os.open(leftover(path), flags | os.O_NOFOLLOW)
         except FileNotFoundError:
             raise ArtifactError(
                 f"{path}: no such folder; make an artifact with `qwen2vl-tc build --src <hf_dir> --out {path}`"
@@ -57,9 +57,26 @@ def _read_manifest_bytes(folder_fd: int, path: Path) -> bytes:
 
 
 def _read_signature(folder_fd: int, path: Path) -> bytes | None:
-    if SIGNATURE_NAME not in os.listdir(folder_fd):
-        return None
-    return _read_small(folder_fd, path, SIGNATURE_NAME, MAX_SIGNATURE_BYTES)
+    try:
+        return _read_small(folder_fd, path, SIGNATURE_NAME, MAX_SIGNATURE_BYTES)
+    except ArtifactError as error:
+        if isinstance(error.__cause__, FileNotFoundError):
+            return None
+        raise
+
+
+def read_signed(path: "Path | str", trusted_keys: "Sequence[str | Path] | None" = None) -> Signed | None:
+    """Who signed an artifact, and whether that holds; None where nobody did. Raises ArtifactError, TargetError."""
+    resolved = real_path(path)
+    trusted = None if trusted_keys is None else public_keys(trusted_keys)
+    folder_fd = _open_folder(resolved)
+    try:
+        signature = _read_signature(folder_fd, resolved)
+        if signature is None:
+            return None
+        return describe_signature(_read_manifest_bytes(folder_fd, resolved), signature, trusted, str(resolved))
+    finally:
+        os.close(folder_fd)
 
 
 def is_signed(path: "Path | str") -> bool:
@@ -124,7 +141,7 @@ class Artifact:
         self.close()
 
 
-def _open_all(folder_fd: int, path: Path, trusted: frozenset[str] | None) -> Artifact:
+def _open_all(folder_fd: int, path: Path, trusted: Mapping[str, str] | None) -> Artifact:
     data = _read_manifest_bytes(folder_fd, path)
     if trusted is not None:
         check_signature(data, _read_signature(folder_fd, path), trusted, str(path))

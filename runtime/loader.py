@@ -18,6 +18,7 @@ from .memory import check_fits, soc_memory
 from .model import Model
 from .phases import Phases
 from .prompt import Processor
+from .template import Renderer
 
 if TYPE_CHECKING:
     from .backends.reference import Observer
@@ -52,6 +53,7 @@ def load(
     loading = Phases()
     prepare_process()
     artifact = open_artifact(path, trusted_keys)
+    renderer = None
     try:
         choice, reason = _choose(artifact, "reference" if observer and backend is None else backend)
         if observer and backend is None:
@@ -70,24 +72,28 @@ def load(
         loading.mark("manifest")
         # before the engine's imports, which take a second or more: gigabytes are read and hashed meanwhile
         check = WeightCheck(artifact, [graph.data for graph in part.graphs] if part else None)
+        # and jinja2's imports, in a process of their own
+        renderer = Renderer()
         with _no_collections():
             engine = _engine(choice, artifact, observer, check, is_asked_for=backend is not None)
         loading.include("imports", engine.loading)
-        processor = open_processor(artifact)
+        processor = open_processor(artifact, renderer)
         loading.mark("processor")
     except BaseException:
+        if renderer is not None:
+            renderer.close()
         artifact.close()
         raise
     return Model(artifact, processor, engine, reason, check, loading.phases)
 
 
-def open_processor(artifact: Artifact) -> Processor:
-    """Tokenizer, chat template and picture settings of an artifact."""
+def open_processor(artifact: Artifact, renderer: Renderer | None = None) -> Processor:
+    """Tokenizer, chat template and picture settings of an artifact; renderer: the template's, if it was started."""
     prefix = "processor/"
     if strange := [e.path for e in artifact.manifest.processor if e.path.rpartition("/")[0] + "/" != prefix]:
         raise ArtifactError(f"{artifact.path}: processor file {strange[0]} is not in {prefix}; convert again")
     files = {entry.path.removeprefix(prefix): artifact.read(entry) for entry in artifact.manifest.processor}
-    return Processor(files, artifact.manifest.model)
+    return Processor(files, artifact.manifest.model, renderer)
 
 
 @contextmanager

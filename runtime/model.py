@@ -1,10 +1,13 @@
 """A loaded model: the object that users call."""
 
+import os
 import threading
+import weakref
 from collections.abc import AsyncIterator, Callable, Generator, Iterator, Mapping, Sequence
+from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
-from ..artifacts.errors import RequestError
+from ..artifacts.errors import RequestError, TargetError
 from ..artifacts.manifest import Manifest
 from ..artifacts.store import Artifact
 from .backends.base import Backend
@@ -45,7 +48,7 @@ class Model:
         load_ms: Mapping[str, float],
     ) -> None:
         self.artifact = artifact
-        self.processor = processor
+        self._processor = processor
         self.backend = backend
         self.reason = reason
         self.load_ms = load_ms
@@ -53,6 +56,26 @@ class Model:
         self._turn = threading.Lock()
         # KV caches that nothing uses now, by rows: allocated once, not per request
         self._idle: dict[int, Any] = {}
+        self._owner = os.getpid()
+        self._release = weakref.finalize(self, _release, artifact, processor, backend)
+        # a process that ends lets go of everything faster than it could be taken apart
+        self._release.atexit = False
+
+    @property
+    def processor(self) -> Processor:
+        """Everything before and after the graphs. Raises RequestError once the model is closed."""
+        self._check_usable()
+        return self._processor
+
+    def _check_usable(self) -> None:
+        if not self._release.alive:
+            raise RequestError("this model is closed; load it again")
+        if self._owner != os.getpid():
+            # the engines' threads are not copied, and a child would wait for them for ever
+            raise TargetError(
+                f"this model was loaded by process {self._owner} and cannot be used in one that was forked from it; "
+                "load it after the fork, or start processes by spawn"
+            )
 
     @property
     def manifest(self) -> Manifest:
@@ -197,6 +220,7 @@ class Model:
             running: Iterator[list[Token]] | None = None
             while True:
                 with self._turn:
+                    self._check_usable()
                     first = running is None
                     if running is None:
                         merge_size = self.processor.config.vision.spatial_merge_size
@@ -219,12 +243,13 @@ class Model:
                 yield step
                 timings.skip()
         finally:
-            if own and self.backend.reuses_caches:
+            if own and self.backend.reuses_caches and self._release.alive:
                 self._idle[self.backend.cache_rows(len(rows))] = cache
 
     def take_cache(self, rows: int) -> Any:
         """A KV cache for so many rows: one that nothing uses now, or a new one, for which others make room."""
         with self._turn:
+            self._check_usable()
             cache = self._idle.pop(self.backend.cache_rows(rows), None)
             if cache is None:
                 self._idle.clear()
@@ -232,6 +257,29 @@ class Model:
             return cache
 
     def close(self) -> None:
-        """Close the artifact's files. What is mapped stays usable until the model itself is gone."""
-        self._check.wait()
-        self.artifact.close()
+        """Let go of the engine, the artifact's files and the template's process; afterwards every use is refused.
+
+        A model that nothing refers to any more is closed by itself. Raises what the weights' check found, if no answer
+        has waited for it.
+        """
+        try:
+            if self._release.alive and self._owner == os.getpid():
+                self._check.wait()
+        finally:
+            with self._turn:
+                self._idle.clear()
+                self._release()
+
+    def __enter__(self) -> "Model":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+def _release(artifact: Artifact, processor: Processor, backend: Backend) -> None:
+    processor.close()
+    backend.close()
+    artifact.close()

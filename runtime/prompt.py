@@ -17,7 +17,7 @@ from .images import ImageSource
 from .messages import Kind, Message, VisionItem, given_items, vision_items, without_sources
 from .pictures import DEFAULT_VISION, VisionOptions, item_patches
 from .positions import rope_positions
-from .template import ChatTemplate
+from .template import ChatTemplate, Renderer
 from .text import TextStream
 from .tokenizer import open_tokenizer, refuse
 from .video import VideoSource
@@ -75,9 +75,10 @@ class Prompt:
 class Processor:
     """Everything before and after the graphs, from the bytes of an artifact's processor files."""
 
-    def __init__(self, files: Mapping[str, bytes], config: ModelConfig) -> None:
+    def __init__(self, files: Mapping[str, bytes], config: ModelConfig, renderer: Renderer | None = None) -> None:
         """`files`: tokenizer.json, preprocessor_config.json and, where there, tokenizer_config.json,
-        chat_template.jinja or chat_template.json, generation_config.json; by these names.
+        chat_template.jinja or chat_template.json, generation_config.json; by these names. renderer: the chat
+        template's, where it was started already.
 
         Raises ArtifactError when one is missing or damaged, or contradicts the model's config.
         """
@@ -110,6 +111,7 @@ class Processor:
             raise ArtifactError(f"tokenizer_config.json: got {type(plain).__name__}, expected an object")
         self._template_variables = _template_variables(plain)
         self._template_source = _template_source(files, plain)
+        self._renderer = renderer
 
     @property
     def eos_token_ids(self) -> tuple[int, ...]:
@@ -124,7 +126,13 @@ class Processor:
             raise ArtifactError(
                 "no chat template in the processor files; add chat_template.json, or give the prompt as text"
             )
-        return ChatTemplate(source, name)
+        return ChatTemplate(source, name, renderer=self._renderer)
+
+    def close(self) -> None:
+        """End the process that renders the chat template."""
+        for each in (self._renderer, self.__dict__.get("template")):
+            if each is not None:
+                each.close()
 
     def stream(self, skip_special_tokens: bool = True) -> TextStream:
         """A new decoder of generated ids."""

@@ -42,7 +42,8 @@ def run_chat(conversation: "Conversation", images: list[str], videos: list[str],
         elif command.startswith("/") and command != "/help":
             _refuse(RequestError(f"{command}: unknown or incomplete; /help lists what there is"), interactive)
         elif command == "/help":
-            note(HELP)
+            for each in HELP.splitlines():
+                note(each)
         elif line:
             try:
                 _answer(conversation, line, waiting, settings)

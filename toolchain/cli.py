@@ -8,7 +8,7 @@ import dataclasses
 import sys
 from importlib.metadata import version
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -33,6 +33,7 @@ from .cli_options import (
     Soc,
     Src,
     StandardOnly,
+    TrustedKeys,
     VisualAttention,
     Weights,
     examples,
@@ -288,6 +289,7 @@ def verify(
     against: Annotated[
         Path, typer.Option("--against", metavar="DIR", help="The checkpoint that the artifact was made from.")
     ],
+    trusted_key: TrustedKeys = None,
     as_json: Json = False,
 ) -> None:
     """Compare an artifact with the original model, run by transformers in fp32, and record the result in it.
@@ -304,13 +306,14 @@ def verify(
     check_source(against)
     warn_signed(artifact)
     manifest = read_manifest(artifact)
+    trust: dict[str, Any] = {"trusted_keys": trusted_key} if trusted_key else {}
     reports = []
     if manifest.ge is not None or manifest.onnx is None:
         with step_progress("verify") as progress:
-            reports.append(verify_artifact(artifact, against, progress=progress))
+            reports.append(verify_artifact(artifact, against, progress=progress, **trust))
     if manifest.onnx is not None:
         with step_progress("verify ONNX") as progress:
-            reports.append(verify_onnx_artifact(artifact, against, progress=progress))
+            reports.append(verify_onnx_artifact(artifact, against, progress=progress, trusted_keys=trusted_key or None))
     if as_json:
         # the first is that of the GE graphs, where there are any
         first, *second = (dataclasses.asdict(report) for report in reports)
@@ -346,6 +349,7 @@ def inspect(
     dot: Annotated[
         Path | None, typer.Option("--dot", metavar="FILE", help="Draw one layer for Graphviz, and print no report.")
     ] = None,
+    trusted_key: TrustedKeys = None,
     layer: Annotated[
         int | None, typer.Option("--layer", metavar="N", help="With --dot: the layer, from 0. Default: the second.")
     ] = None,
@@ -363,7 +367,7 @@ def inspect(
         dot.write_text(drawing.text)
         result(f"wrote {dot}: layer {drawing.layer} of {graph}, {drawing.device_ops} device operators")
         return
-    inspection = inspect_artifact(target, tokens, patches)
+    inspection = inspect_artifact(target, tokens, patches, trusted_key or None)
     if as_json:
         result_json(dataclasses.asdict(inspection))
     else:

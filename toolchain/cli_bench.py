@@ -8,7 +8,7 @@ import typer
 
 from ..artifacts.errors import RequestError
 from .cli_generate import Backend, Image
-from .cli_options import Artifact, ExecuteMode, Json, examples
+from .cli_options import Artifact, ExecuteMode, Json, TrustedKeys, examples
 
 BENCH_EXAMPLES = examples(
     "qwen2vl-tc bench qwen2-vl-7b.artifact",
@@ -40,6 +40,7 @@ def bench(
     runs: Runs = 3,
     backend: Backend = None,
     execute_mode: ExecuteMode = None,
+    trusted_key: TrustedKeys = None,
     as_json: Json = False,
 ) -> None:
     """Measure ViT+prefill, decode and memory; prints a Markdown table with all that its figures depend on.
@@ -53,7 +54,7 @@ def bench(
     from .execute_mode import engine
 
     options = BenchOptions(max_new_tokens, tuple(image or ()), tuple(video or ()), _size(size), batch, warmup, runs)
-    model = load(artifact, engine(execute_mode, backend))
+    model = load(artifact, engine(execute_mode, backend), trusted_keys=trusted_key or None)
     note(f"backend: {model.backend.name} ({model.reason})")
     with step_progress("bench") as progress:
         measured = bench_model(model, options, progress)
@@ -74,6 +75,7 @@ def cold_start(
     runs: Runs = 3,
     backend: Backend = None,
     execute_mode: ExecuteMode = None,
+    trusted_key: TrustedKeys = None,
     as_json: Json = False,
 ) -> None:
     """Measure, by phase, what passes between starting a process and its first token.
@@ -87,7 +89,7 @@ def cold_start(
 
     options = BenchOptions(images=tuple(image or ()), videos=tuple(video or ()), size=_size(size), runs=runs)
     with step_progress("cold-start") as progress:
-        measured = measure(artifact, options, progress, backend, execute_mode, cold)
+        measured = measure(artifact, options, progress, backend, execute_mode, cold, trusted_key or None)
     if as_json:
         result_json(dataclasses.asdict(measured))
     else:

@@ -95,7 +95,8 @@ def _is_own(error: Exception) -> bool:
 
 def _trace(debug: bool) -> None:
     if debug:
-        traceback.print_exc()
+        for line in traceback.format_exc().splitlines():
+            note(line)
 
 
 def _flushed() -> int:

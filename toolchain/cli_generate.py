@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from ..artifacts.errors import RequestError
-from .cli_options import Artifact, ExecuteMode, examples
+from .cli_options import Artifact, ExecuteMode, TrustedKeys, examples
 from .cli_values import chat_messages, check_sources, requests_file, vision_options
 
 if TYPE_CHECKING:
@@ -62,12 +62,6 @@ AllowHttp = Annotated[
 ]
 System = Annotated[
     str | None, typer.Option("--system", metavar="TEXT", help="Replaces the chat template's own system message.")
-]
-TrustedKeys = Annotated[
-    list[Path] | None,
-    typer.Option(
-        "--trusted-key", metavar="PEM", help="Refuse what this public key has not signed; repeat it for several keys."
-    ),
 ]
 Backend = Annotated[
     str | None,
@@ -198,16 +192,14 @@ def _answer_batch(
     model: "Model", requests: list[Any], vision: "VisionOptions", settings: dict[str, Any], as_json: bool
 ) -> None:
     """One line of JSON, or one numbered text, for every request."""
-    import json
-
-    from .console import result, token_progress, write_text
+    from .console import result_json, token_progress, write_text
 
     number = 0
     with token_progress("generate") as made:
         for group in model.answer_groups(requests, vision=vision, on_token=lambda token: made(), **settings):
             for answer in group:
                 if as_json:
-                    result(json.dumps(dataclasses.asdict(answer), ensure_ascii=False))
+                    result_json(dataclasses.asdict(answer), indent=None)
                 else:
                     write_text(f"[{number}] {answer.text}\n")
                 number += 1

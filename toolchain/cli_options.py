@@ -77,6 +77,12 @@ ExecuteMode = Annotated[
         "Default: EXE_MODE, or dynamo.",
     ),
 ]
+TrustedKeys = Annotated[
+    list[Path] | None,
+    typer.Option(
+        "--trusted-key", metavar="PEM", help="Refuse what this public key has not signed; repeat it for several keys."
+    ),
+]
 Weights = Annotated[
     str,
     typer.Option("--weights", metavar="int8|int4|fp32|fp16", help="With --mode onnx: how weights are stored."),

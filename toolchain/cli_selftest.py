@@ -7,7 +7,7 @@ import typer
 
 from ..artifacts.errors import TargetError
 from .cli_errors import FAILED
-from .cli_options import Artifact, Json, examples
+from .cli_options import Artifact, Json, TrustedKeys, examples
 
 SELFTEST_EXAMPLES = examples(
     "qwen2vl-tc selftest qwen2-vl-7b.artifact --backend npu",
@@ -29,6 +29,7 @@ def selftest(
             help="Make the self-test by the reference backend alone, where transformers does not fit into memory.",
         ),
     ] = False,
+    trusted_key: TrustedKeys = None,
     as_json: Json = False,
 ) -> None:
     """Run the calls whose answers the artifact holds, on the device that is here, and compare: a matter of seconds.
@@ -51,7 +52,7 @@ def selftest(
         size = manifest.selftest.file.bytes if manifest.selftest else 0
         result(f"wrote {artifact}: self-test of {size} B; next: {command('qwen2vl-tc', 'selftest', artifact)}")
         return
-    report = check_artifact(artifact, backend)
+    report = check_artifact(artifact, backend, trusted_key or None)
     if as_json:
         result_json(dataclasses.asdict(report))
     else:
@@ -63,7 +64,7 @@ def selftest(
         result(f"self-test passed on {report.device} in {report.seconds:.1f} s")
 
 
-def warm(artifact: Artifact) -> None:
+def warm(artifact: Artifact, trusted_key: TrustedKeys = None) -> None:
     """On the NPU host: compile the graphs ahead of the first request, into GE's cache in your cache folder, and prove
     their answers by the artifact's self-test.
 
@@ -76,7 +77,7 @@ def warm(artifact: Artifact) -> None:
     from .warm import warm_artifact
 
     with step_progress("warm") as progress:
-        warmed = warm_artifact(artifact, progress)
+        warmed = warm_artifact(artifact, progress, trusted_key or None)
     if warmed.selftest is None:
         note(f"{artifact} has no self-test, so nothing was compared; make one with `qwen2vl-tc selftest --make`")
     else:

@@ -4,6 +4,7 @@ import json
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
@@ -66,6 +67,7 @@ def cold_start(
     backend: str | None = None,
     execute_mode: str | None = None,
     cold: bool = False,
+    trusted_keys: Sequence[str | Path] | None = None,
 ) -> ColdStart:
     """Start `options.runs` processes one after the other, after one that is not counted.
 
@@ -84,6 +86,7 @@ def cold_start(
             "artifact": str(path),
             "backend": backend,
             "execute_mode": execute_mode,
+            "trusted_keys": None if trusted_keys is None else [str(key) for key in trusted_keys],
             "messages": messages,
         }
         # the first brings libraries and byte code into the page cache

@@ -1,5 +1,6 @@
 """Where the command line prints: results to stdout, everything else to stderr; progress bars on terminals only."""
 
+import functools
 import json
 import sys
 import time
@@ -16,6 +17,9 @@ if TYPE_CHECKING:
 _FILE_WIDTH = 160
 # between two progress lines where there is no terminal
 _LINE_SECONDS = 5.0
+
+# Unicode's bidirectional controls: they show text in another order than it has
+_DIRECTIONS = "\u061c\u200e\u200f\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069"
 
 # (bytes done, bytes in all)
 BytesProgress = Callable[[int, int], None]
@@ -34,11 +38,21 @@ def stderr() -> "Console":
 
 
 def _console(stderr: bool) -> "Console":
-    from rich.console import Console
+    stream = sys.stderr if stderr else sys.stdout
+    # what is printed may come from an artifact: brackets and colons in it mean nothing
+    width = None if stream.isatty() else _FILE_WIDTH
+    return _clean_console()(stderr=stderr, width=width, markup=False, emoji=False, highlight=False)
+
+
+@functools.cache
+def _clean_console() -> "type[Console]":
+    from rich.console import Console, ConsoleOptions
+    from rich.segment import Segment
     from rich.table import Table
 
-    class Whole(Console):
-        """Folds what is too wide for its column, where rich would cut it."""
+    class CleanConsole(Console):
+        """Cleans all text, whoever made it and however it is styled; the styles' own codes come later. Folds what is
+        too wide for its column, where rich would cut it."""
 
         def print(self, *objects: Any, **options: Any) -> None:
             for table in objects:
@@ -46,13 +60,31 @@ def _console(stderr: bool) -> "Console":
                     column.overflow = "fold"
             super().print(*objects, **options)
 
-    stream = sys.stderr if stderr else sys.stdout
-    return Whole(stderr=stderr, highlight=False, width=None if stream.isatty() else _FILE_WIDTH)
+        def render(self, renderable: Any, options: ConsoleOptions | None = None) -> Iterator[Segment]:
+            for segment in super().render(renderable, options):
+                yield segment if segment.control else Segment(clean(segment.text), segment.style)
+
+    return CleanConsole
+
+
+def _is_harmful(character: str) -> bool:
+    return category(character) in ("Cc", "Zl", "Zp", "Cs") or character in _DIRECTIONS
+
+
+def clean(text: str, kept: str = "\n\t") -> str:
+    """Text that cannot steer a terminal: what is no character to be read becomes U+FFFD.
+
+    Control characters, C0 and C1, but those in `kept`; overrides and marks of direction; line and paragraph separators;
+    lone surrogates. All that the command line prints goes through here, or through `result_json`.
+    """
+    if text.isascii() and text.isprintable():
+        return text
+    return "".join("\ufffd" if _is_harmful(c) and c not in kept else c for c in text)
 
 
 def note(message: str) -> None:
     """One line for people, on stderr: what happens, which choice was made and why."""
-    print(message, file=sys.stderr, flush=True)
+    print(clean(message.replace("\n", " ")), file=sys.stderr, flush=True)
 
 
 def warn(message: str) -> None:
@@ -66,23 +98,24 @@ def fail(message: str) -> None:
 
 
 def result(line: str) -> None:
-    """One line of a command's result."""
-    print(line, flush=True)
+    """One line of a command's result, or several."""
+    print(clean(line), flush=True)
 
 
-def result_json(value: Any) -> None:
-    """A command's result as one JSON object."""
+def result_json(value: Any, indent: int | None = 2) -> None:
+    """A command's result as one JSON object; harmful characters in it are escaped, so that its values are whole."""
     # where the stream lacks a character it writes an escape of Python's, which JSON does not know
     utf8 = (sys.stdout.encoding or "utf-8").lower().replace("-", "") == "utf8"
-    print(json.dumps(value, indent=2, ensure_ascii=not utf8), flush=True)
+    text = json.dumps(value, indent=indent, ensure_ascii=not utf8)
+    if not (text.isascii() and text.isprintable()):
+        # outside of strings, JSON has no other control character than the line break
+        text = "".join(f"\\u{ord(c):04x}" if _is_harmful(c) and c != "\n" else c for c in text)
+    print(text, flush=True)
 
 
 def write_text(piece: str) -> None:
-    """A piece of generated text, as it comes."""
-    if sys.stdout.isatty():
-        # a model's words must not steer the reader's terminal: control characters become visible
-        piece = "".join("\ufffd" if category(c) == "Cc" and c not in "\n\t" else c for c in piece)
-    sys.stdout.write(piece)
+    """A piece of generated text, as it comes; whole where a file or a program takes it, clean on a terminal."""
+    sys.stdout.write(clean(piece) if sys.stdout.isatty() else piece)
     sys.stdout.flush()
 
 
@@ -102,7 +135,7 @@ def bytes_progress(task: str) -> Iterator[BytesProgress]:
     if sys.stderr.isatty():
         from rich.progress import BarColumn, DownloadColumn, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
-        columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn())
+        columns = (TextColumn("{task.description}", markup=False), BarColumn(), DownloadColumn(), TransferSpeedColumn())
         with _bar(*columns, TimeRemainingColumn()) as bar:
             shown = bar.add_task(task, total=None)
             yield lambda done, total: bar.update(shown, completed=done, total=total)
@@ -142,7 +175,12 @@ def step_progress(task: str) -> Iterator[StepProgress]:
     if sys.stderr.isatty():
         from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn
 
-        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+        columns = (
+            TextColumn("{task.description}", markup=False),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+        )
         # Redrawn at each step only: while the emulated device is opened, what vendor code prints on stderr is held
         # back and searched for noise, and a bar redrawn from a thread would be taken for that.
         with _bar(*columns, auto_refresh=False) as bar:
@@ -172,7 +210,7 @@ def token_progress(task: str) -> Iterator[Callable[[], None]]:
         return
     from rich.progress import TextColumn, TimeElapsedColumn
 
-    with _bar(TextColumn("{task.description}: {task.completed} tokens"), TimeElapsedColumn()) as bar:
+    with _bar(TextColumn("{task.description}: {task.completed} tokens", markup=False), TimeElapsedColumn()) as bar:
         shown = bar.add_task(task, total=None)
         yield lambda: bar.advance(shown)
 

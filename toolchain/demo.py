@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..artifacts.errors import ToolchainError
+from ..artifacts.own import make_own, own_folder
 from .build import BuildResult, Phases, build
 from .cli_output import command
 from .compile import CompileOptions
@@ -63,7 +64,7 @@ def run_demo(folder: Path, keep: bool = True) -> DemoResult:
     src, artifact, picture = folder / CHECKPOINT, folder / ARTIFACT, folder / PICTURE
     try:
         _title("1. A tiny checkpoint, trained on pictures of coloured shapes, and a picture that it has never seen")
-        src.mkdir(exist_ok=True)
+        make_own(src)
         for file in TRAINED.iterdir():
             shutil.copyfile(file, src / file.name)
         draw(SCENE)[0].save(picture)
@@ -171,11 +172,11 @@ def _show(*words: "str | int | Path") -> None:
 def _prepare(folder: Path) -> None:
     """Make the folder, or take an earlier demo's. Raises ToolchainError for any other that is not empty."""
     mark = folder / _IGNORE
-    if folder.exists() and not folder.is_dir():
-        raise ToolchainError(f"{folder}: is a file; choose another --out")
-    if folder.is_dir() and any(folder.iterdir()) and not (mark.is_file() and mark.read_bytes() == _MARK.encode()):
+    # whoever made the folder could have put links into it
+    if own_folder(folder) and any(folder.iterdir()) and not (mark.is_file() and mark.read_bytes() == _MARK.encode()):
         raise ToolchainError(f"{folder}: holds something else than a demo; choose another --out")
-    folder.mkdir(parents=True, exist_ok=True)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    make_own(folder)
     mark.write_text(_MARK)
 
 

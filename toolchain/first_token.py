@@ -1,7 +1,8 @@
 """The process that `bench cold-start` times: loads an artifact, makes one token, and prints where the time went.
 
 Run as a module, with one argument of JSON: begin_ns (time.monotonic_ns just before the process was started; that clock
-is one for the whole machine), artifact, backend, execute_mode, messages.
+is one for the whole machine), artifact, backend, execute_mode, trusted_keys,
+messages.
 """
 
 import time
@@ -18,7 +19,8 @@ def main() -> None:
     from .execute_mode import engine
 
     imported_ns = time.monotonic_ns()
-    model = load(request["artifact"], engine(request["execute_mode"], request["backend"]))
+    chosen = engine(request["execute_mode"], request["backend"])
+    model = load(request["artifact"], chosen, trusted_keys=request["trusted_keys"])
     stamps: list[int] = []
     answer = model.generate(
         request["messages"],

@@ -1,6 +1,7 @@
 """What is in an artifact: graphs with operators counted and costs, bytes, versions. Reads files, imports no engine."""
 
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 
 from ..artifacts.binding import PARAMETER, Binding, binding_from_bytes
@@ -8,7 +9,7 @@ from ..artifacts.errors import ArtifactError, TargetError
 from ..artifacts.ge_ops import TRANSPOSES, count_kinds, device_ops_per_layer, input_behind, live_ops
 from ..artifacts.manifest import GePart, Graph, Manifest, OnnxPart
 from ..artifacts.parameters import parameters
-from ..artifacts.store import Artifact, ge_part, open_artifact
+from ..artifacts.store import Artifact, ge_part, open_artifact, read_signed
 from ..runtime.backends.ge.checks import check_graph
 from ..runtime.backends.ge.graph import GeGraph, read_graph
 from ..runtime.memory import device_memory, soc_memory
@@ -32,10 +33,16 @@ __all__ = [
 ]
 
 
-def inspect_artifact(path: Path, tokens: int | None = None, patches: int | None = None) -> Inspection:
+def inspect_artifact(
+    path: Path,
+    tokens: int | None = None,
+    patches: int | None = None,
+    trusted_keys: Sequence[str | Path] | None = None,
+) -> Inspection:
     """Look into an artifact; graphs and bindings are checked against their hashes, weights are not read.
 
     Costs are those of a prompt of `tokens` with one picture of `patches`, by default `inspect_cost.DEFAULT_*`.
+    A signature is reported, not insisted on: trusted_keys say which keys are known.
     Raises ArtifactError if it is none, or damaged, and TargetError for lengths that do not fit it.
     """
     with open_artifact(path) as artifact:
@@ -59,6 +66,7 @@ def inspect_artifact(path: Path, tokens: int | None = None, patches: int | None 
             bytes=sum(entry.bytes for entry in manifest.files()),
             verification=manifest.verification,
             selftest=manifest.selftest.source if manifest.selftest else None,
+            signed=read_signed(path, trusted_keys),
             recipe_at_7b=RECIPE_7B,
             lengths=lengths,
             estimate_assumptions=assumed,

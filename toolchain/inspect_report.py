@@ -8,6 +8,7 @@ from rich.text import Text
 
 from ..artifacts.ge_ops import INPUTS
 from ..artifacts.manifest import OperatorNote
+from ..artifacts.signing import Signed
 from .console import format_bytes
 from .inspect_cost import MEMORY_ASSUMED, GraphCost, Lengths
 from .inspect_views import RECIPE_7B, GraphView, Inspection, TensorView
@@ -45,6 +46,19 @@ def _parts(inspection: Inspection) -> Iterator[Table | Text]:
         yield Text(f"limit: {limit}")
     if inspection.target and inspection.target.operator_notes:
         yield operator_table(inspection.target.operator_notes)
+
+
+def _signature(signed: Signed | None) -> str:
+    if signed is None:
+        return "none"
+    if not signed.valid:
+        return f"{'NOT CHECKED' if signed.valid is None else 'INVALID'}: {signed.problem}"
+    whose = {
+        None: "no --trusted-key says whose",
+        True: f"trusted: {signed.trusted_key}",
+        False: "NOT one of the trusted keys",
+    }
+    return f"valid, {whose[signed.trusted]}; key {signed.key}"
 
 
 def _overview(inspection: Inspection) -> Table:
@@ -94,6 +108,7 @@ def _overview(inspection: Inspection) -> Table:
         ("in all", f"{format_bytes(inspection.bytes)}, schema {inspection.schema}"),
         ("verification", inspection.verification),
         ("self-test", f"answers by {inspection.selftest}" if inspection.selftest else "none"),
+        ("signature", _signature(inspection.signed)),
     ]
     for name, value in rows:
         table.add_row(Text(name), Text(value))

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 
 from ..artifacts.config import ModelConfig
 from ..artifacts.manifest import OperatorNote
+from ..artifacts.signing import Signed
 from .inspect_cost import GraphCost, Lengths
 from .roofline import Assumptions
 
@@ -124,6 +125,7 @@ class Inspection:
     bytes: int
     verification: str
     selftest: str | None
+    signed: Signed | None
     recipe_at_7b: dict[str, dict[str, int]]
     lengths: Lengths | None
     estimate_assumptions: Assumptions | None

@@ -35,13 +35,19 @@ DECODE = "decode"
 
 
 def verify_onnx_artifact(
-    path: Path, against: Path, *, steps: int = DEFAULT_STEPS, progress: Progress | None = None, sync: bool = True
+    path: Path,
+    against: Path,
+    *,
+    steps: int = DEFAULT_STEPS,
+    progress: Progress | None = None,
+    sync: bool = True,
+    trusted_keys: Sequence[str | Path] | None = None,
 ) -> VerifyReport:
     """Verify the ONNX models of the artifact at `path`, and put the report and its verdict into it.
 
     Raises what `verify_onnx` raises, and ArtifactError if the artifact was replaced meanwhile.
     """
-    with open_artifact(path) as artifact:
+    with open_artifact(path, trusted_keys) as artifact:
         report = verify_onnx(artifact, against, steps=steps, progress=progress)
         verified = artifact.manifest
     with stage(path, sync=sync, resumes=False) as staging:

@@ -39,6 +39,7 @@ def verify_artifact(
     progress: Progress | None = None,
     store: bool = True,
     sync: bool = True,
+    trusted_keys: Sequence[str | Path] | None = None,
 ) -> VerifyReport:
     """Verify the artifact at `path` and, with `store`, put the report and its verdict into it.
 
@@ -48,7 +49,7 @@ def verify_artifact(
     if store:
         with stage(path, sync=sync, resumes=False):
             pass  # minutes of work are not begun when the report could not be kept
-    with open_artifact(path) as artifact:
+    with open_artifact(path, trusted_keys) as artifact:
         report = verify(artifact, against, steps=steps, progress=progress)
         selftest = None
         if store:

@@ -7,8 +7,8 @@ from dataclasses import dataclass, replace
 import numpy as np
 from numpy.typing import NDArray
 from rich.console import Console
-from rich.markup import escape
 from rich.table import Table
+from rich.text import Text
 
 # (what is being done, steps done, steps in all)
 Progress = Callable[[str, int, int], None]
@@ -332,7 +332,7 @@ def _worst_error(found: Iterable[Comparison]) -> str:
 
 def render(report: VerifyReport, console: Console) -> None:
     """Print a row for each case and graph, decode steps together at their worst, and the conclusion."""
-    table = Table(title=f"{escape(report.artifact)} ({report.dtype}) against transformers fp32 on CPU")
+    table = Table(title=Text(f"{report.artifact} ({report.dtype}) against transformers fp32 on CPU"))
     for column in ("case", "graph", "max error", "allowed", "rel. RMS", "cosine", "top-1", "verdict"):
         table.add_column(column, justify="left" if column in ("case", "graph", "verdict") else "right", no_wrap=True)
     for (case, graph), found in _grouped(report.comparisons).items():
@@ -341,10 +341,12 @@ def render(report: VerifyReport, console: Console) -> None:
         tops = [each.top1 for each in found if each.top1 is not None]
         wrong = sum(not each.passed for each in found)
         steps = f" x {len(found)}" if found[0].step is not None else ""
-        verdict = "[green]ok[/]" if not wrong else "[red]FAILED[/]" + (f" ({wrong} of {len(found)})" if steps else "")
+        verdict = Text("ok", "green")
+        if wrong:
+            verdict = Text.assemble(("FAILED", "red"), f" ({wrong} of {len(found)})" if steps else "")
         table.add_row(
-            case,
-            escape(graph) + steps,
+            Text(case),
+            Text(graph + steps),
             _worst_error(found),
             _number(min(each.limit for each in found)),
             _number(None if None in rms else max(r for r in rms if r is not None)),
@@ -354,14 +356,13 @@ def render(report: VerifyReport, console: Console) -> None:
         )
     console.print(table)
     for note in report.notes:
-        console.print(f"note: {escape(note)}", highlight=False)
-    console.print(f"tolerance: {escape(report.tolerance.reason)}", highlight=False)
+        console.print(Text(f"note: {note}"))
+    console.print(Text(f"tolerance: {report.tolerance.reason}"))
     if report.intermediates and report.dtype != "fp32":
         allowed = f"at most {INTERMEDIATE_OF_ORIGINAL:g} times the error of transformers computing in {report.dtype}"
         console.print(f"intermediates: {report.intermediates} compared, {allowed}", highlight=False)
-    color = "green" if report.passed else "red"
     # one line whatever the terminal's width: it is what people copy into a report
-    console.print(f"[{color}]{escape(report.conclusion)}[/]", highlight=False, soft_wrap=True)
+    console.print(Text(report.conclusion, "green" if report.passed else "red"), soft_wrap=True)
 
 
 def _grouped(found: Iterable[Comparison]) -> dict[tuple[str, str], list[Comparison]]:

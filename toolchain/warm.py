@@ -1,6 +1,7 @@
 """`warm`: fill GE's compile cache on the NPU host ahead of the first request, and prove the device's answers."""
 
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -33,7 +34,7 @@ class Warmed:
     selftest: "SelftestReport | None"
 
 
-def warm_artifact(path: Path, progress: "StepProgress") -> Warmed:
+def warm_artifact(path: Path, progress: "StepProgress", trusted_keys: Sequence[str | Path] | None = None) -> Warmed:
     """Load the artifact on the NPU, which compiles every graph, and run each: by the self-test, or by a tiny request.
 
     Raises TargetError where there is no usable NPU, and whatever loading and a request raise.
@@ -44,7 +45,7 @@ def warm_artifact(path: Path, progress: "StepProgress") -> Warmed:
 
     begin = time.perf_counter()
     progress("compile", 0, 1)
-    model = load(path, backend="npu")
+    model = load(path, backend="npu", trusted_keys=trusted_keys)
     part, report = ge_part(model.manifest, path), None
     try:
         if model.manifest.selftest is not None:

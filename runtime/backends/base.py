@@ -64,6 +64,12 @@ class Backend(ABC):
         backend.loading = Phases()
         return backend
 
+    def close(self) -> None:
+        """Let go of the weights and graphs; nothing runs afterwards."""
+        # everything that an engine keeps is in its attributes; what it says about itself stays
+        for name in [name for name in vars(self) if name.startswith("_")]:
+            delattr(self, name)
+
     @abstractmethod
     def allocate(self, rows: int) -> Any:
         """A KV cache for `rows` rows. Raises RequestError when the artifact has no decode graph for so many."""

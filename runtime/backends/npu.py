@@ -5,7 +5,6 @@ internal formats from the inputs, load, compile, run.
 """
 
 import importlib.metadata
-import os
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -18,7 +17,8 @@ from torch import Tensor
 from ...artifacts.cann import RELEASES, CannWarning, cann_release, is_newer
 from ...artifacts.errors import MissingDependencyError, TargetError
 from ...artifacts.manifest import GePart
-from ...artifacts.process import cache_home, driver_version, emulated, release
+from ...artifacts.own import own_cache
+from ...artifacts.process import driver_version, emulated, release
 from ...artifacts.soc import soc_family
 from ...artifacts.store import Artifact, ge_part
 from ...artifacts.vendor import vendor_import
@@ -266,6 +266,5 @@ def compile_cache(artifact: Artifact, torch_npu: Any, cann: str) -> Path:
     """
     soc, driver = torch_npu.npu.get_device_name(0), driver_version() or "unknown"
     key = f"{artifact.manifest_hash[:16]}-{soc}-cann-{cann}-driver-{driver}"
-    folder = cache_home() / "ge" / key
-    os.makedirs(folder, mode=0o700, exist_ok=True)
-    return folder
+    # GE runs what lies there
+    return own_cache("ge", key)

@@ -1,7 +1,9 @@
 """Signed artifacts: only what a trusted key vouched for is loaded, and a change is never vouched for by accident."""
 
 import json
+import os
 import subprocess
+import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -13,7 +15,7 @@ from helpers.released import REQUESTS, unpack
 from typer.testing import CliRunner
 
 from qwen2vl_tc.artifacts.errors import ArtifactError, TargetError
-from qwen2vl_tc.artifacts.signing import signer
+from qwen2vl_tc.artifacts.signing import public_keys, signer
 from qwen2vl_tc.artifacts.staging import stage
 from qwen2vl_tc.artifacts.store import open_artifact
 from qwen2vl_tc.runtime import load
@@ -183,3 +185,92 @@ def test_the_commands_sign_and_ask_for_keys_made_by_openssl(artifact: Path, tmp_
     words = ["-verify", "-pubin", "-inkey", public, "-rawin", "-in", artifact / "manifest.json"]
     done = subprocess.run(["openssl", "pkeyutl", *words, "-sigfile", tmp_path / "raw"], capture_output=True, text=True)
     assert "Verified Successfully" in done.stdout
+
+
+def said(*words: "str | Path") -> tuple[int, str]:
+    result = CliRunner().invoke(app, [str(word) for word in words])
+    return result.exit_code, result.stdout + result.stderr
+
+
+def inspected(artifact: Path, *words: "str | Path") -> dict[str, object] | None:
+    code, printed = said("inspect", artifact, "--json", *words)
+    assert code == 0, printed
+    found: dict[str, object] | None = json.loads(printed)["signed"]
+    return found
+
+
+def test_inspect_says_whether_and_by_whom_an_artifact_is_signed(artifact: Path, tmp_path: Path) -> None:
+    private, public = write_key(tmp_path, "mine")
+    _, other = write_key(tmp_path, "other")
+    key = next(iter(public_keys([public])))
+    assert inspected(artifact) is None
+    assert inspected(artifact, "--trusted-key", public) is None
+    sign_artifact(artifact, private, sync=False)
+    signed = {"key": key, "valid": True, "trusted": None, "trusted_key": None, "problem": None}
+    assert inspected(artifact) == signed
+    mine = {**signed, "trusted": True, "trusted_key": str(public)}
+    assert inspected(artifact, "--trusted-key", other, "--trusted-key", public) == mine
+    assert inspected(artifact, "--trusted-key", other) == {**signed, "trusted": False}
+    printed = said("inspect", artifact, "--trusted-key", other)[1]
+    assert "NOT one of the trusted keys" in " ".join(printed.split())
+    manifest = (artifact / "manifest.json").read_bytes()
+    (artifact / "manifest.json").write_bytes(manifest.replace(b'"name": "tiny"', b'"name": "tony"'))
+    found = inspected(artifact, "--trusted-key", public)
+    assert found is not None and (found["valid"], found["trusted"]) == (False, False)
+    assert "altered after it was signed" in str(found["problem"])
+    assert "INVALID" in said("inspect", artifact)[1]
+    (artifact / "manifest.sig").write_text("[]")
+    found = inspected(artifact)
+    assert found is not None and (found["key"], found["valid"]) == (None, False)
+
+
+def test_without_the_library_inspect_says_that_a_signature_was_not_checked(
+    artifact: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    private, _ = write_key(tmp_path, "mine")
+    sign_artifact(artifact, private, sync=False)
+    monkeypatch.setitem(sys.modules, "cryptography.hazmat.primitives", None)
+    found = inspected(artifact)
+    assert found is not None and found["valid"] is None
+    assert "pip install 'qwen2vl-tc[sign]'" in str(found["problem"])
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["generate", "--prompt", "Hi"],
+        ["chat"],
+        ["bench", "--runs", "1"],
+        ["bench cold-start", "--runs", "1"],
+        ["verify", "--against", "."],
+    ],
+    ids=lambda words: words[0],
+)
+def test_every_command_that_runs_an_artifact_asks_for_the_signature(
+    words: list[str], artifact: Path, tmp_path: Path
+) -> None:
+    _, public = write_key(tmp_path, "mine")
+    (tmp_path / "config.json").write_text("{}")
+    (tmp_path / "model.safetensors").write_bytes(b"")
+    words = [str(tmp_path) if word == "." else word for word in words]
+    code, printed = said(*words[0].split(), artifact, *words[1:], "--trusted-key", public)
+    assert (code, "is not signed, and only signed artifacts are trusted here" in printed) == (2, True), printed
+
+
+def test_a_key_is_read_from_a_regular_file_of_a_keys_size(artifact: Path, tmp_path: Path) -> None:
+    private, public = write_key(tmp_path, "mine")
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "large").write_bytes(b"-" * (1 << 20))
+    for file, message in (
+        (tmp_path / "pipe", "is no regular file"),
+        (tmp_path, "is no regular file"),
+        (Path("/dev/zero"), "is no regular file"),
+        (tmp_path / "large", "larger than 65536 bytes"),
+        (tmp_path / "absent", "cannot read the key"),
+    ):
+        for words in (["sign", artifact, "--key", file], ["inspect", artifact, "--trusted-key", file]):
+            code, printed = said(*words)
+            assert code == 2 and f"{file}: {message}" in printed
+    (tmp_path / "link").symlink_to(private)
+    sign_artifact(artifact, tmp_path / "link", sync=False)
+    open_artifact(artifact, trusted_keys=[public]).close()

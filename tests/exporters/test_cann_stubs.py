@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 
+from qwen2vl_tc.artifacts import own
 from qwen2vl_tc.artifacts.errors import MissingDependencyError, TargetError
 from qwen2vl_tc.exporters.torchair import device
 from qwen2vl_tc.exporters.torchair.cann_stubs import build
@@ -250,7 +251,7 @@ def test_a_damaged_library_is_one_clear_error(tmp_path: Path, cut: int) -> None:
         read_library(damaged)
 
 
-@pytest.mark.parametrize("how", ["others may write into it", "another user's", "a link"])
+@pytest.mark.parametrize("how", ["others may write into it", "another user's", "a link", "a link in it"])
 def test_libraries_that_another_user_could_have_put_there_are_not_loaded(
     how: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -266,6 +267,8 @@ def test_libraries_that_another_user_could_have_put_there_are_not_loaded(
         folder.chmod(0o777)
     if how == "another user's":
         owner = folder.stat().st_uid
-        monkeypatch.setattr(build, "_trusted_users", lambda: {owner + 1})
-    with pytest.raises(TargetError, match="others could have put code there; delete it, or set XDG_CACHE_HOME"):
+        monkeypatch.setattr(own, "trusted_users", lambda: {owner + 1})
+    if how == "a link in it":
+        (folder / MAIN_LIBRARY).symlink_to(tmp_path / "elsewhere.so")
+    with pytest.raises(TargetError, match="others could have put it there; delete it"):
         build.build_stubs()

@@ -333,7 +333,7 @@ PROCESSORS: dict[str, tuple[str, Edit, str]] = {
     "a template of gigabytes": (
         "chat_template.json",
         into("chat_template", value="{{ 'x' * 9999999999 }}"),
-        "chat_template.json: stopped: the template made a value larger",
+        "chat_template.json: stopped: the template needed more than 256 MB",
     ),
 }
 

@@ -32,9 +32,20 @@ _seen: list[str] = []
 _armed = False
 
 
+# how the process that renders templates is started and ended; the template itself is in there
+_OF_RENDERERS = ("subprocess.Popen", "os.kill", "open", "os.posix_spawn", "os.fork", "ctypes.dlopen")
+
+
+def _renderer_asks() -> bool:
+    frame = sys._getframe(2)
+    while frame is not None and not frame.f_code.co_filename.endswith("/runtime/template.py"):
+        frame = frame.f_back  # type: ignore[assignment]
+    return frame is not None
+
+
 def _watch(event: str, arguments: tuple[Any, ...]) -> None:
     """Code of an artifact would have to do one of these to be of use to whoever wrote it."""
-    if not _armed:
+    if not _armed or (event in _OF_RENDERERS and _renderer_asks()):
         return
     # dlopen(None) is the process itself, asked whether it emulates the device
     if event in _FORBIDDEN and (event, arguments) != ("ctypes.dlopen", (None,)):
@@ -76,7 +87,7 @@ def answers(path: str) -> list[Any]:
         )
         return [*found, list(drawn.token_ids)]
     finally:
-        model.artifact.close()
+        model.close()
 
 
 def outcome(path: str, clean: list[Any]) -> dict[str, str]:

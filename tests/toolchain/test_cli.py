@@ -38,18 +38,18 @@ SETTINGS = {
 ENGINE = {"--backend", "--trusted-key", "--execute-mode"}
 VISION = {"--min-pixels", "--max-pixels", "--video-sampling", "--picture-modes", "--allow-http"}
 GENERATE = {*SETTINGS, *VISION}
-BENCH_OPTIONS = {"--image", "--video", "--size", "--runs", "--backend", "--execute-mode", "--json"}
+BENCH_OPTIONS = {"--image", "--video", "--size", "--runs", "--json", *ENGINE}
 FROZEN = {
     "convert": {"--src", "--out", "--dtype", "--no-sync"},
     "compile": {"ARTIFACT", "--config", "--out", "--weights", "--standard-only", *COMPILE_OPTIONS},
     "build": {"--src", "--out", "--no-verify", "--no-sync", *COMPILE_OPTIONS},
-    "verify": {"ARTIFACT", "--against", "--json"},
-    "inspect": {"ARTIFACT", "--json", "--tokens", "--patches", "--graph", "--dot", "--layer"},
+    "verify": {"ARTIFACT", "--against", "--trusted-key", "--json"},
+    "inspect": {"ARTIFACT", "--json", "--tokens", "--patches", "--graph", "--dot", "--layer", "--trusted-key"},
     "check": {"ARTIFACT", "--cann", "--json"},
     "generate": {"ARTIFACT", "--image", "--video", "--prompt", "--system", "--requests", "--json", *ENGINE, *GENERATE},
     "chat": {"ARTIFACT", "--image", "--video", "--system", *ENGINE, *GENERATE},
-    "warm": {"ARTIFACT"},
-    "selftest": {"ARTIFACT", "--backend", "--make", "--json"},
+    "warm": {"ARTIFACT", "--trusted-key"},
+    "selftest": {"ARTIFACT", "--backend", "--make", "--trusted-key", "--json"},
     "bench": {"ARTIFACT", "--max-new-tokens", "--batch", "--warmup", *BENCH_OPTIONS},
     "bench cold-start": {"ARTIFACT", "--cold", *BENCH_OPTIONS},
     "sign": {"ARTIFACT", "--key"},

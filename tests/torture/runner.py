@@ -212,6 +212,49 @@ def read_only(shop: Workshop) -> Tally:
     return tally
 
 
+def kept_by_its_owner(shop: Workshop) -> Tally:
+    """An artifact whose owner made it read-only: refused before anything is written, and no later build is blocked."""
+    tally = Tally("read-only artifact")
+    for job in (job for job in shop.jobs if job.old is not None):
+        target = shop.place(job.old)
+        folders = [target, *(path for path in target.rglob("*") if path.is_dir())]
+        for folder in folders:
+            folder.chmod(0o555)
+        ending = run(job.work(target))
+        for folder in folders:
+            folder.chmod(0o755)
+        tally.runs += 1
+        found = state(target, job.old, job.new)
+        problem = found if found != "old" else None
+        if ending.code != 2 or "is read-only" not in ending.printed:
+            problem = f"exits with {ending.code}: {ending.printed[-600:]}"
+        problem = problem or check_rerun(job, target)
+        if problem:
+            tally.failures.append(f"{job.name}: {problem}")
+    return tally
+
+
+def planted(shop: Workshop) -> Tally:
+    """Links beside the target that lead to somebody's artifact: refused, and that artifact stays."""
+    tally = Tally("planted links")
+    for job in shop.jobs:
+        for name in (".a.staging", ".a.old", ".a.resume", ".a.lock"):
+            target = shop.place(job.old)
+            victim = shutil.copytree(shop.folder / "old128", target.parent / "victim")
+            (target.parent / name).symlink_to(victim)
+            ending = run(job.work(target))
+            tally.runs += 1
+            problem = None if tree(victim) == tree(shop.folder / "old128") else "the victim was changed"
+            if ending.code != 2 or "is a symbolic link" not in ending.printed:
+                problem = f"exits with {ending.code}: {ending.printed[-600:]}"
+            (target.parent / name).unlink()
+            shutil.rmtree(victim)
+            problem = problem or check_rerun(job, target)
+            if problem:
+                tally.failures.append(f"{job.name}, {name}: {problem}")
+    return tally
+
+
 def two_at_once(shop: Workshop, runs: int, rng: random.Random) -> Tally:
     """The same command twice into the same artifact: one of them may be refused."""
     tally = Tally("two builds at once")
@@ -289,6 +332,8 @@ def torture(runs: int, disk: int, races: int, seed: int) -> list[Tally]:
             ),
             lambda: fill_disk(shop, disk, rng),
             lambda: read_only(shop),
+            lambda: kept_by_its_owner(shop),
+            lambda: planted(shop),
             lambda: two_at_once(shop, races, rng),
             lambda: load_meanwhile(shop, races),
         ]

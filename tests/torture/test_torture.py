@@ -13,5 +13,6 @@ def test_killed_starved_and_racing_commands_lose_nothing() -> None:
         [sys.executable, "-m", "torture.runner", *words], capture_output=True, text=True, env=environment
     )
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
-    # 8 kills of convert, 3 of compile, 1 of build, 4 full disks, 5 read-only targets, 2 races of each kind
-    assert done.stdout.splitlines()[-1] == "25 runs, 0 failures, seed 7"
+    # 8 kills of convert, 3 of compile, 1 of build, 4 full disks, 5 read-only targets, 3 read-only artifacts, 20 links,
+    # 2 races of each kind
+    assert done.stdout.splitlines()[-1] == "48 runs, 0 failures, seed 7"

@@ -100,7 +100,7 @@ def no_selftest(path: Path) -> ArtifactError:
     )
 
 
-def check_artifact(path: Path, backend: str | None) -> SelftestReport:
+def check_artifact(path: Path, backend: str | None, trusted_keys: Sequence[str | Path] | None = None) -> SelftestReport:
     """Load the artifact on an engine, by default the best that is here, and run its self-test.
 
     Raises ArtifactError for an artifact without one, and whatever `load` raises.
@@ -109,7 +109,7 @@ def check_artifact(path: Path, backend: str | None) -> SelftestReport:
         raise no_selftest(path)  # before gigabytes are loaded
     from ...runtime import load
 
-    model = load(path, backend=backend)
+    model = load(path, backend=backend, trusted_keys=trusted_keys)
     try:
         return check_model(model)
     finally:

@@ -14,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 from blake3 import blake3
 
-from ...artifacts.errors import WeightError
+from ...artifacts.errors import TargetError, WeightError
 from .source import SourceTensor, numpy_dtype
 
 # of source; large enough to make the per-chunk cost vanish, small enough to stay in the processor's cache
@@ -92,7 +92,8 @@ class _Checker:
         self._queue: queue.Queue[tuple[Any, SourceTensor | None, bool] | None] = queue.Queue(_QUEUED_CHUNKS)
         self._hash = blake3()
         self._bad: SourceTensor | None = None
-        self._error: Exception | None = None
+        self._error: BaseException | None = None
+        self._ended = False
         self._thread = threading.Thread(target=self._work, name="hash", daemon=True)
 
     def _work(self) -> None:
@@ -106,8 +107,9 @@ class _Checker:
                     self._bad = source
                 if source and is_last:
                     source.forget()
-            except Exception as error:  # raised again by the thread that writes
+            except BaseException as error:  # raised again by the thread that writes; blake3 panics outside Exception
                 self._error = error
+        self._ended = True
 
     def put(self, data: Any, source: SourceTensor | None = None, is_last: bool = False) -> None:
         self._refuse()
@@ -117,6 +119,8 @@ class _Checker:
         """Wait for what was put. Raises WeightError if it was not finite, and whatever stopped the hashing."""
         self._stop()
         self._refuse()
+        if not self._ended:
+            raise TargetError("the thread that hashes the weights ended before its work did; run the command again")
         return self._hash.hexdigest()
 
     def _refuse(self) -> None:

@@ -20,6 +20,7 @@ import tempfile
 from pathlib import Path
 
 from ....artifacts.errors import MissingDependencyError, TargetError
+from ....artifacts.own import check_own, open_own, own_cache, own_folder
 from ....artifacts.process import cache_home
 from .elf import SharedLibrary, read_library
 
@@ -36,6 +37,8 @@ _CANN_SONAME = re.compile(r"lib\w+\.so")
 _SYSTEM_SONAME = re.compile(r"\.so\.\d+$")
 _C_NAME = re.compile(r"[A-Za-z_]\w*")
 _DEFINED_IN_C = re.compile(r"^(?:const char \*|int |size_t )(\w+)\(", re.MULTILINE)
+# What is in the folder runs in this process.
+_OTHERS_MAY_NOT = stat.S_IWGRP | stat.S_IWOTH
 # Operators of Ascend Transformer Boost, a library of its own that is loaded on request only.
 _OPTIONAL_LIBRARY = "libop_plugin_atb.so"
 
@@ -50,12 +53,12 @@ def build_stubs() -> Path:
         raise TargetError(f"compiling for the NPU works on Linux (x86-64, aarch64) only, this is {sys.platform}")
     site = _site_packages()
     folder = stubs_folder()
-    if folder.is_dir():
-        _check_owner(folder)
+    own_cache(folder.parent.name)
+    if own_folder(folder, _OTHERS_MAY_NOT):
+        _check_files(folder)
         return folder
     compiler = find_compiler()
     try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
         work = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
     except OSError as error:
         raise TargetError(
@@ -66,25 +69,19 @@ def build_stubs() -> Path:
         _publish(work, folder)
     finally:
         shutil.rmtree(work, ignore_errors=True)
-    _check_owner(folder)
+    _check_files(folder)
     return folder
 
 
-def _trusted_users() -> set[int]:
-    return {os.geteuid(), 0}
-
-
-def _check_owner(folder: Path) -> None:
-    """What is in there runs in this process: only this user, or root, may have put it there.
-
-    The folder is made by mkdtemp, so that nobody else can write into it.
-    """
-    found = folder.lstat()
-    if not stat.S_ISDIR(found.st_mode) or found.st_uid not in _trusted_users() or found.st_mode & 0o022:
-        raise TargetError(
-            f"{folder}: belongs to user {found.st_uid} with mode {stat.S_IMODE(found.st_mode):o}, so that others could "
-            "have put code there; delete it, or set XDG_CACHE_HOME to a folder of your own"
-        )
+def _check_files(folder: Path) -> None:
+    """What is in there runs in this process: only this user, or root, may have put it there, or could."""
+    folder_fd = open_own(folder, _OTHERS_MAY_NOT)
+    try:
+        for name in os.listdir(folder_fd):
+            found = os.stat(name, dir_fd=folder_fd, follow_symlinks=False)
+            check_own(found, folder / name, stat.S_IFREG)
+    finally:
+        os.close(folder_fd)
 
 
 def stubs_folder() -> Path:
