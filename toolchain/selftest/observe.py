@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -122,7 +122,7 @@ def _decoded(backend: Backend, cache: Any, scripts: Sequence[Script], graph: str
             begun = backend.begin(cache, fed, at, places)
             if step is not None and step.cache_index is not None:
                 # where the graph counts on itself, the runtime takes its count: so does this
-                begun = Step(begun.next_token, None, step.cache_index, step.positions)
+                begun = replace(begun, cache_index=step.cache_index, positions=step.positions)
             step = backend.decode(cache, begun, (at + 1).tolist())
         yield step
 
