@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from helpers.schema_one import unpack
+from helpers.released import unpack
 
 from qwen2vl_tc.artifacts.errors import RequestError, TargetError
 from qwen2vl_tc.runtime import load

@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from helpers.schema_one import unpack
+from helpers.released import unpack
 from rich.table import Table
 from rich.text import Text
 from typer.testing import CliRunner
