@@ -20,7 +20,8 @@ from qwen2vl_tc.artifacts.store import ge_part, open_artifact
 from qwen2vl_tc.runtime.backends.ge.graph import read_graph
 from qwen2vl_tc.toolchain.check.facts import NodeFacts, graph_facts, node_facts
 from qwen2vl_tc.toolchain.check.rules import BLOCKING, rule_set
-from qwen2vl_tc.toolchain.check.sizes import Sizes, input_specs_at
+from qwen2vl_tc.toolchain.check.sizes import pictures, prompt
+from qwen2vl_tc.toolchain.inspect_cost import Lengths, input_specs
 from qwen2vl_tc.toolchain.shapes import TensorSpec, live_nodes, propagate
 from qwen2vl_tc.toolchain.synthetic import published
 
@@ -196,17 +197,17 @@ def test_what_no_row_shows_is_not_covered(found: Attention) -> None:
     assert not covered(found)
 
 
-def sizes_of(graph: str) -> Iterator[Sizes]:
+def sizes_of(graph: str) -> Iterator[tuple[str, Lengths]]:
     """Pictures of 4, 1872 and 65,536 patches, several of one size, and the longest of different sizes; prompts of 2,
     367 and 8192 tokens; every step of decode."""
     if graph == "visual":
         for segments, patches in ((1, 4), (1, 1872), (1, 65536), (2, 936), (35, 1872), (16384, 4)):
-            yield Sizes(f"{segments} x {patches}", segments=segments, patches=patches)
+            yield f"{segments} x {patches}", pictures(segments, patches)
     elif graph == "prefill":
         for tokens in (2, 367, 8192):
-            yield Sizes(f"{tokens}", tokens=tokens, image_tokens=1)
+            yield f"{tokens}", prompt(tokens, 1)
     else:
-        yield Sizes("a step")
+        yield "a step", prompt(2, 1)
 
 
 def attentions(path: Path) -> Iterator[tuple[str, Attention, NodeFacts]]:
@@ -216,12 +217,12 @@ def attentions(path: Path) -> Iterator[tuple[str, Attention, NodeFacts]]:
             binding = binding_from_bytes(artifact.read(graph.binding), graph.name)
             parsed = read_graph(artifact.read(graph.graph), graph.name)
             about = graph_facts(parsed, binding)
-            for sizes in sizes_of(graph.name):
-                specs = propagate(parsed, input_specs_at(binding, sizes, graph.name), graph.name)
+            for title, lengths in sizes_of(graph.name):
+                specs = propagate(parsed, input_specs(binding, lengths), graph.name)
                 for each in live_nodes(parsed):
                     if each.op in ATTENTIONS:
                         facts = node_facts(each, specs, frozenset(), about)
-                        yield f"{graph.name} {sizes.title} {each.name}", described(graph.name, facts), facts
+                        yield f"{graph.name} {title} {each.name}", described(graph.name, facts), facts
 
 
 def described(graph: str, facts: NodeFacts) -> Attention:

@@ -7,16 +7,17 @@ from pathlib import Path
 from ...artifacts.binding import Binding, binding_from_bytes
 from ...artifacts.cann import RELEASES
 from ...artifacts.config import ModelConfig
-from ...artifacts.errors import ArtifactError
+from ...artifacts.errors import ToolchainError
 from ...artifacts.ge_ops import op_kind
 from ...artifacts.soc import soc_family
 from ...artifacts.store import ge_part, open_artifact
 from ...runtime.backends.ge.checks import check_graph as check_structure
 from ...runtime.backends.ge.graph import GeGraph, Node, read_graph
+from ..inspect_cost import input_specs
 from ..shapes import Specs, live_nodes, propagate
 from .facts import GraphFacts, NodeFacts, graph_facts, node_facts
 from .rules import BLOCKING, GRAPH, Rule, Source, rule_set
-from .sizes import extremes, input_specs_at
+from .sizes import extremes
 
 # Whose libraries and host code the rules were read from.
 FAMILIES = ("Ascend910B", "Ascend910_93")
@@ -106,14 +107,14 @@ def check_graph(
         _add(found, _unproven("no rules", f"the rules are of {known}, and not of {soc}", "ask CANN on the device"), [])
     _add_unknown(found, nodes)
     facts = graph_facts(graph, binding)
-    for sizes in extremes(binding.graph, config, max_length):
+    for title, lengths in extremes(binding.graph, config, max_length):
         try:
-            specs = propagate(graph, input_specs_at(binding, sizes, where), where)
-        except ArtifactError as error:
-            _add(found, _unproven("no sizes", str(error), "compile the artifact again"), [], sizes=sizes.title)
+            specs = propagate(graph, input_specs(binding, lengths), where)
+        except ToolchainError as error:
+            _add(found, _unproven("no sizes", str(error), "compile the artifact again"), [], sizes=title)
             continue
         for rule, node in violations(graph, specs, facts):
-            _add(found, rule, [node.name] if node else [], rule.releases, sizes.title)
+            _add(found, rule, [node.name] if node else [], rule.releases, title)
     return GraphCheck(binding.graph, len(nodes), tuple(found.values()))
 
 

@@ -93,8 +93,16 @@ class Attention(nn.Module):
                 **shared,
             )
         else:
+            # sparse_mode 10 is 0 in the exact mode: in fp16 the operator trades precision for speed by default, too
             out = torch.ops.npu.npu_prompt_flash_attention(
-                q, keys, values, atten_mask=step.mask, next_tokens=ALL_TOKENS, input_layout="BSH", **shared
+                q,
+                keys,
+                values,
+                atten_mask=step.mask,
+                next_tokens=ALL_TOKENS,
+                input_layout="BSH",
+                sparse_mode=10,
+                **shared,
             )
         return out
 
