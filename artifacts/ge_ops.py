@@ -4,6 +4,11 @@ from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
 
+# Patches of one run of the visual graph, padding included: what CANN's host code was run to, and the processor's own
+# largest picture.
+MOST_PATCHES = 1 << 16
+# Sequences of one run in the TND layout, as documented.
+MOST_PACKED = 4096
 INPUTS = ("Data", "RefData")
 OUTPUT = "NetOutput"
 CONSTANT = "Const"

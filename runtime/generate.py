@@ -102,9 +102,12 @@ def tokens_to_make(prompt_tokens: int, settings: Settings, max_length: int) -> i
 class Row:
     """One request of a batch while it is answered."""
 
-    def __init__(self, prompt: Prompt, settings: Settings, processor: Processor, max_length: int) -> None:
-        """Raises RequestError (tokens_to_make)."""
+    def __init__(
+        self, prompt: Prompt, settings: Settings, processor: Processor, max_length: int, number: int = 0
+    ) -> None:
+        """number: the request's, as errors say it. Raises RequestError (tokens_to_make)."""
         self.prompt = prompt
+        self.number = number
         self.settings = settings
         # the prompt's first tokens that the row's cache holds
         self.cached_tokens = 0
@@ -126,17 +129,18 @@ class Row:
         """Tokens that may still be made."""
         return 0 if self.finish_reason else self.limit - len(self.made)
 
-    def step(self, row: int) -> str:
+    @property
+    def step(self) -> str:
         """The next token's place, as errors say it."""
-        return f"row {row}, token {len(self.made)}: {'decode' if self.made else 'prefill'}"
+        return f"row {self.number}, token {len(self.made)}: {'decode' if self.made else 'prefill'}"
 
-    def check(self, logits: np.ndarray[Any, np.dtype[np.float32]], row: int) -> None:
-        """Raises ToolchainError when the logits of the next token, [vocabulary], hold no number to go by."""
-        check_logits(logits, self.step(row))
+    def check(self, logits: np.ndarray[Any, np.dtype[np.float32]]) -> None:
+        """Raises ToolchainError when the logits of the next token, [vocabulary], hold NaN or infinity."""
+        check_logits(logits, self.step)
 
-    def choose(self, logits: np.ndarray[Any, np.dtype[np.float32]], row: int) -> int:
+    def choose(self, logits: np.ndarray[Any, np.dtype[np.float32]]) -> int:
         """The next token, from logits [vocabulary]. Raises what `check` raises."""
-        self.check(logits, row)
+        self.check(logits)
         return self._sampler.choose(logits, self._seen, len(self.made))
 
     def take(self, token: int, row: int) -> Token:
@@ -234,9 +238,11 @@ def _largest(backend: Backend, rows: Sequence[Row], step: Step) -> Ints:
     looked = step.checked_token is None and backend.device == "cpu"
     for i, (row, token) in enumerate(zip(rows, tokens, strict=True)):
         if row.left and (looked or token < 0):
-            row.check(backend.logits(step)[i], i)
+            row.check(backend.logits(step)[i])
         if row.left and token < 0:
-            raise ToolchainError(f"{row.step(i)}: its logits hold -inf; verify the artifact")
+            raise ToolchainError(
+                f"{row.step}: the graph finds NaN or infinity in its logits, which has none; run `qwen2vl-tc selftest`"
+            )
     return tokens
 
 
@@ -304,9 +310,7 @@ def _on_host(backend: Backend, cache: Any, rows: Sequence[Row], firsts: list[Ste
     """Tokens are chosen here, from logits that come to the host at every step."""
     logits = [backend.logits(first)[0] for first in firsts]
     while True:
-        chosen = [
-            row.choose(each, i) if row.left else 0 for i, (row, each) in enumerate(zip(rows, logits, strict=True))
-        ]
+        chosen = [row.choose(each) if row.left else 0 for row, each in zip(rows, logits, strict=True)]
         yield _take(rows, chosen)
         if not any(row.left for row in rows):
             return

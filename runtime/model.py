@@ -145,7 +145,7 @@ class Model:
             rows = []
             for i, request in enumerate(requests[start : start + size], start):
                 try:
-                    rows.append(self.row(self.processor.prepare(request, vision=vision), found))
+                    rows.append(self.row(self.processor.prepare(request, vision=vision), found, i))
                 except RequestError as error:
                     raise RequestError(f"requests[{i}]: {error}") from error
             timings.mark("preprocess")
@@ -207,9 +207,10 @@ class Model:
         """A request's settings, completed from the checkpoint's own. Raises RequestError."""
         return settings_for(self.processor.generation, self.manifest.model.text.vocab_size, given)
 
-    def row(self, prompt: Prompt, settings: Settings) -> Row:
-        """A request ready to run. Raises RequestError when it does not fit the KV cache."""
-        return Row(prompt, settings, self.processor, self.max_length)
+    def row(self, prompt: Prompt, settings: Settings, number: int = 0) -> Row:
+        """A request ready to run; `number` is its own among others. Raises RequestError when it does not fit the KV
+        cache."""
+        return Row(prompt, settings, self.processor, self.max_length, number)
 
     def steps(self, rows: Sequence[Row], timings: Timings, cache: Any = None) -> Generator[list[Token], None, None]:
         """Run rows to their ends, in the caller's KV cache or one of the model's own; yields each step's tokens."""

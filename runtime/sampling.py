@@ -51,10 +51,10 @@ def probabilities(scores: Logits) -> NDArray[np.float64]:
 
 
 def check_logits(logits: Logits, graph: str) -> None:
-    """Raises ToolchainError when the logits [vocabulary] that `graph` gave hold no number to go by."""
-    largest = logits.max()  # a NaN is larger than any number
-    if not np.isfinite(largest):
-        raise ToolchainError(f"{graph}: its logits hold {largest}; verify the artifact, or build it as bf16")
+    """Raises ToolchainError when the logits [vocabulary] that `graph` gave hold NaN or infinity."""
+    for extreme in (logits.max(), logits.min()):  # a NaN is both
+        if not np.isfinite(extreme):
+            raise ToolchainError(f"{graph}: its logits hold {extreme}; verify the artifact, or build it as bf16")
 
 
 class Sampler:

@@ -19,39 +19,64 @@ _PADDED_PART = 8
 
 @dataclass(frozen=True)
 class Run:
-    """Segments of one call, by their numbers in the request, each a row of `length` patches; `lengths` are true."""
+    """Segments of one call, by their numbers in the request, each a row of `length` patches; `lengths` are true.
+
+    packed: in the form that takes segments end to end, their lengths; the run is then one row of neighbours.
+    """
 
     segments: tuple[int, ...]
     lengths: tuple[int, ...]
     length: int
+    packed: tuple[int, ...] = ()
 
 
 def plan_runs(segment_ends: Sequence[int], most_patches: int, pads: bool) -> list[Run]:
-    """The runs that together compute all segments.
+    """The runs that together compute all segments; those of one length are never torn apart but by most_patches.
 
     segment_ends: cumulative patch counts. most_patches: of one run, padding included; a longer segment runs alone.
     pads: whether rows may be shorter than the run is long.
     """
     lengths = np.diff(np.asarray(segment_ends, np.int64), prepend=0).tolist()
+    by_length: dict[int, list[int]] = {}
+    for number, length in enumerate(lengths):
+        by_length.setdefault(length, []).append(number)
     runs: list[Run] = []
     group: list[int] = []
 
     def close() -> None:
         members = tuple(sorted(group))
-        runs.append(Run(members, tuple(lengths[i] for i in members), lengths[group[0]]))
+        runs.append(Run(members, tuple(lengths[i] for i in members), max(lengths[i] for i in members)))
         group.clear()
 
-    # longest first: a row that joins is never longer than the run; sorting is stable, so equal ones keep their order
-    for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
+    # longest first: a row that joins is never longer than the run
+    for length, members in sorted(by_length.items(), reverse=True):
         if group:
-            longest, rows = lengths[group[0]], len(group) + 1
-            padding = rows * longest - sum(lengths[j] for j in group) - lengths[i]
-            fits = padding * _PADDED_PART <= rows * longest if pads else padding == 0
-            if not fits or rows * longest > most_patches:
+            area = lengths[group[0]] * (len(group) + len(members))
+            padding = area - sum(lengths[i] for i in group) - length * len(members)
+            if not pads or padding * _PADDED_PART > area or area > most_patches:
                 close()
-        group.append(i)
+        rows = len(members) if group else max(1, most_patches // length)
+        for first in range(0, len(members), rows):
+            if first:
+                close()
+            group += members[first : first + rows]
     if group:
         close()
+    return runs
+
+
+def plan_packed(segment_ends: Sequence[int], most_patches: int, most_segments: int) -> list[Run]:
+    """As plan_runs, of segments end to end: neighbours in order, as many as a call takes."""
+    lengths = np.diff(np.asarray(segment_ends, np.int64), prepend=0).tolist()
+    runs: list[Run] = []
+    first = patches = 0
+    for number, length in enumerate([*lengths, most_patches]):
+        last = number == len(lengths)
+        if number > first and (last or number - first == most_segments or patches + length > most_patches):
+            # to the rest of this module one row that is as long as all of them
+            runs.append(Run((number - 1,), (patches,), patches, tuple(lengths[first:number])))
+            first, patches = number, 0
+        patches += length
     return runs
 
 

@@ -299,7 +299,6 @@ RULES: dict[str, Rule] = {
     "RotaryPositionEmbedding": _rotary_mul,
     "Scatter": _in_place,
     "ScatterNdUpdate": _in_place,
-    "Select": _select,
     "SelectV2": _select,
     "Shape": _shape,
     "SplitV": _split_v,

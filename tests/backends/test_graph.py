@@ -202,7 +202,7 @@ def test_an_operator_with_control_edges_alone_has_no_inputs() -> None:
     nodes = {node.name: node for node in graph.nodes}
     assert (nodes["b"].inputs, nodes["b"].first, nodes["b"].after) == ((), None, ("a", "a"))
     assert graph.output.inputs == (("a", 0),)
-    with pytest.raises(ArtifactError, match=r"Add b cannot run on \(\)"):
+    with pytest.raises(ArtifactError, match="Add b: its first input is not fed"):
         Executor(graph, "g").run([torch.ones(1)])
 
 

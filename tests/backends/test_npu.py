@@ -13,10 +13,11 @@ from helpers.emulated_npu import DeviceWork, emulated_npu, load_on_npu
 from PIL import Image
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from qwen2vl_tc.artifacts.errors import ArtifactError, MissingDependencyError, TargetError
+from qwen2vl_tc.artifacts.errors import ArtifactError, MissingDependencyError, TargetError, ToolchainError
 from qwen2vl_tc.artifacts.store import Artifact
 from qwen2vl_tc.runtime import Model, load, loader
 from qwen2vl_tc.runtime.backends import npu
+from qwen2vl_tc.runtime.backends.ge import operators
 from qwen2vl_tc.runtime.backends.ge.proto import message_class
 from qwen2vl_tc.runtime.generate import Timings, Token, generate_rows
 from qwen2vl_tc.runtime.memory import device_memory
@@ -71,6 +72,36 @@ def test_a_decoded_token_costs_no_kernel_and_one_copy_to_the_host(model: Model) 
     assert not [name for name in many.counts if name.startswith("kernel")]
     assert many.counts["to_host"] - few.counts["to_host"] == 20, "one deferrable read a token"
     assert many.counts["to_device"] == few.counts["to_device"], "nothing is sent to the device per token"
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
+@pytest.mark.parametrize("at_token", [0, 1, 4])
+@pytest.mark.parametrize("rows", [1, 2])
+def test_logits_that_are_no_numbers_are_an_error_at_every_token_and_the_next_request_works(
+    artifact: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, value: float, at_token: int, rows: int
+) -> None:
+    """Noticed by the token that is read anyway, in the row and at the token that they belong to."""
+    product, calls = operators.OPERATORS["MatMul"], [0]
+
+    def spoils_one(node: Any, *inputs: Any) -> Any:
+        (logits,) = product(node, *inputs)
+        if logits.shape[1] == tiny_config()["vocab_size"] and calls[0] >= 0:
+            # one call a row in prefill, one for all rows in decode
+            calls[0] += 1
+            if calls[0] - rows == at_token:
+                logits[min(rows, len(logits)) - 1, 7] = value
+        return (logits,)
+
+    monkeypatch.setitem(operators.OPERATORS, "MatMul", spoils_one)
+    seen: list[Token] = []
+    with emulated_npu(monkeypatch, tmp_path):
+        model = load_on_npu(artifact)
+        with pytest.raises(ToolchainError, match=rf"row {rows - 1}, token {at_token}: .*its logits hold"):
+            model.generate_batch([question(0)] * rows, max_new_tokens=6, ignore_eos=True, on_token=seen.append)
+        calls[0] = -1
+        whole = model.generate(question(0), max_new_tokens=6, ignore_eos=True).token_ids
+    # the rows before it have given out their tokens, the row itself those before the one that is none
+    assert [token.id for token in seen if token.row == rows - 1] == list(whole[:at_token])
 
 
 def test_the_counter_sees_a_kernel_and_a_second_copy(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -293,6 +324,7 @@ def test_a_write_into_a_weight_is_refused_wherever_a_control_edge_stands(model: 
 def test_a_cann_that_lacks_an_operator_of_the_graphs_is_refused_before_device_memory_is_taken(
     model: Model, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    import torch_npu
     from torchair.core import _torchair
 
     def ask(operator: str, inputs: Any, attributes: Any) -> str:
@@ -300,6 +332,7 @@ def test_a_cann_that_lacks_an_operator_of_the_graphs_is_refused_before_device_me
 
     taken: list[Any] = []
     monkeypatch.setattr(npu, "emulated", lambda: False)
+    monkeypatch.setattr(torch_npu.npu.utils, "get_cann_version", lambda: "9.1.0")
     monkeypatch.setattr(_torchair, "check_cann_compat", ask)
     monkeypatch.setattr(npu.NpuBackend, "place", lambda *args: taken.append(args))
     with pytest.raises(TargetError, match="this CANN lacks GeluV2: its registry has no approximate; install a newer"):

@@ -176,7 +176,8 @@ def test_a_prompt_in_parts_is_the_prompt(export: Export, options: tuple[str], mo
 
 def test_a_step_writes_its_own_position_of_the_cache_and_nothing_else(export: Export) -> None:
     _, artifact = export("tied", "--weights", "int8")
-    backend: Any = load(artifact).backend
+    model = load(artifact)
+    backend: Any = model.backend
     cache = backend.allocate(2)
     none = np.zeros(0, np.int64)
     ids, positions = np.arange(5), np.tile(np.arange(5), (3, 1))
@@ -195,7 +196,8 @@ CACHE_MEMORY = """
 import sys
 import numpy as np
 from qwen2vl_tc.runtime import load
-backend = load(sys.argv[1]).backend
+model = load(sys.argv[1])
+backend = model.backend
 def anonymous_bytes():
     lines = open("/proc/self/status").read().splitlines()
     return next(int(line.split()[1]) << 10 for line in lines if line.startswith("RssAnon"))

@@ -180,7 +180,7 @@ BINDINGS: dict[str, tuple[Edit, str]] = {
     "a parameter that there is not": (first("parameter", name="x"), "parameter x: got nothing"),
     "a dtype that there is not": (first("parameter", dtype="fp\u0000"), "unknown dtype"),
     "a list as dtype": (first("parameter", dtype=[]), "expected str"),
-    "no outputs": (without_outputs, "expected next_token, logits, cache_index, positions"),
+    "no outputs": (without_outputs, "the manifest lists others; compile again"),
     "another graph's name": (lambda binding: binding.update(graph="prefill"), "is the binding of prefill"),
     "an option of GE's": (lambda binding: binding["local_options"].update({"ge.x": "/etc"}), "unknown option"),
     "an input too few": (lambda binding: binding["inputs"].pop(), "inputs, its binding names"),

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from qwen2vl_tc.runtime.segments import pieces, plan_runs, rows_of
+from qwen2vl_tc.runtime.segments import pieces, plan_packed, plan_runs, rows_of
 
 SIZES = st.lists(st.integers(1, 40).map(lambda n: 4 * n), min_size=1, max_size=12)
 
@@ -60,6 +60,37 @@ def test_little_padding_joins_sizes_and_much_does_not() -> None:
     assert [run.segments for run in plan_runs([64, 124], 1 << 16, True)] == [(0, 1)]
     assert [run.segments for run in plan_runs([64, 124], 1 << 16, False)] == [(0,), (1,)]
     assert [run.segments for run in plan_runs([64, 80], 1 << 16, True)] == [(0,), (1,)]
+
+
+@given(SIZES, st.booleans(), st.integers(40, 600))
+def test_segments_of_one_length_are_torn_apart_by_nothing_but_the_bound(
+    lengths: list[int], pads: bool, most: int
+) -> None:
+    runs = plan_runs(ends(lengths), most, pads)
+    for length in set(lengths):
+        having = [run for run in runs if length in run.lengths]
+        assert len(having) == 1 or lengths.count(length) * length > most
+
+
+def test_what_pads_little_does_not_tear_a_group_apart() -> None:
+    assert [run.segments for run in plan_runs([24, 48, 80], 1 << 16, True)] == [(2,), (0, 1)]
+
+
+@given(SIZES, st.integers(40, 600), st.integers(1, 5))
+def test_segments_end_to_end_are_computed_once_in_order(lengths: list[int], most: int, segments: int) -> None:
+    runs = plan_packed(ends(lengths), most, segments)
+    assert [length for run in runs for length in run.packed] == lengths
+    patches = np.arange(sum(lengths), dtype=np.int64)[:, None].astype(np.uint8)
+    positions = np.stack([np.arange(sum(lengths))] * 2)
+    begin = 0
+    for run in runs:
+        assert len(run.packed) <= segments and (sum(run.packed) <= most or len(run.packed) == 1)
+        taken, places = rows_of(run, ends(lengths), patches, positions)
+        assert (places[0, 0] == np.arange(begin, begin + sum(run.packed))).all() and len(taken) == 1
+        assert [(p.begin, p.count, p.to) for p in pieces(run, ends(lengths), 2)] == [
+            (0, sum(run.packed) // 4, begin // 4)
+        ]
+        begin += sum(run.packed)
 
 
 def test_pictures_of_one_size_join_over_others_between_them() -> None:

@@ -3,9 +3,9 @@
 from collections.abc import Iterator
 
 from ...artifacts.config import ModelConfig
+from ...artifacts.ge_ops import MOST_PATCHES
 from ..inspect_cost import Lengths
 
-MOST_PATCHES = 1 << 16
 # one token is what decode is for
 FEWEST_TOKENS = 2
 

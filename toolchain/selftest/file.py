@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 
 from ...artifacts.config import ModelConfig
 from ...artifacts.errors import ArtifactError, RequestError
+from ...artifacts.ge_ops import MOST_PATCHES
 from ...artifacts.safetensors import header_bytes, read_header
 from ...runtime.backends.base import Ints
 from ...runtime.positions import rope_positions
@@ -22,7 +23,6 @@ from .known import SUMS, Answer, Known
 from .observe import Call
 
 _DTYPES: dict[str, np.dtype[Any]] = {"U8": np.dtype(np.uint8), "I64": np.dtype(np.int64), "F32": np.dtype(np.float32)}
-_MOST_PATCHES = 1 << 16
 Array = NDArray[Any]
 
 
@@ -63,13 +63,13 @@ def from_bytes(data: bytes, config: ModelConfig, where: str) -> Known:
     answers: dict[Call, Answer] = {}
     visual = []
     for i in range(len(VISUAL_CALLS)):
-        grids = tensors.ints(f"visual.{i}.grids", (1, _MOST_PATCHES), None, 3)
+        grids = tensors.ints(f"visual.{i}.grids", (1, MOST_PATCHES), None, 3)
         count = sum(t * h * w for t, h, w in grids.tolist())
         try:
             as_grids(grids, vision.spatial_merge_size)
         except RequestError as error:
             raise tensors.bad(str(error)) from error
-        if not 0 < count <= _MOST_PATCHES:
+        if not 0 < count <= MOST_PATCHES:
             raise tensors.bad(f"visual.{i}.grids are of {count} patches")
         visual.append(VisualCall(tensors.take(f"visual.{i}.patches", "U8", count, vision.patch_dim), grids))
         rows = count // vision.spatial_merge_size**2

@@ -15,17 +15,16 @@ from torch import Tensor
 
 from ....artifacts.binding import CACHE, CONSTANT, LENGTHS, PARAMETER, Binding, BoundInput, binding_from_bytes
 from ....artifacts.errors import ArtifactError, RequestError, TargetError
+from ....artifacts.ge_ops import MOST_PACKED, MOST_PATCHES
 from ....artifacts.manifest import FileEntry
 from ....artifacts.parameters import FP32, parameters
 from ....artifacts.safetensors import GRAPH_DTYPE_NAMES, read_header
 from ....artifacts.store import Artifact, ge_part
-from ...segments import Piece, pieces, plan_runs, rows_of
+from ...segments import Piece, Run, pieces, plan_packed, plan_runs, rows_of
 from ..base import Backend, Embeds, Ints, Step
 from .checks import check_binding
 from .operators import TORCH_DTYPES
 
-# of one run of the visual graph, padding included: what CANN's host code was run to, and the longest the pictures get
-_VISUAL_PATCHES = 65536
 _SAFETENSORS_DTYPES = {stored: name for name, stored in GRAPH_DTYPE_NAMES.items()}
 
 
@@ -266,33 +265,44 @@ class ModelBackend(Backend):
                 f"a picture is {int(positions.max()) + 1} patches long, the visual graph takes {self._max_side}; "
                 "make it smaller, with max_pixels for instance"
             )
+        longest = int(np.diff(segment_ends, prepend=0).max())
+        if longest > MOST_PATCHES:
+            raise RequestError(
+                f"a picture has {longest:,} patches, the visual graph takes {MOST_PATCHES:,}; make it smaller, "
+                "with max_pixels for instance"
+            )
         merge = self._model.vision.spatial_merge_size
+        if self._part.visual_attention == "segments":
+            runs = plan_runs(segment_ends, MOST_PATCHES, pads=True)
+        else:
+            runs = plan_packed(segment_ends, MOST_PATCHES, MOST_PACKED)
         count = len(patches) // merge**2
-        if self._part.visual_attention != "segments":
-            return Embeds(self._packed(patches, positions, segment_ends), count)
-        runs = plan_runs(segment_ends, _VISUAL_PATCHES, pads=True)
         embeds = None
         for run in runs:
-            taken, places = rows_of(run, segment_ends, patches, positions)
-            arguments = {"patches": self.to_device(taken), "positions": self.to_device(places)}
-            made = self.run("visual", arguments, {"segment_lengths": list(run.lengths)})["embeds"]
+            made = self._run_visual(run, segment_ends, patches, positions)
             found = list(pieces(run, segment_ends, merge))
             if found == [Piece(0, count, 0)]:
-                return Embeds(made, count)
+                # what stands behind belongs to no patch
+                return Embeds(made[:count], count)
             if embeds is None:
                 embeds = torch.empty((count, made.shape[1]), dtype=made.dtype, device=made.device)
             for piece in found:
                 embeds[piece.to : piece.to + piece.count].copy_(made[piece.begin : piece.begin + piece.count])
         return Embeds(embeds, count)
 
-    def _packed(self, patches: NDArray[np.uint8], positions: Ints, segment_ends: list[int]) -> Tensor:
-        """All segments end to end, in one run."""
-        arguments = {"patches": self.to_device(patches), "positions": self.to_device(positions)}
-        lengths = {"segment_ends": segment_ends}
-        if self._part.visual_attention == "masked":
+    def _run_visual(self, run: Run, segment_ends: list[int], patches: NDArray[np.uint8], positions: Ints) -> Tensor:
+        """The embeddings of a run, padding included."""
+        form = self._part.visual_attention
+        taken, places = rows_of(run, segment_ends, patches, positions)
+        if form == "segments":
+            lengths = {"segment_lengths": list(run.lengths)}
+        else:
+            taken, places = taken.reshape(-1, taken.shape[2]), places.reshape(2, -1)
+            lengths = {"segment_ends": np.cumsum(run.packed).tolist()}
+        arguments = {"patches": self.to_device(taken), "positions": self.to_device(places)}
+        if form == "masked":
             # only artifacts of the schemas before 3 have this form
-            lengths = {}
-            segment = np.searchsorted(segment_ends, np.arange(len(patches)), side="right")
+            segment = np.searchsorted(lengths.pop("segment_ends"), np.arange(len(taken)), side="right")
             arguments["segment_mask"] = self.to_device((segment[:, None] != segment[None])[None, None])
         return self.run("visual", arguments, lengths)["embeds"]
 
@@ -338,7 +348,7 @@ class ModelBackend(Backend):
         if begin < 0 or not begin < end <= self.max_length or not 0 <= position < self.max_length:
             raise RequestError(
                 f"cache positions {begin} to {end} and rotary position {position} are needed, the artifact has "
-                f"{self.max_length}; compile with --max-length {max(end, position + 1)}"
+                f"{self.max_length}" + ("" if begin < 0 else f"; compile with --max-length {max(end, position + 1)}")
             )
 
     def begin(self, cache: Cache, tokens: Ints | Step, cache_index: Ints, positions: Ints) -> Step:

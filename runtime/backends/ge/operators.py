@@ -39,7 +39,6 @@ from .pointwise import (
     mul,
     rotary_mul,
     rotary_position_embedding,
-    select,
     select_v2,
     swi_glu,
 )
@@ -133,7 +132,6 @@ OPERATORS: dict[str, Operator] = {
     "RotaryPositionEmbedding": rotary_position_embedding,
     "Scatter": scatter,
     "ScatterNdUpdate": scatter_nd_update,
-    "Select": select,
     "SelectV2": select_v2,
     "Shape": shapes.shape,
     "SplitV": split_v,

@@ -135,11 +135,3 @@ def select_v2(node: Node, condition: Tensor, x1: Tensor, x2: Tensor) -> Outputs:
     if condition.dtype != torch.bool:
         raise refused(node, f"the condition is {dtype_name(condition)}, expected bool")
     return (torch.where(condition, x1, x2),)
-
-
-@kernel
-def select(node: Node, condition: Tensor, x1: Tensor, x2: Tensor) -> Outputs:
-    """Select: as SelectV2, but a vector as the condition would choose whole rows of a matrix: refused here."""
-    if condition.dim() == 1 and max(x1.dim(), x2.dim()) > 1:
-        raise refused(node, f"a condition {list(condition.shape)} for {list(x1.shape)} chooses rows: use SelectV2")
-    return select_v2(node, condition, x1, x2)

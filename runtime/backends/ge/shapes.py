@@ -9,10 +9,11 @@ from .kernel import Outputs, axis, ints, kernel, refused, same_dtype
 
 @kernel
 def shape(node: Node, x: Tensor) -> Outputs:
-    """Shape: the sizes of x, int64 [rank] (its attribute dtype asks for no other here)."""
-    if node.attributes.get("dtype", 9) != 9:
-        raise refused(node, f"attribute dtype={node.attributes['dtype']} is not supported, only int64")
-    return (torch.tensor(x.shape, dtype=torch.int64),)
+    """Shape: the sizes of x [rank], int32 or int64 as its attribute dtype (a ge::DataType) says."""
+    number = node.attributes.get("dtype", 3)
+    if number not in (3, 9):
+        raise refused(node, f"attribute dtype={number} is not supported, only int32 and int64")
+    return (torch.tensor(x.shape, dtype=torch.int32 if number == 3 else torch.int64),)
 
 
 @kernel
@@ -21,7 +22,7 @@ def gather(node: Node, x: Tensor, indices: Tensor) -> Outputs:
     numbers = ints(node, indices)
     if x.dim() != 1 or any(not 0 <= number < len(x) for number in numbers):
         raise refused(node, f"reads {numbers[:8]} of {list(x.shape)}")
-    return (x[indices.long()],)
+    return (x.index_select(0, indices.reshape(-1).long()).reshape(indices.shape),)
 
 
 @kernel
