@@ -173,6 +173,11 @@ class OnnxPart:
         return [*self.reports, *(e for graph in self.graphs for e in (graph.model, graph.data))]
 
 
+# A self-test allows twice the reference's own error. Unrelated outputs are 1.4 apart, so with more than this it would
+# hardly fail; bf16 alone gives 0.005 to 0.01.
+MOST_OWN_RMS = 0.1
+
+
 @dataclass(frozen=True)
 class OwnError:
     """How far the reference backend, in the graphs' dtype, is from the expected outputs, at its worst call.
@@ -306,6 +311,6 @@ def _no_selftest(part: SelftestPart) -> str | None:
         return f"selftest.file has {part.file.bytes} bytes"
     for kind in ("visual", "prefill", "decode"):
         own: OwnError = getattr(part, kind)
-        if not (0 <= own.rms <= 1 and 0 <= own.largest <= 100):
+        if not (0 <= own.rms <= MOST_OWN_RMS and 0 <= own.largest <= 100):
             return f"selftest.{kind} is an error of {own.rms:g} (RMS) and {own.largest:g}, which is no rounding"
     return None

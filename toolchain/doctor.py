@@ -37,16 +37,8 @@ TORCH_NPU_IMPORTS = {
     "scipy": "scipy",
     "tornado": "tornado",
 }
-# The vendor's table of versions: torch-npu, and the newest CANN that it names beside it.
-VENDOR_PAIRS = {
-    "2.6.0": "8.5.0",
-    "2.7.1": "9.1.0",
-    "2.8.0": "9.0.0",
-    "2.9.0": "9.1.0",
-    "2.10.0": "9.1.0",
-    "2.11.0": "9.1.0",
-    "2.12.0": "9.1.0",
-}
+# torch-npu and the CANN beside it: what was read of the vendor's tables (Ascend/pytorch, release notes).
+VENDOR_PAIRS = {"2.9.0": "8.5.0", "2.10.0": "9.0.0 or 9.1.0", "2.12.0": "9.1.0"}
 _NEWEST_PAIR = "torch-npu 2.12.0 with CANN 9.1.0"
 TRACING_MEMORY_BYTES = 2 << 30
 GIB = 1 << 30
@@ -156,7 +148,7 @@ def _pair() -> Finding:
     number = ".".join(map(str, release(version)))
     if number in VENDOR_PAIRS:
         return Finding(piece, "ok", f"by the vendor's table {number} goes with CANN {VENDOR_PAIRS[number]}")
-    detail = f"{number} is not in the vendor's table, which ends at {_NEWEST_PAIR}"
+    detail = f"{number} is no pair read of the vendor's table, which ends at {_NEWEST_PAIR}"
     return Finding(piece, "warning", detail, "nobody vouches for a pair; take the newest CANN that takes the graphs")
 
 

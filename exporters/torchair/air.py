@@ -28,7 +28,7 @@ from ...artifacts.manifest import Tensor
 FILE_CONSTANT = "FileConstant"
 REF_DATA = "RefData"
 # ge::DataType of GE's C++ headers, by which attributes of type Type are numbered
-_TYPE_NUMBERS = {"fp32": 0, "fp16": 1, "bool": 12, "bf16": 27}
+_TYPE_NUMBERS = {"fp32": 0, "fp16": 1, "int64": 9, "bool": 12, "bf16": 27}
 # ge.proto.AttrDef.ListValue.ListValueType: says of which type a list is, also where it is empty
 _LIST_OF_INTS = 2
 _MODEL_VERSION = 1

@@ -67,10 +67,10 @@ def file_constants(artifact: Path, name: str) -> Iterator[Any]:
 
 
 def example(bound: BoundInput, graph: str, rng: np.random.Generator) -> torch.Tensor:
-    """A legal value of a run-time input: 16 patches in two segments, 12 tokens of which 4 are of a picture."""
+    """A legal value of a run-time input: segments of 16 and 12 patches, 12 tokens of which 4 are of a picture."""
     rows = {"decode_b1": 1, "decode_b2": 2}.get(graph, 1)
     fixed = {
-        "segment_ends": [4, 16],
+        "segment_lengths": [16, 12],
         "kv_lengths": [12] if graph == "prefill" else list(range(13, 13 + rows)),
         "image_index": [[1], [2], [3], [4]],
         "last": [11],
@@ -80,6 +80,8 @@ def example(bound: BoundInput, graph: str, rng: np.random.Generator) -> torch.Te
         return torch.tensor(fixed[bound.name])
     tokens = 16 if graph == "visual" else 4 if bound.name == "image_embeds" else 12
     shape = [tokens if size == -1 else size for size in bound.shape]
+    if graph == "visual":
+        shape = [2, 16, bound.shape[2]] if bound.name == "patches" else [2, 2, 16]
     if bound.dtype == "uint8":
         return torch.from_numpy(rng.integers(0, 256, shape, dtype=np.uint8))
     if bound.dtype == "int64":
@@ -134,14 +136,14 @@ def test_inputs_come_first_arguments_before_caches_under_their_own_names(exporte
     assert [op.name for op in ops[:count]] == [tensor.name for tensor in (*air.inputs, *air.caches)]
     assert [tuple(op.output_desc[0].shape.dim) for op in ops[:count]] == [t.shape for t in (*air.inputs, *air.caches)]
     assert not any(op.type in ("Data", "RefData") for op in ops[count:])
-    host = ["segment_ends", "kv_lengths"]
+    host = ["segment_lengths", "kv_lengths"]
     assert list(model.graph[0].attr["_input_placements"].list.i) == [int(op.name not in host) for op in ops[:count]]
 
 
 def test_sizes_of_a_request_stay_dynamic_and_caches_keep_theirs(exported: Path) -> None:
     manifest = read_manifest(exported)
     dynamic = {name: {t.name for t in air_graph(manifest, name).inputs if -1 in t.shape} for name in GRAPHS}
-    assert dynamic["visual"] == {"patches", "positions", "segment_ends"}
+    assert dynamic["visual"] == {"patches", "positions", "segment_lengths"}
     assert dynamic["prefill"] == {"token_ids", "image_embeds", "image_index", "positions"}
     assert dynamic["decode_b2"] == set()
     caches = air_graph(manifest, "decode_b2").caches
@@ -376,7 +378,7 @@ def test_the_atc_command_names_every_argument_of_a_dynamic_model(exported: Path)
     assert visual[:4] == ["atc", "--framework=1", "--model=visual.air", "--soc_version=Ascend910B2"]
     (shapes,) = [word for word in visual if word.startswith("--input_shape=")]
     given = dict(item.split(":") for item in shapes.removeprefix("--input_shape=").split(";"))
-    assert given == {"patches": "-1,1176", "positions": "2,-1", "segment_ends": "-1"}
+    assert given == {"patches": "-1,-1,1176", "positions": "2,-1,-1", "segment_lengths": "-1"}
     assert not any("input_shape" in word for word in shlex.split(commands["graphs/air/decode_b1"]))
     # ATC's default would turn bf16 into fp16
     assert all("--precision_mode=must_keep_origin_dtype" in command for command in commands.values())

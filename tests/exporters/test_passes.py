@@ -95,17 +95,18 @@ def test_the_passes_remove_what_they_are_for(untouched: Path, name: str) -> None
 
 
 def passed(untouched: Path, name: str) -> tuple[Any, Any]:
-    """A backend over the graphs as torchair emitted them, and one of these after all passes."""
+    """A model over the graphs as torchair emitted them, and one of these after all passes."""
     model = load(untouched)
     graph = next(g for g in model.manifest.ge.graphs if g.name == name)  # type: ignore[union-attr]
     proto = message_class("ModelDef").FromString(model.artifact.read(graph.graph))
     run_passes(proto.graph[0], PASSES)
-    return model.backend, proto
+    return model, proto
 
 
 @pytest.mark.parametrize("name", GRAPHS)
 def test_every_descriptor_says_the_dtype_that_its_tensor_has(untouched: Path, name: str) -> None:
-    backend, proto = passed(untouched, name)
+    model, proto = passed(untouched, name)
+    backend: Any = model.backend
     made: dict[str, list[torch.dtype]] = {}
     executor = Executor(read_graph(proto.SerializeToString(), name), name)
     inputs = example_inputs(backend.binding(name), backend, seed=3)

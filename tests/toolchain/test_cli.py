@@ -147,7 +147,7 @@ def test_main_prepares_the_process_before_anything_else(monkeypatch: pytest.Monk
         (["compile", "x", "--mode", "air", "--soc", "Ascend910B4"], "it takes no option but the artifact"),
         (["build", "--src", "tiny", "--out", "y", "--mode", "air"], "build the graphs first"),
         (["compile", "--config", "tiny", "--out", "y", "--operators", "magic"], "expected one of fused, recipe"),
-        (["compile", "--config", "tiny", "--out", "y", "--visual-attention", "x"], "expected one of tnd, masked"),
+        (["compile", "--config", "tiny", "--out", "y", "--visual-attention", "x"], "expected one of segments, tnd"),
         (["compile", "x", "--mode", "jit"], "--mode jit: expected one of dynamo, onnx, air"),
         (["compile", "x", "--batch", "1,x"], "--batch 1,x: expected batch sizes"),
         (["compile", "x", "--dump", "xml"], "--dump xml: expected pbtxt"),
@@ -379,7 +379,7 @@ def test_a_model_that_one_device_cannot_hold_is_compiled_with_a_warning(
     cli_output.print_compiled(read_manifest(built))
     warnings = capsys.readouterr().err.splitlines()
     # what the documentation does not promise of these graphs, and nothing about memory
-    assert [line.split(":")[1].strip() for line in warnings] == ["vision attention", "fp32"]
+    assert [line.split(":")[1].strip() for line in warnings] == ["fp32"]
 
 
 def test_no_passes_all_passes_and_named_passes() -> None:
@@ -409,11 +409,17 @@ def test_offline_models_are_exported_with_the_commands_that_take_them_on(
 
 def test_the_other_forms_are_compiled_on_request_and_recorded(run: Run, tmp_path: Path) -> None:
     write_checkpoint(tmp_path / "tiny", TINY)
-    forms = ("--operators", "recipe", "--visual-attention", "masked", "--max-length", "64")
+    forms = ("--operators", "recipe", "--visual-attention", "tnd", "--max-length", "64")
     result = run("compile", "--config", tmp_path / "tiny", "--out", tmp_path / "other", *forms)
     assert result.exit_code == 0, result.output
     report = json.loads(run("inspect", tmp_path / "other", "--json").stdout)
     kinds = {name: set(graph["ops"]["by_type"]) for name, graph in report["graphs"].items()}
-    assert "PromptFlashAttention" in kinds["visual"] & kinds["prefill"]
-    assert "IncreFlashAttention" in kinds["decode_b1"]
-    assert not any("FusedInferAttentionScore" in found for found in kinds.values())
+    assert "PromptFlashAttention" in kinds["prefill"] and "IncreFlashAttention" in kinds["decode_b1"]
+    assert [name for name, found in kinds.items() if "FusedInferAttentionScore" in found] == ["visual"]
+    assert report["target"]["visual_attention"] == "tnd"
+    visual = report["graphs"]["visual"]["inputs"]
+    assert {each["name"]: each["shape"] for each in visual} == {
+        "patches": [-1, 1176],
+        "positions": [2, -1],
+        "segment_ends": [-1],
+    }

@@ -139,9 +139,13 @@ def test_an_artifact_is_ok_on_a_host_whose_cann_has_its_operators(built: Path, m
 @pytest.mark.parametrize(
     ("version", "status", "detail"),
     [
-        ("2.13.0", "warning", "2.13.0 is not in the vendor's table, which ends at torch-npu 2.12.0 with CANN 9.1.0"),
+        (
+            "2.13.0",
+            "warning",
+            "2.13.0 is no pair read of the vendor's table, which ends at torch-npu 2.12.0 with CANN 9.1.0",
+        ),
         ("2.12.0.post3", "ok", "by the vendor's table 2.12.0 goes with CANN 9.1.0"),
-        ("2.8.0", "ok", "by the vendor's table 2.8.0 goes with CANN 9.0.0"),
+        ("2.9.0", "ok", "by the vendor's table 2.9.0 goes with CANN 8.5.0"),
     ],
 )
 def test_the_vendors_pair_and_the_rules_are_two_statements(

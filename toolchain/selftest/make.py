@@ -6,8 +6,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from ...artifacts.errors import ArtifactError
-from ...artifacts.manifest import Folding, Manifest, OwnError, SelftestPart
+from ...artifacts.errors import ArtifactError, TargetError
+from ...artifacts.manifest import MOST_OWN_RMS, Folding, Manifest, OwnError, SelftestPart
 from ...artifacts.process import prepare_process
 from ...artifacts.staging import Staging, stage
 from ...artifacts.store import Artifact, ge_part, open_artifact
@@ -104,6 +104,12 @@ def _measured(artifact: Artifact, backend: Backend, source: str, known: Known) -
             raise ArtifactError(
                 f"{artifact.path}: {kind}: the reference backend gives numbers that are not finite in {part.dtype}; "
                 "build it with --dtype bf16 or fp32"
+            )
+        if found.rms > MOST_OWN_RMS:
+            raise TargetError(
+                f"{artifact.path}: {kind}: rounding to {part.dtype} alone moves the reference's outputs by "
+                f"{100 * found.rms:.0f} % (RMS), so a self-test would hardly fail, and it has none; build it with "
+                "--dtype fp32"
             )
     return MadeSelftest(source, known, {kind: OwnError(found.rms, found.largest) for kind, found in worst.items()})
 

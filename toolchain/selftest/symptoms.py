@@ -51,7 +51,7 @@ _SYMPTOMS = (
         (VISUAL,),
         None,
         "a rotation that leaves the last columns of each head unturned (16 of 80)",
-        "compile with a version that rotates the tower by RotaryPositionEmbedding",
+        "update CANN; graphs of this version rotate by RotaryPositionEmbedding",
     ),
     Symptom((PREFILL, DECODE), None, "keys and values written one position off, or lengths one too small", _FORM),
 )

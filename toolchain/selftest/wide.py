@@ -7,7 +7,6 @@ them stand the activations of one operator, the cache, and the block, however la
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from ...runtime.backends.ge.bound import Cache
@@ -15,12 +14,10 @@ from ...runtime.backends.ge.checks import check_graph
 from ...runtime.backends.ge.executor import Executor
 from ...runtime.backends.ge.graph import Node, read_graph
 from ...runtime.backends.ge.kernel import Operator, Outputs
-from ...runtime.backends.ge.operators import operator
+from ...runtime.backends.ge.operators import operator, wide_product
 from ...runtime.backends.reference import ReferenceBackend
 
 _HALF = (torch.bfloat16, torch.float16)
-# of a weight, widened at once: 256 MB
-_BLOCK_VALUES = 1 << 26
 
 
 class WideBackend(ReferenceBackend):
@@ -57,6 +54,5 @@ def _products(node: Node, x1: Tensor, x2: Tensor, bias: Tensor | None = None, *r
     """MatMul (see mat_mul), a block of the weight's rows at a time."""
     x = _wide(x1.t() if node.attributes.get("transpose_x1") else x1)
     weight = x2 if node.attributes.get("transpose_x2") else x2.t()
-    parts = weight.split(max(1, _BLOCK_VALUES // weight.shape[1]))
-    out = torch.cat([F.linear(x, _wide(part)) for part in parts], -1)
+    out = wide_product(x, weight)
     return (out if bias is None else out.add_(_wide(bias)),)

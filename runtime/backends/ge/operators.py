@@ -58,6 +58,9 @@ TORCH_DTYPES = {
 _GEMV_ROWS = 8
 
 
+_WIDENED_VALUES = 1 << 26
+
+
 @cache
 def _bf16_units() -> bool:
     """Whether this CPU multiplies bf16 matrices itself, accumulating in fp32 and rounding once, like the NPU."""
@@ -88,7 +91,16 @@ def mat_mul(node: Node, x1: Tensor, x2: Tensor, bias: Tensor | None = None, *res
     # an fp32 bias that came from half precision is the same number there
     if native and (bias is None or narrow is bias or torch.equal(narrow.to(bias.dtype), bias)):  # type: ignore[union-attr]
         return (F.linear(x1, weight, narrow),)
-    return (F.linear(x1.float(), weight.float(), None if bias is None else bias.float()).to(x1.dtype),)
+    out = wide_product(x1.float(), weight)
+    return ((out if bias is None else out.add_(bias.float())).to(x1.dtype),)
+
+
+def wide_product(x: Tensor, weight: Tensor) -> Tensor:
+    """x [m, k] in fp32 times weight [n, k] in any dtype, transposed: a weight is widened a block of rows at a time, so
+    that the largest takes 256 MB beside itself."""
+    parts = weight.split(max(1, _WIDENED_VALUES // max(1, weight.shape[1])))
+    products = [F.linear(x, part.float()) for part in parts]
+    return products[0] if len(products) == 1 else torch.cat(products, -1)
 
 
 @kernel
