@@ -20,10 +20,10 @@ STEPS = 4
 # see of them reaches the token whose logits are read through the layers' keys and values, 3 to 5 times the limit.
 MASK_POSITION = 512
 _LONGEST = 640
-# Names of the calls, in the order of the file. Sizes (rows, columns) in merge windows: one picture; and four, of which the
-# first two are near enough to run as rows of one batch, the second padded, and the others have one size.
+# Names of the calls, in the order of the file. Sizes (rows, columns) in merge windows: one picture; and four, of which
+# the first two are near enough to run as rows of one batch, the second padded, and the others have one size.
 VISUAL_CALLS = ("one picture", "four pictures")
-_SIZES = (((3, 4),), ((3, 5), (2, 7), (2, 3), (2, 3)))
+_SIZES = (((3, 4),), ((3, 3), (2, 4), (1, 3), (1, 3)))
 SCRIPTS = ("long", "short", "middle")
 # Of text alone, what is wrong with pictures is not; and where a few keys are all there are, one that is missing or
 # misplaced moves the answer much: both are "short". "middle" has a picture, and no position beyond the mask's.
