@@ -279,7 +279,7 @@ def _locked(target: Path) -> Iterator[None]:
             target.parent.mkdir(parents=True, exist_ok=True)
             fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, 0o644)
         except OSError as error:
-            if path.is_symlink():
+            if os.path.lexists(path):
                 check_own(path.lstat(), path, stat.S_IFREG)
             raise ArtifactError(f"{target.parent}: cannot write there: {error.strerror}; use another --out") from error
         try:

@@ -67,6 +67,12 @@ def test_a_pipe_as_lock_is_refused_without_waiting(target: Path) -> None:
         build(target)
 
 
+def test_a_folder_as_lock_is_refused_by_its_name(target: Path) -> None:
+    (target.parent / ".a.lock").mkdir()
+    with pytest.raises(TargetError, match=r"\.a\.lock: is no file.*delete it"):
+        build(target)
+
+
 def test_what_belongs_to_another_user_is_refused(target: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (target.parent / ".a.lock").touch()
     monkeypatch.setattr(own, "trusted_users", lambda: {os.geteuid() + 1})
