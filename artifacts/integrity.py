@@ -10,7 +10,7 @@ from types import TracebackType
 
 from blake3 import blake3
 
-from .errors import ArtifactError
+from .errors import ArtifactError, TargetError
 from .manifest import FileEntry
 
 Buffer = bytes | bytearray | memoryview | mmap.mmap
@@ -41,8 +41,10 @@ def _hash_all(pieces: Callable[[], Iterable[Buffer]], threads: int) -> str:
             hasher.update(piece)
     except BaseException as error:
         # what Rust panics with is no Exception; its class has no name to import
-        if type(error).__name__ != "PanicException" or threads == 1:
+        if type(error).__name__ != "PanicException":
             raise
+        if threads == 1:
+            raise TargetError(f"hashing failed, blake3 panicked: {error}; is it installed rightly?") from error
         hash_without_threads()
         return _hash_all(pieces, 1)
     return hasher.hexdigest()

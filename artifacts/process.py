@@ -88,6 +88,17 @@ def emulated() -> bool:
     return hasattr(ctypes.CDLL(None), STUB_MARKER)
 
 
+def current_folder() -> Path:
+    """Where relative paths begin. Raises TargetError where that folder is deleted."""
+    try:
+        return Path.cwd()
+    except FileNotFoundError as error:
+        raise TargetError(
+            "the current folder is deleted; `cd .` goes to the one that took its place, if one did, as when an "
+            "artifact was written into it; otherwise cd to another"
+        ) from error
+
+
 def cache_home() -> Path:
     """Our folder in the user's cache. Raises TargetError when there is no home folder."""
     base = os.environ.get("XDG_CACHE_HOME", "")

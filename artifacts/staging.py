@@ -21,6 +21,7 @@ from .errors import ArtifactError, ConfigError, TargetError, WeightError
 from .integrity import check_relative, hash_bytes, is_same_file, open_inside
 from .manifest import MANIFEST_NAME, FileEntry, Manifest
 from .own import check_deletable, check_own, open_own, own_folder, remove_tree
+from .process import current_folder
 from .schema import dump_json, parse_json
 from .signing import SIGNATURE_NAME, Signer
 from .store import Artifact, is_signed, leftover, open_artifact, read_manifest, real_path
@@ -181,9 +182,7 @@ class Staging:
                 if own_folder(old):
                     remove_tree(old, MANIFEST_NAME)
         except (OSError, TargetError) as error:
-            import logging
-
-            logging.getLogger(__name__).warning("warning: %s is written, but: %s", self.target, error)
+            _warn("%s is written, but: %s", self.target, error)
 
     def _still_signed(self, manifest: Manifest) -> bytes | None:
         """The present artifact's signature, where it is also one of the new manifest."""
@@ -225,16 +224,24 @@ class Staging:
         remove_tree(self.path, MANIFEST_NAME)
 
 
+def _warn(message: str, *values: object) -> None:
+    import logging
+
+    logging.getLogger(__name__).warning(f"warning: {message}", *values)
+
+
 @contextmanager
 def _still_here(target: Path) -> Iterator[None]:
-    """Whoever stands in the folder that is replaced stands in the new one afterwards, not in a deleted one."""
+    """A process that stands in the folder that is replaced stands in the new one afterwards, not in a deleted one; its
+    shell is told to follow."""
     try:
-        here = Path(os.getcwd())
-    except FileNotFoundError:
+        here = current_folder()
+    except TargetError:
         here = None
     yield
     if here is not None and target in (here, *here.parents):
         os.chdir(here if here.is_dir() else target)
+        _warn("%s: the current folder was replaced; in a shell, `cd .` before the next command", here)
 
 
 def _state(target: Path) -> tuple[int, int, bytes] | None:
@@ -279,7 +286,7 @@ def _locked(target: Path) -> Iterator[None]:
             target.parent.mkdir(parents=True, exist_ok=True)
             fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, 0o644)
         except OSError as error:
-            if path.is_symlink():
+            if os.path.lexists(path):
                 check_own(path.lstat(), path, stat.S_IFREG)
             raise ArtifactError(f"{target.parent}: cannot write there: {error.strerror}; use another --out") from error
         try:

@@ -9,6 +9,7 @@ from types import TracebackType
 from .errors import ArtifactError
 from .integrity import OpenedFile, hash_bytes, open_inside
 from .manifest import MANIFEST_NAME, FileEntry, GePart, Manifest, OnnxPart, manifest_from_bytes
+from .process import current_folder
 from .signing import MAX_SIGNATURE_BYTES, SIGNATURE_NAME, Signed, check_signature, describe_signature, public_keys
 
 # 72B with ten batch sizes has 0.5 MB; JSON grows twentyfold when it is parsed
@@ -17,8 +18,11 @@ _REPLACED_TRIES = 5
 
 
 def real_path(path: "Path | str") -> Path:
-    """Absolute, with links resolved: what stands beside the artifact must be on its file system."""
-    return Path(os.path.realpath(path))
+    """Absolute, with links resolved: what stands beside the artifact must be on its file system.
+
+    Raises TargetError for a relative path where the current folder is deleted.
+    """
+    return Path(os.path.realpath(path if os.path.isabs(path) else current_folder() / path))
 
 
 def leftover(path: Path) -> Path:

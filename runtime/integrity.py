@@ -4,7 +4,7 @@ import os
 import threading
 from collections.abc import Sequence
 
-from ..artifacts.errors import ArtifactError
+from ..artifacts.errors import ArtifactError, TargetError, ToolchainError
 from ..artifacts.integrity import hash_without_threads
 from ..artifacts.manifest import FileEntry
 from ..artifacts.store import Artifact
@@ -23,7 +23,7 @@ class WeightCheck:
             artifact.map(entry, check=False)
         # set at the very end: a thread that did not start, was lost in a fork or raised anything leaves it unset
         self._passed = False
-        self._error: Exception | None = None
+        self._error: BaseException | None = None
         self._again = threading.Lock()
         self._owner = os.getpid()
         self._thread = threading.Thread(target=self._run, name="weight-check", daemon=True)
@@ -37,8 +37,8 @@ class WeightCheck:
         try:
             self._hash()
         except BaseException as error:
-            # `wait` raises the first kind again; after any other (blake3 panics where it gets no threads) it hashes
-            self._error = error if isinstance(error, ArtifactError) else None
+            # `wait` raises an ArtifactError again; after any other (there may be no threads for blake3) it hashes
+            self._error = error
 
     def _hash(self) -> None:
         for entry in self._files:
@@ -48,7 +48,8 @@ class WeightCheck:
     def wait(self) -> None:
         """Block until all weights are hashed: here, if the thread did not get to the end of it.
 
-        Raises ArtifactError if a file is not what the manifest says, and whatever keeps the hashing from its end.
+        Raises ArtifactError if a file is not what the manifest says, and TargetError, OSError or MemoryError for what
+        keeps the hashing from its end.
         """
         if self._passed:
             return
@@ -58,8 +59,20 @@ class WeightCheck:
         elif self._thread.ident is not None:
             self._thread.join()
         with self._again:
-            if self._error is not None:
+            if isinstance(self._error, ArtifactError):
                 raise self._error
             if not self._passed:
-                hash_without_threads()
-                self._hash()
+                self._hash_here()
+
+    def _hash_here(self) -> None:
+        hash_without_threads()
+        try:
+            self._hash()
+        except (ToolchainError, OSError, MemoryError):
+            raise
+        except BaseException as error:
+            # the waiting thread's own: Ctrl-C, or an exit that a signal's handler asks for. What ended the hashing
+            # before is neither, and must not end the process as if all were well.
+            if isinstance(error, KeyboardInterrupt | SystemExit) and type(error) is not type(self._error):
+                raise
+            raise TargetError(f"the weights cannot be hashed: {type(error).__name__}: {error}") from error

@@ -13,8 +13,8 @@ import subprocess
 import sys
 import threading
 import weakref
-from collections.abc import Mapping
-from contextlib import suppress
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,10 @@ import numpy as np
 from ..artifacts.errors import ArtifactError, RequestError, TargetError
 
 _PROGRAM = Path(__file__).with_name("template_process.py")
+# The process keeps its time limit itself. Only one that cannot (it is stopped, or its imports hang) is waited for as
+# long as this beyond it.
+_GRACE_SECONDS = 15.0
+_WHOSE = "is {} (sys.executable) a Python, and jinja2 installed?"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,7 +49,7 @@ class Renderer:
         self.limits = limits or Limits()
         self._reset()
         # where none can be started, the first request says so: a prompt that is text needs no template
-        with suppress(OSError):
+        with suppress(OSError, TargetError):
             self._start()
 
     def _reset(self) -> None:
@@ -53,8 +57,14 @@ class Renderer:
         self._lock = threading.Lock()
         self._owner = os.getpid()
         self._stop: Any = None
+        self._is_late = False
 
     def _start(self) -> None:
+        if not sys.executable:
+            raise TargetError(
+                "cannot start the process that renders chat templates: sys.executable is empty, as in a program that "
+                "embeds Python; set it to the path of the Python that has jinja2"
+            )
         # absolute folders only, behind the standard library's
         folders = [folder for folder in sys.path if os.path.isabs(folder)]
         words = [sys.executable, "-I", "-S", str(_PROGRAM), json.dumps(dataclasses.asdict(self.limits)), *folders]
@@ -78,9 +88,10 @@ class Renderer:
             try:
                 if self._stop is None:
                     self._start()
-                self._process.stdin.write(request)
-                self._process.stdin.flush()
-                reply = self._process.stdout.readline()
+                with self._deadline():
+                    self._process.stdin.write(request)
+                    self._process.stdin.flush()
+                    reply = self._process.stdout.readline()
             except BrokenPipeError:
                 reply = b""
             except OSError as error:
@@ -89,17 +100,47 @@ class Renderer:
                 # what it answers would be taken for the answer to the next request
                 self.close()
                 raise
-            return json.loads(reply) if reply else self._ended()
+            try:
+                return json.loads(reply) if reply else self._ended()
+            except ValueError as error:
+                self.close()
+                raise TargetError(
+                    f"the process that renders chat templates answers {reply[:80]!r}; {_WHOSE.format(sys.executable)}"
+                ) from error
+
+    @contextmanager
+    def _deadline(self) -> Iterator[None]:
+        """Within this, a process that neither reads nor answers is killed in the end."""
+        self._is_late = False
+
+        def stop(process: Any = self._process) -> None:
+            self._is_late = True
+            process.kill()
+
+        timer = threading.Timer(self.limits.seconds + _GRACE_SECONDS, stop)
+        timer.daemon = True
+        try:
+            timer.start()
+        except RuntimeError as error:
+            raise TargetError(f"cannot wait for the process that renders chat templates: {error}") from error
+        try:
+            yield
+        finally:
+            timer.cancel()
 
     def _ended(self) -> dict[str, str]:
         code = self._process.wait()
         self.close()
         if code >= 0:
-            raise TargetError(f"the process that renders chat templates failed ({code}); is jinja2 installed?")
-        slow = code == -signal.SIGALRM
-        message = (
-            f"ran longer than {self.limits.seconds} s" if slow else f"ended its process by {signal.Signals(-code)!r}"
-        )
+            raise TargetError(
+                f"the process that renders chat templates failed ({code}); {_WHOSE.format(sys.executable)}"
+            )
+        if self._is_late:
+            message = f"gave no answer within {self.limits.seconds + _GRACE_SECONDS} s"
+        elif code == -signal.SIGALRM:
+            message = f"ran longer than {self.limits.seconds} s"
+        else:
+            message = f"ended its process by {signal.Signals(-code)!r}"
         return {"kind": "stopped", "message": message}
 
     def close(self) -> None:

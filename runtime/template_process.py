@@ -129,6 +129,9 @@ def _answer(compiled: Any, line: bytes, memory: int, size: int) -> dict[str, Any
 def main() -> None:
     """Serve requests until the other end is closed. Arguments: a JSON object of Limits, and the folders to import
     from."""
+    # the time limit is this signal: whoever starts this process may ignore it or hold it back, and both are inherited
+    signal.signal(signal.SIGALRM, signal.SIG_DFL)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGALRM})
     limits = json.loads(sys.argv[1])
     sys.path += sys.argv[2:]
     compiled = lru_cache(4)(_environment().from_string)

@@ -13,7 +13,7 @@ from typing import Annotated, Any
 import typer
 
 from ..artifacts.errors import ConfigError, TargetError
-from ..artifacts.process import prepare_process
+from ..artifacts.process import current_folder, prepare_process
 from ..artifacts.soc import DEFAULT_SOC
 from . import cli_bench, cli_check, cli_generate, cli_selftest
 from .cli_errors import FAILED, REFUSED, Commands
@@ -61,6 +61,7 @@ def main() -> None:
     """The console script."""
     try:
         prepare_streams()
+        current_folder()
     except TargetError as error:
         fail(str(error))
         sys.exit(REFUSED)

@@ -67,6 +67,12 @@ def test_a_pipe_as_lock_is_refused_without_waiting(target: Path) -> None:
         build(target)
 
 
+def test_a_folder_as_lock_is_refused_by_its_name(target: Path) -> None:
+    (target.parent / ".a.lock").mkdir()
+    with pytest.raises(TargetError, match=r"\.a\.lock: is no file.*delete it"):
+        build(target)
+
+
 def test_what_belongs_to_another_user_is_refused(target: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (target.parent / ".a.lock").touch()
     monkeypatch.setattr(own, "trusted_users", lambda: {os.geteuid() + 1})
@@ -170,7 +176,7 @@ def test_what_a_build_left_is_removed_even_if_it_is_read_only(target: Path) -> N
 
 @pytest.mark.parametrize("there", [True, False])
 def test_who_builds_into_the_current_folder_stands_in_the_new_artifact(
-    there: bool, target: Path, monkeypatch: pytest.MonkeyPatch
+    there: bool, target: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     target.mkdir()
     if there:
@@ -182,3 +188,20 @@ def test_who_builds_into_the_current_folder_stands_in_the_new_artifact(
     monkeypatch.chdir(target / "processor")
     build(Path(".."), "newer")
     assert read_manifest("..").name == "newer"
+    assert [record.getMessage() for record in caplog.records] == [
+        f"warning: {here}: the current folder was replaced; in a shell, `cd .` before the next command"
+        for here in (target, target / "processor")
+    ]
+
+
+def test_in_a_folder_that_is_deleted_a_relative_path_is_refused(
+    target: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    here = tmp_path / "here"
+    here.mkdir()
+    monkeypatch.chdir(here)
+    here.rmdir()
+    with pytest.raises(TargetError, match="the current folder is deleted"):
+        build(Path("."))
+    build(target)
+    assert read_manifest(target).name == "made"

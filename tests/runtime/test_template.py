@@ -16,6 +16,7 @@ from PIL import Image
 from transformers.utils.chat_template_utils import render_jinja_template
 
 from qwen2vl_tc.artifacts.errors import ArtifactError, RequestError, TargetError
+from qwen2vl_tc.runtime import template
 from qwen2vl_tc.runtime.template import ChatTemplate, Limits, Renderer
 from qwen2vl_tc.toolchain.synthetic_tokenizer import CHAT_TEMPLATE as QWEN2_VL
 
@@ -332,6 +333,58 @@ os.kill(os.getpid(), 9)
     end = time.monotonic() + 30
     while Path(f"/proc/{pid}").exists() and Path(f"/proc/{pid}/stat").read_text().split()[2] != "Z":
         assert time.monotonic() < end, "the process outlived its owner"
+
+
+ENDLESS = "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}"
+
+
+@pytest.mark.parametrize(
+    "held_back",
+    [
+        "signal.signal(signal.SIGALRM, signal.SIG_IGN)",
+        "signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGALRM})",
+    ],
+)
+def test_the_time_limit_holds_whatever_the_owner_does_with_its_signal(held_back):
+    code = f"""
+import signal
+{held_back}
+from qwen2vl_tc.runtime import template
+template.ChatTemplate({ENDLESS!r}, limits=template.Limits(seconds=0.2)).render([])
+"""
+    owner = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert "stopped: the template ran longer than 0.2 s" in owner.stderr
+
+
+@pytest.mark.parametrize("size", [1, 900_000], ids=["does not answer", "does not read"])
+def test_a_process_that_hangs_is_ended_by_its_owner(size, monkeypatch):
+    asked = ChatTemplate("{{ messages[0].content }}", limits=Limits(seconds=0.1))
+    assert asked.render(HI) == "hi"
+    monkeypatch.setattr(template, "_GRACE_SECONDS", 0.1)
+    os.kill(asked._renderer._process.pid, signal.SIGSTOP)
+    with pytest.raises(ArtifactError, match=r"gave no answer within 0\.2 s"):
+        asked.render([{"role": "user", "content": "x" * size}])
+    monkeypatch.undo()
+    assert asked.render(HI) == "hi"
+
+
+@pytest.mark.parametrize(
+    ("executable", "said"),
+    [
+        (None, "sys.executable is empty, as in a program that embeds Python"),
+        ("", "sys.executable is empty"),
+        ("/bin/false", r"failed \(1\); is /bin/false \(sys.executable\) a Python"),
+        ("./server", r"answers b'hello.*is ./server \(sys.executable\) a Python"),
+    ],
+)
+def test_where_the_program_is_no_python_templates_fail_by_name(executable, said, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("server").write_text("#!/bin/sh\nread request\necho hello\n")
+    Path("server").chmod(0o755)
+    monkeypatch.setattr(sys, "executable", executable)
+    renderer = Renderer()
+    with pytest.raises(TargetError, match=said):
+        ChatTemplate("{{ messages }}", renderer=renderer)
 
 
 def test_without_a_process_to_render_in_only_templates_fail(monkeypatch):

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from qwen2vl_tc.artifacts import integrity
-from qwen2vl_tc.artifacts.errors import ArtifactError
+from qwen2vl_tc.artifacts.errors import ArtifactError, TargetError
 from qwen2vl_tc.runtime.integrity import WeightCheck
 
 
@@ -106,3 +106,33 @@ def test_hashing_that_panics_with_threads_goes_on_without(monkeypatch: pytest.Mo
     monkeypatch.setattr(integrity, "blake3", blake3)
     assert integrity.hash_bytes(data) == expected
     assert integrity._most_threads == 1
+
+
+@pytest.mark.parametrize("stops", [PanicException("poisoned"), SystemExit(0), KeyboardInterrupt()], ids=repr)
+def test_hashing_that_is_stopped_again_is_an_error_of_ours_and_no_exit(stops: BaseException) -> None:
+    def check(entry: str) -> None:
+        raise stops
+
+    weights = check_of(check)
+    for _ in range(2):
+        with pytest.raises(TargetError, match=f"cannot be hashed: {type(stops).__name__}") as caught:
+            weights.wait()
+        assert caught.value.__cause__ is stops
+
+
+@pytest.mark.parametrize("stops", [KeyboardInterrupt(), SystemExit(143)], ids=repr)
+def test_who_interrupts_the_waiting_thread_is_not_held_back(stops: BaseException) -> None:
+    def interrupted(entry: str) -> None:
+        raise stops
+
+    with pytest.raises(type(stops)):
+        check_of(in_the_thread(PanicException("no threads"), interrupted)).wait()
+
+
+def test_hashing_that_panics_without_threads_too_is_an_error_of_ours(monkeypatch: pytest.MonkeyPatch) -> None:
+    def blake3(max_threads: int) -> Any:
+        raise PanicException("no pool")
+
+    monkeypatch.setattr(integrity, "blake3", blake3)
+    with pytest.raises(TargetError, match="blake3 panicked: no pool"):
+        integrity.hash_bytes(bytes(3 << 20))
