@@ -53,8 +53,9 @@ PictureModes = Annotated[
     str,
     typer.Option(
         "--picture-modes",
-        metavar="viewer|transformers",
-        help="Transparent, 16-bit and float pictures: as a viewer shows them, or with transformers' bits.",
+        metavar="RULE",
+        help="viewer or transformers. Transparent, 16-bit and float pictures: as a viewer shows them, or with "
+        "transformers' bits.",
     ),
 ]
 AllowHttp = Annotated[
