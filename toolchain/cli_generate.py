@@ -113,7 +113,8 @@ def generate(
         typer.Option(
             "--requests",
             metavar="FILE",
-            help='JSON lines, each [messages] or {"messages": [...]}: answered together, as batches.',
+            # a bracket before a letter would be markup
+            help='JSON lines, each \\[messages] or {"messages": [...]}: answered together, as batches.',
         ),
     ] = None,
     max_new_tokens: MaxNewTokens = None,
