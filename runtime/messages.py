@@ -150,7 +150,7 @@ def _vision_item(kind: str, part: Mapping[str, Any], where: str) -> VisionItem:
 
 def _shape_of(part: Any) -> str:
     if not isinstance(part, Mapping):
-        # a URL or data: URI is named as errors name it everywhere
-        return f"{type(part).__name__} {(describe(part, 'text') if isinstance(part, str) else str(part))[:40]!r}"
+        # a URL or data: URI is named as errors name it everywhere; what is in a list may be one, too
+        return f"str {describe(part, 'text')[:40]!r}" if isinstance(part, str) else type(part).__name__
     kind = f"type {part['type']!r}" if "type" in part else "no type"
     return f"{kind} with the keys {', '.join(map(str, part)) or '(none)'}"

@@ -13,10 +13,13 @@ from ..artifacts.errors import RequestError
 _NAME_CHARACTERS = 200
 _SPACE = re.compile("[ \\t\\r\\n\\f\\v]+")
 _NO_BASE64 = re.compile("[^A-Za-z0-9+/_-]")
+# anything that may be meant as a URL, a slash too few or too many included; an @ after file:/// is part of a path
 _URL = re.compile(
-    r"(?P<scheme>https?://)([^/?#\\]*@)?(?P<place>(\[[^]/?#@]*\]|[^]\[:/?#@\\]*)(:[0-9]*)?(/[^?#]*)?)(?P<query>[?#].*)?$",
+    r"(?P<scheme>file://(?=/)|([a-z][a-z0-9+.-]*:/*|//+)(?!/))([^/?#\\]*@)?"
+    r"(?P<place>(\[[^]/?#@]*\]|[^]\[:/?#@\\]*)(:[0-9]*)?(/[^?#]*)?)(?P<query>[?#].*)?$",
     re.IGNORECASE | re.DOTALL,
 )
+_SCHEME = re.compile("([a-z][a-z0-9+.-]*)://", re.IGNORECASE)
 _STANDARD = str.maketrans("-_", "+/")
 
 
@@ -33,16 +36,16 @@ LOCAL_ONLY = HttpLimits()
 
 
 def describe(source: object, kind: str) -> str:
-    """How an error names a source: its location, or what kind of thing was given. Of a URL, nothing that may be secret:
-    no user, no password, no query.
+    """How an error names a source: its location, or what kind of thing was given. Of a URL, and of what may be meant as
+    one, nothing that may be secret: no user, no password, no query.
     """
     if isinstance(source, str | os.PathLike):
         scheme = scheme_of(source)
         if scheme == "data":
             return "data: URI"
         location = str(os.fspath(source)) or f"{kind} path ''"
-        if scheme == "http":
-            location = _without_secrets(location)
+        if scheme or _may_be_url(location):
+            location = _without_secrets(location.strip(), scheme)
         return location if len(location) <= _NAME_CHARACTERS else location[:_NAME_CHARACTERS] + "..."
     if isinstance(source, bytes):
         return f"{kind} of {len(source)} bytes"
@@ -51,11 +54,21 @@ def describe(source: object, kind: str) -> str:
     return type(source).__name__
 
 
-def _without_secrets(url: str) -> str:
+def _may_be_url(location: str) -> bool:
+    """Whether a location that no scheme of ours begins may hold a secret all the same: a mistyped URL, one with a
+    scheme that is not read here, `user:password@host`. What is there is a file, whatever it is called.
+    """
+    start = location.strip()
+    before, at, _ = start.rpartition("@")
+    suspicious = (at and ":" in before) or start.startswith("//") or _URL.match(start) is not None
+    return bool(suspicious) and not os.path.exists(location)
+
+
+def _without_secrets(url: str, scheme: str) -> str:
     found = _URL.match(url)
     if found is None:
         # a password that holds a slash, say: there is no telling what is the host
-        return "http(s) URL that is not well-formed"
+        return "http(s) URL that is not well-formed" if scheme == "http" else "URL that is not well-formed"
     return found["scheme"] + found["place"] + ("?..." if found["query"] else "")
 
 
@@ -63,7 +76,7 @@ def readable(name: str, source: str | bytes | os.PathLike[str], http: HttpLimits
     """A path to a regular file, or the bytes themselves. Raises RequestError that starts with `name`."""
     if isinstance(source, bytes):
         return io.BytesIO(source)
-    location, scheme = os.fspath(source), scheme_of(source)
+    location, scheme = _location(source)
     if scheme == "http":
         _check_allowed(name, http)
         # here: few requests fetch, and http and TLS take 25 ms to import
@@ -78,23 +91,30 @@ def readable(name: str, source: str | bytes | os.PathLike[str], http: HttpLimits
 def check_there(name: str, source: object, http: HttpLimits) -> None:
     """Raises what readable raises of a file that is missing or a URL that is not allowed; reads and fetches nothing."""
     if isinstance(source, str | os.PathLike):
-        scheme = scheme_of(source)
+        location, scheme = _location(source)
         if scheme == "http":
             _check_allowed(name, http)
         elif scheme != "data":
-            _file(name, os.fspath(source), scheme)
+            _file(name, location, scheme)
 
 
 def scheme_of(source: str | os.PathLike[str]) -> str:
-    """ "http", "data", "file" or "": a path, colons included. A path object is always a path."""
+    """ "http", "data", "file" or "": a path, colons included. A path object is always a path. White space around a URL
+    is no part of it.
+    """
     if not isinstance(source, str):
         return ""
     scheme, _, rest = source.partition(":")
-    scheme = scheme.lower()
+    scheme = scheme.strip().lower()
     if scheme in ("http", "https") and rest.startswith("//"):
         return "http"
     is_url = (scheme == "data" and "," in rest) or (scheme == "file" and rest.startswith("/"))
     return scheme if is_url else ""
+
+
+def _location(source: str | os.PathLike[str]) -> tuple[str, str]:
+    location, scheme = os.fspath(source), scheme_of(source)
+    return location.strip() if scheme else location, scheme
 
 
 def _check_allowed(name: str, http: HttpLimits) -> None:
@@ -129,13 +149,20 @@ def _file(name: str, location: str, scheme: str) -> str:
         try:
             url = urlsplit(location)
         except ValueError as error:
-            raise RequestError(f"{name}: not a file:// URL: {error}") from error
+            # its text may repeat what is secret
+            raise RequestError(f"{name}: not a file:// URL; write file:///absolute/path") from error
         if url.netloc not in ("", "localhost"):
-            raise RequestError(f"{name}: names the host {url.netloc!r}; write file:///absolute/path")
+            host = url.netloc.rpartition("@")[2]
+            raise RequestError(f"{name}: names the host {host!r}; write file:///absolute/path")
         location = unquote(url.path)
     try:
         mode = os.stat(location).st_mode
     except (OSError, ValueError) as error:
+        if other := _SCHEME.match(location.strip()):
+            raise RequestError(
+                f"{name}: cannot be opened: the scheme {other[1]!r} is not supported; give a path, or a URL that "
+                "begins with http://, https://, file:// or data:"
+            ) from error
         raise RequestError(f"{name}: cannot be opened: {getattr(error, 'strerror', None) or error}") from error
     # a pipe would block and a folder fails with a riddle
     if not stat.S_ISREG(mode):

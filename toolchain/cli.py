@@ -355,13 +355,17 @@ def inspect(
         int | None, typer.Option("--layer", metavar="N", help="With --dot: the layer, from 0. Default: the second.")
     ] = None,
 ) -> None:
-    """Show what is in an artifact: graphs, operators, costs at given lengths, bytes, versions, target."""
+    """Show what is in an artifact: graphs, operators, costs at given lengths, bytes, versions, target.
+
+    With --trusted-key, the exit code is 1 after the report unless one of the keys signed the artifact.
+    """
     from .console import result, result_json, stdout
     from .inspect import draw_artifact, inspect_artifact, render
     from .locate import find_artifact
 
-    if (graph is None) != (dot is None) or (layer is not None and dot is None) or (dot is not None and as_json):
-        raise TargetError("a drawing takes --graph and --dot together, perhaps --layer, and no --json")
+    no_drawing = as_json or bool(trusted_key)
+    if (graph is None) != (dot is None) or (layer is not None and dot is None) or (dot is not None and no_drawing):
+        raise TargetError("a drawing takes --graph and --dot together, perhaps --layer, no --json and no --trusted-key")
     target = artifact or find_artifact(Path())
     if graph is not None and dot is not None:
         drawing = draw_artifact(target, graph, layer, tokens, patches)
@@ -373,6 +377,9 @@ def inspect(
         result_json(dataclasses.asdict(inspection))
     else:
         render(inspection, stdout())
+    if trusted_key and not (inspection.signed and inspection.signed.trusted):
+        fail(f"{target}: not signed by a trusted key, see the signature in the report")
+        raise typer.Exit(FAILED)
 
 
 app.command(epilog=cli_check.EXAMPLES)(cli_check.check)

@@ -13,7 +13,7 @@ from typer.core import TyperGroup
 
 from ..artifacts.cann import CannWarning
 from ..artifacts.errors import ToolchainError
-from .console import fail, note, warn
+from .console import clean, fail, note, warn
 from .streams import STDOUT, abandon_stdout
 
 FAILED = 1  # the work was done and its answer is no: verification failed
@@ -33,6 +33,10 @@ class Commands(TyperGroup):
         two_words = " ".join(args[:2])
         return super().resolve_command(ctx, [two_words, *args[2:]] if two_words in self.commands else args)
 
+    def make_context(self, *args: Any, **options: Any) -> Any:
+        with _usage_errors_clean():
+            return super().make_context(*args, **options)
+
     def main(self, *args: Any, **options: Any) -> Any:
         # --help and --version print while the line is parsed, before any command is invoked
         try:
@@ -50,7 +54,7 @@ class Commands(TyperGroup):
             raise SystemExit(_code(error, debug=False)) from error
 
     def invoke(self, ctx: Any) -> Any:
-        with _own_warnings_in_one_line():
+        with _own_warnings_in_one_line(), _usage_errors_clean():
             return self._invoke(ctx)
 
     def _invoke(self, ctx: Any) -> Any:
@@ -85,6 +89,18 @@ def _own_warnings_in_one_line() -> Iterator[None]:
         yield
     finally:
         warnings.showwarning = original
+
+
+@contextmanager
+def _usage_errors_clean() -> Iterator[None]:
+    """typer prints its usage errors itself, and they repeat what was typed: it is cleaned before."""
+    try:
+        yield
+    except Exception as error:
+        message = getattr(error, "message", None)
+        if _is_own(error) and isinstance(message, str):
+            error.message = clean(message)  # type: ignore[attr-defined]
+        raise
 
 
 def _is_own(error: Exception) -> bool:

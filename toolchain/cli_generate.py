@@ -53,8 +53,9 @@ PictureModes = Annotated[
     str,
     typer.Option(
         "--picture-modes",
-        metavar="viewer|transformers",
-        help="Transparent, 16-bit and float pictures: as a viewer shows them, or with transformers' bits.",
+        metavar="RULE",
+        help="viewer or transformers. Transparent, 16-bit and float pictures: as a viewer shows them, or with "
+        "transformers' bits.",
     ),
 ]
 AllowHttp = Annotated[
@@ -112,7 +113,8 @@ def generate(
         typer.Option(
             "--requests",
             metavar="FILE",
-            help='JSON lines, each [messages] or {"messages": [...]}: answered together, as batches.',
+            # a bracket before a letter would be markup
+            help='JSON lines, each \\[messages] or {"messages": [...]}: answered together, as batches.',
         ),
     ] = None,
     max_new_tokens: MaxNewTokens = None,

@@ -193,9 +193,12 @@ def said(*words: "str | Path") -> tuple[int, str]:
 
 
 def inspected(artifact: Path, *words: "str | Path") -> dict[str, object] | None:
-    code, printed = said("inspect", artifact, "--json", *words)
-    assert code == 0, printed
-    found: dict[str, object] | None = json.loads(printed)["signed"]
+    """What the report says; with keys, the exit code says whether one of them signed the artifact."""
+    result = CliRunner().invoke(app, [str(word) for word in ("inspect", artifact, "--json", *words)])
+    found: dict[str, object] | None = json.loads(result.stdout)["signed"]
+    refused = bool(words) and not (found and found["trusted"])
+    assert result.exit_code == (1 if refused else 0), result.output
+    assert ("not signed by a trusted key" in result.stderr) == refused
     return found
 
 
@@ -205,20 +208,29 @@ def test_inspect_says_whether_and_by_whom_an_artifact_is_signed(artifact: Path, 
     key = next(iter(public_keys([public])))
     assert inspected(artifact) is None
     assert inspected(artifact, "--trusted-key", public) is None
+    code, printed = said("inspect", artifact, "--trusted-key", public)
+    assert code == 1 and "not signed by a trusted key" in printed
     sign_artifact(artifact, private, sync=False)
     signed = {"key": key, "valid": True, "trusted": None, "trusted_key": None, "problem": None}
     assert inspected(artifact) == signed
     mine = {**signed, "trusted": True, "trusted_key": str(public)}
     assert inspected(artifact, "--trusted-key", other, "--trusted-key", public) == mine
     assert inspected(artifact, "--trusted-key", other) == {**signed, "trusted": False}
-    printed = said("inspect", artifact, "--trusted-key", other)[1]
+    code, printed = said("inspect", artifact, "--trusted-key", other)
+    assert code == 1
+    assert said("inspect", artifact, "--trusted-key", public)[0] == 0
+    drawing = ("--graph", "decode", "--dot", tmp_path / "layer.dot", "--trusted-key", other)
+    code, drawn = said("inspect", artifact, *drawing)
+    assert code == 2 and "no --trusted-key" in drawn
     assert "NOT one of the trusted keys" in " ".join(printed.split())
     manifest = (artifact / "manifest.json").read_bytes()
     (artifact / "manifest.json").write_bytes(manifest.replace(b'"name": "tiny"', b'"name": "tony"'))
     found = inspected(artifact, "--trusted-key", public)
     assert found is not None and (found["valid"], found["trusted"]) == (False, False)
     assert "altered after it was signed" in str(found["problem"])
-    assert "INVALID" in said("inspect", artifact)[1]
+    assert said("inspect", artifact, "--trusted-key", public)[0] == 1
+    code, printed = said("inspect", artifact)
+    assert code == 0 and "INVALID" in printed
     (artifact / "manifest.sig").write_text("[]")
     found = inspected(artifact)
     assert found is not None and (found["key"], found["valid"]) == (None, False)

@@ -18,7 +18,7 @@ from qwen2vl_tc.runtime import fetch as fetching
 from qwen2vl_tc.runtime.addresses import is_internal
 from qwen2vl_tc.runtime.images import load_image
 from qwen2vl_tc.runtime.messages import vision_items
-from qwen2vl_tc.runtime.sources import LOCAL_ONLY, HttpLimits, check_there, readable
+from qwen2vl_tc.runtime.sources import LOCAL_ONLY, HttpLimits, check_there, describe, readable
 
 ALLOWED = HttpLimits(allowed=True, max_bytes=100_000, timeout_s=20)
 
@@ -307,6 +307,82 @@ def test_what_may_be_secret_in_a_url_is_in_no_error(url: str) -> None:
             way()
         assert SECRET not in str(caught.value)
         assert "http" in str(caught.value).lower()
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        f" http://u:{SECRET}@h/x",
+        f"\n\thttps://u:{SECRET}@h/x ",
+        f"\ufeffhttp://u:{SECRET}@h/x",
+        f"\x00http://u:{SECRET}@h/x",
+        f"HTTP://u:{SECRET}@h/x",
+        f"https:/u:{SECRET}@h/x",
+        f"https:///u:{SECRET}@h/x",
+        f"https:u:{SECRET}@h/x",
+        f"https:\\\\u:{SECRET}@h\\x",
+        f"ftp://u:{SECRET}@h/x",
+        f"ftp://{SECRET}@h/x",
+        f"s3://key:{SECRET}@b/x",
+        f"s3://key:a/{SECRET}@b/x",
+        f"s3://key:a@{SECRET}@b/x",
+        f" s3://b/x?signature={SECRET}",
+        f"s3://b/x?mail=a@b&signature={SECRET}",
+        f"https:/h/x#{SECRET}",
+        f"//u:{SECRET}@h/x",
+        f"//{SECRET}@h/x",
+        f"u:{SECRET}@h/x",
+        f"9u:{SECRET}@h/x",
+        f"file://u:{SECRET}@h/x",
+        f"file://[u:{SECRET}@h/x",
+        f"file://u:{SECRET}\u2100@h/x",
+    ],
+)
+def test_a_password_is_in_no_error_however_the_url_is_mistyped(url: str) -> None:
+    ways: list[Callable[[], Any]] = [
+        lambda: load_image(url),
+        lambda: load_image(Path(url)),
+        lambda: check_there(describe(url, "video"), url, LOCAL_ONLY),
+        lambda: readable(describe(url, "video"), url, LOCAL_ONLY),
+        lambda: vision_items([{"role": "user", "content": [url]}], [], [], {}),
+    ]
+    for way in ways:
+        with pytest.raises(RequestError) as caught:
+            way()
+        assert SECRET not in str(caught.value)
+        assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("url", ["ftp://u:p@h/x", "s3://b/x?y", "S3://b/x", " gs://b/x"])
+def test_a_scheme_that_is_not_read_is_named_with_those_that_are(url: str) -> None:
+    scheme = url.strip().partition(":")[0]
+    with pytest.raises(
+        RequestError, match=f"the scheme '{scheme}' is not supported; .*http://, https://, file:// or data:"
+    ):
+        load_image(url)
+    with pytest.raises(RequestError, match="is not supported"):
+        check_there("x", url, LOCAL_ONLY)
+
+
+def test_white_space_around_a_url_is_no_part_of_it(server: str, tmp_path: Path) -> None:
+    (tmp_path / "a@b.png").write_bytes(png())
+    uri = (tmp_path / "a@b.png").as_uri()
+    inline = "data:image/png;base64," + base64.b64encode(png()).decode()
+    for url in (f" {server}/a.png\n", f"\t{uri} ", f" {inline}\n"):
+        assert load_image(url, ALLOWED).size == (30, 40)
+
+
+@pytest.mark.parametrize(
+    "name", ["u:p@h.png", "x:/u:p@h?.png", "absent/a@b.png", "absent/a.png?x#y", "file:///a/u:p@b.png"]
+)
+def test_an_error_names_files_and_paths_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    monkeypatch.chdir(tmp_path)
+    if ":" in name and not name.startswith("file:"):
+        Path(name).parent.mkdir(exist_ok=True)
+        Path(name).write_bytes(b"no picture")
+    with pytest.raises(RequestError) as caught:
+        load_image(name)
+    assert str(caught.value).startswith(f"{name}: ")
 
 
 def test_a_redirects_secrets_are_in_no_error(server: str) -> None:

@@ -13,6 +13,8 @@ from qwen2vl_tc.artifacts.errors import RequestError
 from qwen2vl_tc.toolchain.cli import app
 from qwen2vl_tc.toolchain.cli_values import requests_file
 
+from .conftest import Run
+
 ASKED = [{"role": "user", "content": "What?"}]
 
 
@@ -104,3 +106,31 @@ def test_a_request_of_a_file_is_checked_before_the_model_is_loaded(
     path = written(tmp_path, f"{json.dumps(ASKED)}\n{json.dumps([{'role': 'user', 'content': [item]}])}\n")
     line = refused("generate", "artifact", "--requests", path)
     assert "requests[1]: messages[0].content[0]" in line and said in line
+
+
+@pytest.mark.parametrize(
+    "source", [" http://u:hunter2@h/x", "https:/u:hunter2@h/x", "ftp://u:hunter2@h/x", "s3://key:hunter2@b/x"]
+)
+def test_no_password_of_a_source_is_repeated_whichever_way_it_was_given(source: str, run: Run, tmp_path: Path) -> None:
+    file = tmp_path / "requests.jsonl"
+    contents: list[Any] = [
+        [{"type": "image", "image": source}],
+        [{"type": "image_url", "image_url": {"url": source}}],
+        [{"type": "video", "video": source}],
+        [{"type": "video", "video": [source, source]}],
+        [source],
+        [[source]],
+    ]
+    ways: list[list[Any]] = [
+        ["generate", "absent", "--prompt", "x", "--image", source],
+        ["generate", "absent", "--prompt", "x", "--video", source],
+        ["chat", "absent", "--image", source],
+        *(["generate", "absent", "--requests", file, content] for content in contents),
+    ]
+    for way in ways:
+        if isinstance(way[-1], list):
+            file.write_text(json.dumps([{"role": "user", "content": way.pop()}]) + "\n")
+        result = run(*way)
+        assert result.exit_code == 2
+        assert "error: " in result.stderr and "hunter2" not in result.output
+        assert "absent" not in result.stderr, "it is noticed before the artifact is loaded"

@@ -13,6 +13,7 @@ import pytest
 import typer
 
 from qwen2vl_tc.toolchain.cli import app
+from qwen2vl_tc.toolchain.console import clean
 
 from .conftest import Run
 
@@ -32,6 +33,47 @@ def test_no_option_is_cut_at_80_columns(name: str, run: Run, monkeypatch: pytest
         if parameter.param_type_name == "option":
             whole = [*parameter.opts, *parameter.secondary_opts, *([parameter.metavar] if parameter.metavar else [])]
             assert [text for text in whole if text not in words] == []
+
+
+@pytest.mark.parametrize("name", COMMANDS, ids=lambda name: name or "root")
+def test_help_shows_every_word_that_it_was_given(name: str, run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "600")
+    shown = " ".join(run(*name.split(), "--help").stdout.replace("\u2502", " ").split())
+    texts = [COMMANDS[name].help, *(getattr(each, "help", None) for each in COMMANDS[name].params)]
+    for text in texts:
+        # the one escape that markup knows
+        assert " ".join((text or "").replace("\\[", "[").split()) in shown
+
+
+HOSTILE = "--\x1b[31mx\u202ey"
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        [HOSTILE],
+        [HOSTILE, "inspect"],
+        ["inspect", HOSTILE],
+        ["bench", "cold-start", "x", HOSTILE],
+        ["generate", "x", "--top-k", HOSTILE],
+        ["generate", "x", HOSTILE[2:]],
+        ["doctor", "x", HOSTILE[2:] + "\udcff"],
+        [HOSTILE[2:]],
+    ],
+)
+def test_a_usage_error_cannot_steer_the_terminal(words: list[str], run: Run) -> None:
+    result = run(*words)
+    assert result.exit_code == 2
+    assert "Usage" in result.stderr
+    assert not {"\x1b", "\u202e"} & set(result.stderr)
+    assert clean(result.stderr) == result.stderr
+
+
+def test_a_usage_error_about_a_variable_cannot_steer_the_terminal(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("QWEN2VL_TC_DEBUG", HOSTILE)
+    result = run("doctor")
+    assert result.exit_code == 2
+    assert not {"\x1b", "\u202e"} & set(result.stderr)
 
 
 def on_terminal(*words: str | Path) -> str:
