@@ -381,7 +381,7 @@ def test_an_error_names_a_long_source_in_short():
         np.zeros((0, 4, 3), np.uint8),
         Image.new("RGB", (0, 5)),
     ],
-    ids=repr,
+    ids=lambda source: "an empty picture" if isinstance(source, Image.Image) else repr(source),
 )
 def test_what_is_no_local_picture_is_refused(source):
     with pytest.raises(RequestError):
