@@ -8,6 +8,7 @@ import torch
 from helpers.kernels import assert_close, assert_rounded, attention, normal, rounded, run, wide
 
 from qwen2vl_tc.artifacts.errors import ArtifactError
+from qwen2vl_tc.runtime.backends.ge import attention as attention_kernels
 
 TRIANGLE = torch.ones(2048, 2048, dtype=torch.bool).triu(1)
 SCALE = 0.3
@@ -204,6 +205,20 @@ def test_the_causal_mask_must_be_the_one_of_2048() -> None:
             fia(x, x, x, mask, num_heads=2, sparse_mode=3)
     same = [fia(x, x, x, mask, num_heads=2, sparse_mode=3) for mask in (TRIANGLE, TRIANGLE.int()[None].to(torch.int8))]
     assert torch.equal(*same)
+
+
+def test_layers_that_share_a_causal_mask_compare_it_once_and_again_when_it_changes(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    compared = []
+    monkeypatch.setattr(attention_kernels, "_triangle", lambda: compared.append(1) or TRIANGLE)
+    x, mask = normal(1, 9, 8), TRIANGLE.clone()
+    for _ in range(3):
+        fia(x, x, x, mask, num_heads=2, sparse_mode=3)
+    assert len(compared) == 1
+    mask[0, 0] = True
+    with pytest.raises(ArtifactError, match="nothing else"):
+        fia(x, x, x, mask, num_heads=2, sparse_mode=3)
 
 
 def test_without_a_mask_nothing_is_hidden_whatever_the_tokens_say() -> None:
