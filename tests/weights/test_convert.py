@@ -329,8 +329,8 @@ def with_graphs(out: Path, dtype: str = "bf16") -> GePart:
         staging.keep([*base.weights.files, *base.processor])
         part = GePart(
             soc="Ascend910B2",
-            operators="",
-            visual_attention="",
+            operators="fused",
+            visual_attention="segments",
             dtype=dtype,
             max_length=64,
             batches=(1,),
