@@ -355,6 +355,7 @@ def inspect(
     ] = None,
 ) -> None:
     """Show what is in an artifact: graphs, operators, costs at given lengths, bytes, versions, target."""
+    from ..artifacts.naming import naming
     from .console import result, result_json, stdout
     from .inspect import draw_artifact, inspect_artifact, render
     from .locate import find_artifact
@@ -364,7 +365,8 @@ def inspect(
     target = artifact or find_artifact(Path())
     if graph is not None and dot is not None:
         drawing = draw_artifact(target, graph, layer, tokens, patches)
-        dot.write_text(drawing.text)
+        with naming(dot):
+            dot.write_text(drawing.text)
         result(f"wrote {dot}: layer {drawing.layer} of {graph}, {drawing.device_ops} device operators")
         return
     inspection = inspect_artifact(target, tokens, patches, trusted_key or None)

@@ -104,3 +104,9 @@ def test_a_request_of_a_file_is_checked_before_the_model_is_loaded(
     path = written(tmp_path, f"{json.dumps(ASKED)}\n{json.dumps([{'role': 'user', 'content': [item]}])}\n")
     line = refused("generate", "artifact", "--requests", path)
     assert "requests[1]: messages[0].content[0]" in line and said in line
+
+
+@pytest.mark.parametrize(("name", "said"), [(".", "Is a directory"), ("absent", "No such file")])
+def test_requests_that_cannot_be_read_are_named(tmp_path: Path, name: str, said: str) -> None:
+    with pytest.raises(RequestError, match=rf"{tmp_path / name}: cannot read: {said}.*; --requests is a file"):
+        requests_file(tmp_path / name)
