@@ -211,6 +211,40 @@ def test_special_and_added_tokens_are_those_of_transformers(folder: Path, places
     same_as_transformers(folder)
 
 
+LISTS: dict[str, tuple[str, Any]] = {
+    "config additional": ("tokenizer_config.json", {"additional_special_tokens": ["<|tap|>"]}),
+    "config extra": ("tokenizer_config.json", {"extra_special_tokens": ["<|click|>"]}),
+    "config extra empty": ("tokenizer_config.json", {"extra_special_tokens": []}),
+    "config extra named": ("tokenizer_config.json", {"extra_special_tokens": {"tap": "<|click|>"}}),
+    "map additional": ("special_tokens_map.json", {"additional_special_tokens": ["word"]}),
+    "map extra": ("special_tokens_map.json", {"extra_special_tokens": ["<|click|>", {"content": "a", **ADDED}]}),
+}
+
+
+@pytest.mark.parametrize("more", ["", "decoder", "added"])
+@pytest.mark.parametrize("places", list(subsets(tuple(LISTS))), ids="+".join)
+def test_the_list_of_special_tokens_is_that_of_transformers(folder: Path, places: tuple[str, ...], more: str) -> None:
+    if sum(place.startswith("config extra") for place in places) > 1:
+        places = tuple(place for place in places if place != "config extra empty")
+    config = folder / "tokenizer_config.json"
+    for name in ("additional_special_tokens", *(["added_tokens_decoder"] if more != "decoder" else [])):
+        edit(config, lambda plain, name=name: plain.pop(name))
+    if more == "added":
+        text(folder / "added_tokens.json", '{"word": 294, "<|click|>": 295, "<|tap|>": 296}')
+    listed: dict[str, set[str]] = {}
+    for place in places:
+        name, values = LISTS[place]
+        if not (folder / name).exists():
+            (folder / name).write_text("{}")
+        edit(folder / name, lambda plain, values=values: plain.update(values))
+        if place == "map additional":
+            listed[place] = {"word"}
+    notes = same_as_transformers(folder).notes
+    special = AutoTokenizer.from_pretrained(str(folder)).all_special_tokens
+    if listed and "word" not in special:
+        assert any("special_tokens_map.json: additional_special_tokens 'word' do not count" in note for note in notes)
+
+
 @pytest.mark.parametrize(
     "values",
     [{"pad_token": None}, {"image_token": "<|image_pad|>", "extra_special_tokens": {"tap": "<|tap|>"}}],
