@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from transformers import AutoTokenizer, Qwen2VLProcessor
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
@@ -132,7 +133,6 @@ PICTURES: dict[str, dict[str, Any]] = {
         "min_pixels": None,
         "max_pixels": None,
         "image_mean": [0.5, 0.5, 0.5],
-        "do_resize": None,
         "size": {"shortest_edge": 3136, "longest_edge": 50176},
         **BOUNDS,
     },
@@ -171,6 +171,77 @@ def test_clips_that_are_normalized_otherwise_than_pictures_are_refused(folder: P
     (folder / "video_preprocessor_config.json").write_text('{"image_std": [0.5, 0.5, 0.5]}')
     with pytest.raises(ConfigError, match=r"video_preprocessor_config\.json: rescales or normalizes clips otherwise"):
         read(folder)
+
+
+@pytest.mark.parametrize(
+    ("values", "said"),
+    [
+        (
+            {"image_processor_type": "CLIPImageProcessor"},
+            "image_processor_type is 'CLIPImageProcessor', expected Qwen2VL",
+        ),
+        ({"do_center_crop": True}, "do_center_crop is true without a crop_size"),
+        ({"do_pad": 1}, "do_pad is 1, expected true or false"),
+        ({"do_resize": None}, "do_resize is null"),
+        ({"do_rescale": None}, "do_rescale is null"),
+        ({"do_normalize": None}, "do_normalize is null"),
+        ({"image_mean": None}, "image_mean is null"),
+    ],
+)
+def test_pictures_of_another_processor_are_refused(folder: Path, values: dict[str, Any], said: str) -> None:
+    edit(folder / "preprocessor_config.json", lambda plain: plain.update(values))
+    with pytest.raises(ConfigError, match=rf"preprocessor_config\.json: {said}"):
+        read(folder)
+
+
+@pytest.mark.parametrize(
+    ("values", "said"),
+    [
+        ({"do_center_crop": True, "crop_size": {"height": 56, "width": 56}}, "do_center_crop does not count"),
+        ({"do_pad": True}, "do_pad does not count"),
+        (
+            {"size": {"shortest_edge": 9000, "longest_edge": 100}, "min_pixels": 3136, "max_pixels": 12544},
+            "size's shortest_edge 9000 does not count, min_pixels 3136 does",
+        ),
+    ],
+)
+def test_fields_that_change_no_picture_in_transformers_are_named(
+    folder: Path, values: dict[str, Any], said: str
+) -> None:
+    picture = np.random.default_rng(0).integers(0, 256, (100, 140, 3), np.uint8)
+    plain = json.loads((folder / "preprocessor_config.json").read_text())
+    changed = {**plain, **values}
+    without = {name: value for name, value in changed.items() if name != "size" and name not in values.keys() - plain}
+    (folder / "preprocessor_config.json").write_text(json.dumps(changed))
+    before, after = (Qwen2VLImageProcessorPil(**each)(picture)["pixel_values"] for each in (without, changed))
+    assert np.array_equal(before, after)
+    assert any(f"preprocessor_config.json: {said}" in note for note in read(folder).notes)
+
+
+@pytest.mark.parametrize(
+    ("values", "said"),
+    [
+        ({"fps": "two"}, "fps is 'two', expected a positive number"),
+        ({"fps": 0}, "fps is 0"),
+        ({"min_frames": -1}, "min_frames is -1, expected a positive integer"),
+        ({"max_frames": 2.5}, r"max_frames is 2\.5"),
+        ({"do_sample_frames": "yes"}, "do_sample_frames is 'yes'"),
+        ({"video_processor_type": "LlavaVideoProcessor"}, "video_processor_type is 'LlavaVideoProcessor'"),
+    ],
+)
+@pytest.mark.parametrize("joint", [False, True])
+def test_clips_of_another_processor_are_refused(folder: Path, values: dict[str, Any], said: str, joint: bool) -> None:
+    name = "processor_config.json" if joint else "video_preprocessor_config.json"
+    (folder / name).write_text(json.dumps({"video_processor": values} if joint else values))
+    with pytest.raises(ConfigError, match=rf"{name}.*: {said}"):
+        read(folder)
+
+
+def test_how_the_checkpoint_samples_clips_is_said_not_to_count(folder: Path) -> None:
+    path = folder / "video_preprocessor_config.json"
+    path.write_text('{"fps": 1.5, "min_frames": 4, "max_frames": 768, "num_frames": null}')
+    (note,) = read(folder).notes
+    assert "fps 1.5 does not count; a request says how its clips are sampled" in note
 
 
 def eos_in_map(folder: Path, value: Any) -> None:
