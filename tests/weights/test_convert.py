@@ -198,7 +198,9 @@ def test_the_manifest_records_what_was_folded(
     tmp_path: Path, settings: dict[str, Any], folding: tuple[float, Any]
 ) -> None:
     path = checkpoint(tmp_path / "hf") / "preprocessor_config.json"
-    path.write_text(json.dumps({**json.loads(path.read_text()), **settings}))
+    changed = {**json.loads(path.read_text()), **settings}
+    # None: left out
+    path.write_text(json.dumps({name: value for name, value in changed.items() if value is not None}))
     weights = convert(tmp_path / "hf", tmp_path / "out", sync=False).weights
     assert (weights.folding.rescale_factor, weights.folding.image_mean) == folding
     assert weights.folding.image_std == (
