@@ -1,5 +1,6 @@
 """manifest.json: what is in an artifact, of which model, for which target, and the hash of every file."""
 
+import re
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,6 +17,11 @@ _ADDED_SINCE: dict[int, dict[str, tuple[str, ...]]] = {
 HASH_NAME = "blake3"
 MANIFEST_NAME = "manifest.json"
 DTYPES = ("bf16", "fp16", "fp32")
+OPERATORS = ("fused", "recipe")
+VISUAL_ATTENTION = ("segments", "tnd")
+# also of graphs from before schema 3, which are admitted nowhere
+_OLD_VISUAL_ATTENTION = (*VISUAL_ATTENTION, "masked")
+_RELEASE = re.compile(r"[0-9]{1,4}\.[0-9]{1,4}")
 SELFTEST_SOURCES = ("transformers", "reference")
 
 
@@ -294,6 +300,13 @@ def _impossible(part: GePart) -> str | None:
     """What no `compile` writes."""
     if part.dtype not in DTYPES:
         return f"ge.dtype is {part.dtype!r}, expected one of {', '.join(DTYPES)}"
+    if part.operators not in OPERATORS:
+        return f"ge.operators is {part.operators[:40]!r}, expected one of {', '.join(OPERATORS)}"
+    forms = _OLD_VISUAL_ATTENTION if part.admitted is None else VISUAL_ATTENTION
+    if part.visual_attention not in forms:
+        return f"ge.visual_attention is {part.visual_attention[:40]!r}, expected one of {', '.join(forms)}"
+    if unknown := [release for release in part.admitted or () if not _RELEASE.fullmatch(release)]:
+        return f"ge.admitted has {unknown[0][:40]!r}, expected releases of CANN such as 9.0"
     if not 2 <= part.max_length < 1 << 31:
         return f"ge.max_length is {part.max_length}"
     if not part.batches or len(set(part.batches)) != len(part.batches) or not all(1 <= b <= 256 for b in part.batches):

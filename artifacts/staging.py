@@ -20,6 +20,7 @@ from typing import Any
 from .errors import ArtifactError, ConfigError, TargetError, WeightError
 from .integrity import check_relative, hash_bytes, is_same_file, open_inside
 from .manifest import MANIFEST_NAME, FileEntry, Manifest
+from .naming import naming
 from .own import check_deletable, check_own, open_own, own_folder, remove_tree
 from .process import current_folder
 from .schema import dump_json, parse_json
@@ -105,7 +106,8 @@ class Staging:
         path = self.path.joinpath(*check_relative(relative, str(self.path)))
         path.parent.mkdir(parents=True, exist_ok=True)
         partial = path.with_name(path.name + ".partial")
-        partial.write_bytes(data)
+        with naming(path):
+            partial.write_bytes(data)
         os.replace(partial, path)
 
     def add(self, relative: str, data: bytes) -> FileEntry:
@@ -136,7 +138,8 @@ class Staging:
                 if error.errno not in (errno.EPERM, errno.EOPNOTSUPP, errno.EMLINK, errno.ENOSYS, errno.EXDEV):
                     raise
                 require_disk(self.path, entry.bytes, f"a copy of {entry.path}")
-                shutil.copyfile(source, path)
+                with naming(path):
+                    shutil.copyfile(source, path)
 
     def write_manifest(self, manifest: Manifest) -> None:
         """Write manifest.json, which makes the staged tree an artifact that `open` reads; not yet the user's."""

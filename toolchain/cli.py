@@ -359,6 +359,7 @@ def inspect(
 
     With --trusted-key, the exit code is 1 after the report unless one of the keys signed the artifact.
     """
+    from ..artifacts.naming import naming
     from .console import result, result_json, stdout
     from .inspect import draw_artifact, inspect_artifact, render
     from .locate import find_artifact
@@ -369,7 +370,8 @@ def inspect(
     target = artifact or find_artifact(Path())
     if graph is not None and dot is not None:
         drawing = draw_artifact(target, graph, layer, tokens, patches)
-        dot.write_text(drawing.text)
+        with naming(dot):
+            dot.write_text(drawing.text)
         result(f"wrote {dot}: layer {drawing.layer} of {graph}, {drawing.device_ops} device operators")
         return
     inspection = inspect_artifact(target, tokens, patches, trusted_key or None)

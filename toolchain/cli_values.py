@@ -94,12 +94,20 @@ def vision_options(
 
 
 def _read(path: Path) -> bytes:
-    """A file, or what comes through a pipe. Raises RequestError for one without an end."""
-    # a pipe that nobody writes into is an empty one: opened as usual, it would wait for a writer
-    fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
-    os.set_blocking(fd, True)
-    with open(fd, "rb") as file:
-        data = file.read(_MAX_REQUESTS_BYTES + 1)
+    """A file, or what comes through a pipe. Raises RequestError for what cannot be read and what has no end."""
+    try:
+        # a pipe that nobody writes into is an empty one: opened as usual, it would wait for a writer
+        fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+        try:
+            os.set_blocking(fd, True)
+            with open(fd, "rb", closefd=False) as file:
+                data = file.read(_MAX_REQUESTS_BYTES + 1)
+        finally:
+            os.close(fd)
+    except OSError as error:
+        raise RequestError(
+            f"{path}: cannot read: {error.strerror}; --requests is a file of JSON lines, each a list of messages"
+        ) from error
     if len(data) > _MAX_REQUESTS_BYTES:
         raise RequestError(f"{path}: more than {_MAX_REQUESTS_BYTES >> 20} MB; ask in several runs")
     return data

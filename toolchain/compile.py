@@ -8,14 +8,25 @@ from typing import TYPE_CHECKING
 from ..artifacts.binding import CONSTANT, LENGTHS, PARAMETER, Binding
 from ..artifacts.config import ModelConfig, model_config_from_hf
 from ..artifacts.errors import ArtifactError, ConfigError, TargetError
-from ..artifacts.manifest import DTYPES, FileEntry, GePart, Graph, Manifest, OperatorNote, Tensor, empty_manifest
+from ..artifacts.manifest import (
+    DTYPES,
+    OPERATORS,
+    VISUAL_ATTENTION,
+    FileEntry,
+    GePart,
+    Graph,
+    Manifest,
+    OperatorNote,
+    Tensor,
+    empty_manifest,
+)
 from ..artifacts.parameters import FP32, parameters
 from ..artifacts.safetensors import GRAPH_DTYPE_NAMES, header_bytes
 from ..artifacts.schema import parse_json
 from ..artifacts.soc import DEFAULT_SOC
 from ..artifacts.staging import Staging, stage
 from ..artifacts.vendor import no_lost_interrupt
-from .graphs.form import OPERATORS, VISUAL_ATTENTION, Form
+from .graphs.form import Form
 
 if TYPE_CHECKING:
     from .check.check import GraphCheck

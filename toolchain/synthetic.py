@@ -15,6 +15,7 @@ import ml_dtypes
 import numpy as np
 
 from ..artifacts.config import ModelConfig, model_config_from_hf
+from ..artifacts.naming import naming
 from ..artifacts.safetensors import DTYPE_NAMES, header_bytes
 from .synthetic_tokenizer import SPECIAL_TOKENS, write_json, write_tokenizer
 
@@ -275,7 +276,7 @@ def write_checkpoint(
             embedding = next(t for t in tensors if t.name == "model.embed_tokens.weight")
             stored.append(("lm_head.weight", embedding))
         index |= dict.fromkeys((name for name, _ in stored), file_name)
-        with open(folder / file_name, "wb") as file:
+        with naming(folder / file_name), open(folder / file_name, "wb") as file:
             file.write(header_bytes((name, DTYPE_NAMES[dtype], t.shape) for name, t in stored))
             if zeros:
                 values = sum(math.prod(t.shape) for _, t in stored)

@@ -5,6 +5,8 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ..artifacts.naming import naming
+
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
@@ -33,7 +35,8 @@ CHAT_TEMPLATE = (
 
 
 def write_json(path: Path, value: Any) -> None:
-    path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    with naming(path):
+        path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def learned_merges(sentences: Iterable[str], count: int) -> list[tuple[str, str]]:

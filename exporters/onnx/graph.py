@@ -11,6 +11,7 @@ from blake3 import blake3
 from numpy.typing import NDArray
 from onnx import TensorProto, helper, numpy_helper
 
+from ...artifacts.naming import naming
 from ...artifacts.onnx_ops import DTYPES, INLINE_BYTES, MICROSOFT, OPERATORS
 
 OPSET = 24
@@ -38,13 +39,11 @@ class DataFile:
     def _append(self, data: "bytes | memoryview") -> None:
         self._hash.update(data)
         view = memoryview(data)
-        while view:
-            try:
+        with naming(self._path):
+            while view:
                 written = os.write(self._fd, view)
-            except OSError as error:
-                raise OSError(error.errno, error.strerror, str(self._path)) from error
-            view = view[written:]
-            self.size += written
+                view = view[written:]
+                self.size += written
 
     @property
     def hash(self) -> str:

@@ -51,6 +51,26 @@ def test_another_version_is_refused_with_what_to_do(artifact: Path, fields: dict
         load(artifact)
 
 
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"operators": "foo"}, r"ge\.operators is 'foo', expected one of fused, recipe"),
+        ({"visual_attention": "foo"}, r"ge\.visual_attention is 'foo', expected one of segments, tnd, masked"),
+        ({"visual_attention": "masked", "admitted": []}, r"ge\.visual_attention is 'masked', expected one of"),
+        ({"visual_attention": "tnd", "admitted": ["9.0", "banana"]}, r"ge\.admitted has 'banana', expected releases"),
+        ({"visual_attention": "tnd", "admitted": ["9.0\n"]}, r"ge\.admitted has '9\.0\\n', expected releases"),
+    ],
+)
+def test_a_form_or_release_that_no_compile_writes_is_refused(
+    artifact: Path, fields: dict[str, Any], message: str
+) -> None:
+    manifest = json.loads((artifact / "manifest.json").read_text())
+    newer = {"schema": 3, "onnx": None, "selftest": None, "weights": {**manifest["weights"], "bias_dtype": None}}
+    edit(artifact, **newer, ge={**manifest["ge"], "admitted": None, **fields})
+    with pytest.raises(ArtifactError, match=message):
+        load(artifact)
+
+
 def test_a_missing_field_is_named(artifact: Path) -> None:
     manifest = json.loads((artifact / "manifest.json").read_text())
     del manifest["verification"]

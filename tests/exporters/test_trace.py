@@ -141,7 +141,8 @@ def test_real_sizes_compile_without_weights_within_memory_and_operator_bounds(tm
     result = compile_in_new_process(published(size), tmp_path / size)
     for name, bound in zip(("visual", "prefill", "decode_b1"), DEVICE_OPS[size], strict=True):
         assert result["ops"][name]["device"] <= bound
-        assert result["ops"][name]["shape"] == 0
+        # visual packs one shape of two free sizes
+        assert result["ops"][name]["shape"] == (4 if name == "visual" else 0)
     assert result["peak"] < 1e9
     with open_artifact(tmp_path / size / "artifact") as artifact:
         for graph in artifact.manifest.ge.graphs:  # type: ignore[union-attr]

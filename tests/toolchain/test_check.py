@@ -215,6 +215,15 @@ def test_another_chips_graphs_are_unproven(run: Any, artifact: Path, tmp_path: P
     assert "the rules are of Ascend910B and Ascend910_93, and not of Ascend310P3" in " ".join(result.stdout.split())
 
 
+def test_a_length_that_the_graphs_were_not_compiled_for_is_refused(run: Any, artifact: Path, tmp_path: Path) -> None:
+    manifest = json.loads((artifact / "manifest.json").read_text())
+    manifest["ge"]["max_length"] *= 2
+    path = variant(artifact, tmp_path / "a", {"manifest.json": json.dumps(manifest).encode()}, False)
+    result = run("check", path)
+    assert result.exit_code == 2
+    assert "prefill/binding.json: takes keys[0]" in result.stderr
+
+
 def test_checking_imports_no_engine(artifact: Path) -> None:
     program = (
         "import sys\nfrom pathlib import Path\nfrom qwen2vl_tc.toolchain.check.check import check_artifact\n"

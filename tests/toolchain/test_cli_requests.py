@@ -134,3 +134,9 @@ def test_no_password_of_a_source_is_repeated_whichever_way_it_was_given(source: 
         assert result.exit_code == 2
         assert "error: " in result.stderr and "hunter2" not in result.output
         assert "absent" not in result.stderr, "it is noticed before the artifact is loaded"
+
+
+@pytest.mark.parametrize(("name", "said"), [(".", "Is a directory"), ("absent", "No such file")])
+def test_requests_that_cannot_be_read_are_named(tmp_path: Path, name: str, said: str) -> None:
+    with pytest.raises(RequestError, match=rf"{tmp_path / name}: cannot read: {said}.*; --requests is a file"):
+        requests_file(tmp_path / name)

@@ -51,7 +51,7 @@ def test_the_second_layer_of_decode_has_its_12_device_operators_and_its_paramete
     nodes, edges = parse(text)
     assert {name for edge in edges for name in edge} == set(nodes), "every edge has its ends, every node an edge"
     kinds = [label.split("\\n")[0] for label in nodes.values()]
-    expected = {"MatMul": 4, "AddRmsNorm": 2, "Scatter": 2, "RotaryMul": 1, "SplitV": 1, "SwiGlu": 1}
+    expected = {"MatMul": 4, "AddRmsNorm": 2, "Scatter": 2, "RotaryPositionEmbedding": 1, "SplitV": 1, "SwiGlu": 1}
     assert {kind: kinds.count(kind) for kind in expected} == expected
     assert kinds.count("FusedInferAttentionScore") == 1
     for parameter in (

@@ -1,8 +1,12 @@
 """Everything that can be wrong with a checkpoint: one clear error each, and the artifact that is there stays."""
 
 import json
+import os
+import re
 import shutil
 import struct
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,6 +21,7 @@ from qwen2vl_tc.toolchain.weights.convert import convert
 
 Header = dict[str, Any]
 Q_BIAS = "model.layers.0.self_attn.q_proj.bias"
+Q_WEIGHT = "model.layers.0.self_attn.q_proj.weight"
 
 
 def edit_json(path: Path, change: Callable[[dict[str, Any]], Any]) -> None:
@@ -220,11 +225,11 @@ def test_a_value_that_overflows_the_new_dtype_names_its_tensor(
     good: Path, tmp_path: Path, value: float, dtype: str, fits: bool
 ) -> None:
     shutil.copytree(good / "hf", tmp_path / "hf")
-    rewrite(tmp_path / "hf/model.safetensors", set_value(Q_BIAS, value))
+    rewrite(tmp_path / "hf/model.safetensors", set_value(Q_WEIGHT, value))
     if fits:
         convert(tmp_path / "hf", tmp_path / "out", dtype, sync=False)
         return
-    with pytest.raises(WeightError, match=rf"{Q_BIAS} holds values of F32 that .* cannot represent"):
+    with pytest.raises(WeightError, match=rf"{Q_WEIGHT} holds values of F32 that .* cannot represent"):
         convert(tmp_path / "hf", tmp_path / "out", dtype, sync=False)
     assert not (tmp_path / "out").exists()
 
@@ -341,3 +346,49 @@ def test_a_tensor_in_two_shards_is_refused(tmp_path: Path) -> None:
     rewrite(folder / "model-00003-of-00003.safetensors", lambda t: t.update({name: stored[name]}))
     with pytest.raises(WeightError, match=rf"{name} is stored twice: in .*00002-of.* and in .*00003-of"):
         convert(folder, tmp_path / "out")
+
+
+@pytest.mark.parametrize(
+    "name", ["model.safetensors", "model.safetensors.index.json", "model-00002-of-00003.safetensors"]
+)
+@pytest.mark.parametrize("make", [os.mkfifo, os.mkdir])
+def test_weights_that_are_no_file_are_refused_without_waiting(
+    tmp_path: Path, name: str, make: Callable[[Path], None]
+) -> None:
+    folder = sharded(tmp_path)
+    (folder / name).unlink(missing_ok=True)
+    make(folder / name)
+    with pytest.raises(WeightError, match=rf"{name}: is not a regular file"):
+        convert(folder, tmp_path / "out")
+
+
+@pytest.mark.parametrize(
+    "name", ["model.safetensors", "model.safetensors.index.json", "model-00002-of-00003.safetensors"]
+)
+def test_weights_that_are_a_link_to_nothing_are_not_passed_over(tmp_path: Path, name: str) -> None:
+    folder = sharded(tmp_path)
+    (folder / name).unlink(missing_ok=True)
+    (folder / name).symlink_to("absent")
+    with pytest.raises(WeightError, match=name):
+        convert(folder, tmp_path / "out")
+
+
+def test_weights_may_be_links_to_files_elsewhere(good: Path, tmp_path: Path) -> None:
+    shutil.copytree(good / "hf", tmp_path / "hf")
+    shutil.move(tmp_path / "hf/model.safetensors", tmp_path / "elsewhere")
+    (tmp_path / "hf/model.safetensors").symlink_to("../elsewhere")
+    convert(tmp_path / "hf", tmp_path / "out", sync=False)
+
+
+@pytest.mark.parametrize("most", [1000, 60_000])
+def test_a_limit_on_the_size_of_files_is_told_with_the_file(good: Path, tmp_path: Path, most: int) -> None:
+    program = (
+        "import resource, sys\nfrom qwen2vl_tc.toolchain.cli import main\n"
+        f"resource.setrlimit(resource.RLIMIT_FSIZE, ({most}, {most}))\n"
+        f"sys.argv = ['qwen2vl-tc', 'convert', '--src', {str(good / 'hf')!r}, '--out', {str(tmp_path / 'out')!r}]\n"
+        "main()\n"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 2
+    assert re.search(r"/weights/model-\S+: cannot be written as large as it must be; raise .*ulimit -f", done.stderr)
+    assert not (tmp_path / "out").exists()

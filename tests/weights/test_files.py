@@ -96,8 +96,9 @@ def test_a_file_of_absurd_size_is_refused_without_reading_it(folder: Path, name:
 
 
 @pytest.mark.parametrize("name", [name for name in READ if name != "config.json"])
-def test_what_is_no_file_is_refused(folder: Path, name: str) -> None:
-    os.mkfifo(put(folder, name))
+@pytest.mark.parametrize("make", [os.mkfifo, os.mkdir])
+def test_what_is_no_file_is_refused(folder: Path, name: str, make: Callable[[Path], None]) -> None:
+    make(put(folder, name))
     refused(folder, rf"{name}: is not a regular file")
 
 

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from transformers import AutoTokenizer, Qwen2VLProcessor
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
@@ -132,7 +133,6 @@ PICTURES: dict[str, dict[str, Any]] = {
         "min_pixels": None,
         "max_pixels": None,
         "image_mean": [0.5, 0.5, 0.5],
-        "do_resize": None,
         "size": {"shortest_edge": 3136, "longest_edge": 50176},
         **BOUNDS,
     },
@@ -173,6 +173,77 @@ def test_clips_that_are_normalized_otherwise_than_pictures_are_refused(folder: P
         read(folder)
 
 
+@pytest.mark.parametrize(
+    ("values", "said"),
+    [
+        (
+            {"image_processor_type": "CLIPImageProcessor"},
+            "image_processor_type is 'CLIPImageProcessor', expected Qwen2VL",
+        ),
+        ({"do_center_crop": True}, "do_center_crop is true without a crop_size"),
+        ({"do_pad": 1}, "do_pad is 1, expected true or false"),
+        ({"do_resize": None}, "do_resize is null"),
+        ({"do_rescale": None}, "do_rescale is null"),
+        ({"do_normalize": None}, "do_normalize is null"),
+        ({"image_mean": None}, "image_mean is null"),
+    ],
+)
+def test_pictures_of_another_processor_are_refused(folder: Path, values: dict[str, Any], said: str) -> None:
+    edit(folder / "preprocessor_config.json", lambda plain: plain.update(values))
+    with pytest.raises(ConfigError, match=rf"preprocessor_config\.json: {said}"):
+        read(folder)
+
+
+@pytest.mark.parametrize(
+    ("values", "said"),
+    [
+        ({"do_center_crop": True, "crop_size": {"height": 56, "width": 56}}, "do_center_crop does not count"),
+        ({"do_pad": True}, "do_pad does not count"),
+        (
+            {"size": {"shortest_edge": 9000, "longest_edge": 100}, "min_pixels": 3136, "max_pixels": 12544},
+            "size's shortest_edge 9000 does not count, min_pixels 3136 does",
+        ),
+    ],
+)
+def test_fields_that_change_no_picture_in_transformers_are_named(
+    folder: Path, values: dict[str, Any], said: str
+) -> None:
+    picture = np.random.default_rng(0).integers(0, 256, (100, 140, 3), np.uint8)
+    plain = json.loads((folder / "preprocessor_config.json").read_text())
+    changed = {**plain, **values}
+    without = {name: value for name, value in changed.items() if name != "size" and name not in values.keys() - plain}
+    (folder / "preprocessor_config.json").write_text(json.dumps(changed))
+    before, after = (Qwen2VLImageProcessorPil(**each)(picture)["pixel_values"] for each in (without, changed))
+    assert np.array_equal(before, after)
+    assert any(f"preprocessor_config.json: {said}" in note for note in read(folder).notes)
+
+
+@pytest.mark.parametrize(
+    ("values", "said"),
+    [
+        ({"fps": "two"}, "fps is 'two', expected a positive number"),
+        ({"fps": 0}, "fps is 0"),
+        ({"min_frames": -1}, "min_frames is -1, expected a positive integer"),
+        ({"max_frames": 2.5}, r"max_frames is 2\.5"),
+        ({"do_sample_frames": "yes"}, "do_sample_frames is 'yes'"),
+        ({"video_processor_type": "LlavaVideoProcessor"}, "video_processor_type is 'LlavaVideoProcessor'"),
+    ],
+)
+@pytest.mark.parametrize("joint", [False, True])
+def test_clips_of_another_processor_are_refused(folder: Path, values: dict[str, Any], said: str, joint: bool) -> None:
+    name = "processor_config.json" if joint else "video_preprocessor_config.json"
+    (folder / name).write_text(json.dumps({"video_processor": values} if joint else values))
+    with pytest.raises(ConfigError, match=rf"{name}.*: {said}"):
+        read(folder)
+
+
+def test_how_the_checkpoint_samples_clips_is_said_not_to_count(folder: Path) -> None:
+    path = folder / "video_preprocessor_config.json"
+    path.write_text('{"fps": 1.5, "min_frames": 4, "max_frames": 768, "num_frames": null}')
+    (note,) = read(folder).notes
+    assert "fps 1.5 does not count; a request says how its clips are sampled" in note
+
+
 def eos_in_map(folder: Path, value: Any) -> None:
     (folder / "special_tokens_map.json").write_text(json.dumps({"eos_token": value, "bos_token": "<|im_start|>"}))
 
@@ -209,6 +280,40 @@ def test_special_and_added_tokens_are_those_of_transformers(folder: Path, places
     for place in places:
         TOKENS[place](folder)
     same_as_transformers(folder)
+
+
+LISTS: dict[str, tuple[str, Any]] = {
+    "config additional": ("tokenizer_config.json", {"additional_special_tokens": ["<|tap|>"]}),
+    "config extra": ("tokenizer_config.json", {"extra_special_tokens": ["<|click|>"]}),
+    "config extra empty": ("tokenizer_config.json", {"extra_special_tokens": []}),
+    "config extra named": ("tokenizer_config.json", {"extra_special_tokens": {"tap": "<|click|>"}}),
+    "map additional": ("special_tokens_map.json", {"additional_special_tokens": ["word"]}),
+    "map extra": ("special_tokens_map.json", {"extra_special_tokens": ["<|click|>", {"content": "a", **ADDED}]}),
+}
+
+
+@pytest.mark.parametrize("more", ["", "decoder", "added"])
+@pytest.mark.parametrize("places", list(subsets(tuple(LISTS))), ids="+".join)
+def test_the_list_of_special_tokens_is_that_of_transformers(folder: Path, places: tuple[str, ...], more: str) -> None:
+    if sum(place.startswith("config extra") for place in places) > 1:
+        places = tuple(place for place in places if place != "config extra empty")
+    config = folder / "tokenizer_config.json"
+    for name in ("additional_special_tokens", *(["added_tokens_decoder"] if more != "decoder" else [])):
+        edit(config, lambda plain, name=name: plain.pop(name))
+    if more == "added":
+        text(folder / "added_tokens.json", '{"word": 294, "<|click|>": 295, "<|tap|>": 296}')
+    listed: dict[str, set[str]] = {}
+    for place in places:
+        name, values = LISTS[place]
+        if not (folder / name).exists():
+            (folder / name).write_text("{}")
+        edit(folder / name, lambda plain, values=values: plain.update(values))
+        if place == "map additional":
+            listed[place] = {"word"}
+    notes = same_as_transformers(folder).notes
+    special = AutoTokenizer.from_pretrained(str(folder)).all_special_tokens
+    if listed and "word" not in special:
+        assert any("special_tokens_map.json: additional_special_tokens 'word' do not count" in note for note in notes)
 
 
 @pytest.mark.parametrize(

@@ -11,6 +11,7 @@ from ...artifacts.errors import ToolchainError
 from ...artifacts.ge_ops import op_kind
 from ...artifacts.soc import soc_family
 from ...artifacts.store import ge_part, open_artifact
+from ...runtime.backends.ge.checks import check_binding
 from ...runtime.backends.ge.checks import check_graph as check_structure
 from ...runtime.backends.ge.graph import GeGraph, Node, read_graph
 from ..inspect_cost import input_specs
@@ -88,7 +89,9 @@ def check_artifact(path: Path, releases: tuple[str, ...] = RELEASES) -> Artifact
         graphs = []
         for graph in part.graphs:
             where = f"{artifact.path}: {graph.graph.path}"
-            binding = binding_from_bytes(artifact.read(graph.binding), f"{artifact.path}: {graph.binding.path}")
+            bound = f"{artifact.path}: {graph.binding.path}"
+            binding = binding_from_bytes(artifact.read(graph.binding), bound)
+            check_binding(binding, graph.name, part, manifest.model, bound)
             parsed = read_graph(artifact.read(graph.graph), where)
             check_structure(parsed, binding, where)
             graphs.append(check_graph(parsed, binding, manifest.model, part.max_length, part.soc, where))

@@ -2,9 +2,6 @@
 
 from dataclasses import dataclass
 
-OPERATORS = ("fused", "recipe")
-VISUAL_ATTENTION = ("segments", "tnd")
-
 
 @dataclass(frozen=True)
 class Form:

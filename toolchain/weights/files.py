@@ -33,18 +33,29 @@ def read_file(folder: Path, name: str, error_type: type[ToolchainError] = Config
         return None
     except (OSError, RuntimeError) as error:  # RuntimeError: Python 3.10 to 3.12 say so of links in a circle
         raise error_type(f"{path}: cannot read: {_reason(error)}") from error
-    with os.fdopen(fd, "rb") as file:
-        status = os.fstat(fd)
-        if not stat.S_ISREG(status.st_mode):
-            raise error_type(f"{path}: is not a regular file")
-        if status.st_size > MAX_BYTES:
-            raise error_type(
-                f"{path}: has {status.st_size} bytes, at most {MAX_BYTES}: that is no such file; download it again"
-            )
-        data = file.read(MAX_BYTES + 1)
+    try:
+        data = _contents(fd, path, error_type)
+    except OSError as error:
+        raise error_type(f"{path}: cannot read: {_reason(error)}") from error
+    finally:
+        os.close(fd)
     if len(data) > MAX_BYTES:
         raise error_type(f"{path}: grew while it was read; is it still being downloaded?")
     return data
+
+
+def _contents(fd: int, path: Path, error_type: type[ToolchainError]) -> bytes:
+    """Up to one byte more than MAX_BYTES."""
+    status = os.fstat(fd)
+    # first: Python makes no file object of a folder
+    if not stat.S_ISREG(status.st_mode):
+        raise error_type(f"{path}: is not a regular file")
+    if status.st_size > MAX_BYTES:
+        raise error_type(
+            f"{path}: has {status.st_size} bytes, at most {MAX_BYTES}: that is no such file; download it again"
+        )
+    with open(fd, "rb", closefd=False) as file:
+        return file.read(MAX_BYTES + 1)
 
 
 def read_object(folder: Path, name: str, error_type: type[ToolchainError] = ConfigError) -> dict[str, Any] | None:

@@ -21,6 +21,7 @@ from ...runtime.settings import settings_for
 from ...runtime.vision import ImageSettings, image_settings_from_hf
 from .files import parse_object, read_file, read_object
 from .folding import folding_from_hf
+from .processor_fields import clip_notes, picture_notes
 from .templates import decide_template
 from .tokens import TOKENIZER, TOKENIZER_CONFIG, decide_tokens
 
@@ -48,7 +49,7 @@ def read_processor(folder: Path, config: ModelConfig, plain_config: Mapping[str,
     tokens = decide_tokens(folder, plain_config.get("tokenizer_class"))
     joint = read_object(folder, _JOINT) or {}
     template = decide_template(folder, joint, read_object(folder, TOKENIZER_CONFIG) or {})
-    pictures, folding, picture_note = _pictures(folder, joint, config)
+    pictures, folding, more = _pictures(folder, joint, config)
     files = {TOKENIZER: tokens.tokenizer, PREPROCESSOR: dump_json(pictures)}
     if tokens.named:
         files[TOKENIZER_CONFIG] = dump_json(tokens.named)
@@ -63,7 +64,7 @@ def read_processor(folder: Path, config: ModelConfig, plain_config: Mapping[str,
         for i, token in processor.tokenizer.get_added_tokens_decoder().items()
         if i >= config.text.vocab_size
     ]
-    notes = [*tokens.notes, *filter(None, (template.note, picture_note))]
+    notes = [*tokens.notes, *filter(None, (template.note,)), *more]
     if outside:
         notes.append(
             f"{TOKENIZER}: added tokens outside the model's vocabulary of {config.text.vocab_size}, with which a "
@@ -90,8 +91,8 @@ def _as_a_load_reads(folder: Path, files: Mapping[str, bytes], config: ModelConf
 
 def _pictures(
     folder: Path, joint: Mapping[str, Any], config: ModelConfig
-) -> tuple[Mapping[str, Any], Folding, str | None]:
-    """The image processor's settings, what they fold to, and what the other file says instead."""
+) -> tuple[Mapping[str, Any], Folding, tuple[str, ...]]:
+    """The image processor's settings, what they fold to, and which fields and files do not count."""
     inside, separate = _inner(folder, joint, "image_processor"), read_object(folder, PREPROCESSOR)
     where = f"{folder / PREPROCESSOR}" if inside is None else f"{folder / _JOINT}: image_processor"
     chosen = separate if inside is None else inside
@@ -100,24 +101,25 @@ def _pictures(
             f"{folder}: {PREPROCESSOR} is missing; it says how pictures are normalized: download it from the model's "
             "page"
         )
+    notes = picture_notes(chosen, where)
     effect = _effect(chosen, config, where)
-    note = None
     if inside is not None and separate is not None:
         try:
             differs = _effect(separate, config, str(folder / PREPROCESSOR)) != effect
         except ConfigError:
             differs = True
         if differs:
-            note = f"{_JOINT}: its image_processor counts, as in transformers; {PREPROCESSOR} says something else"
+            notes += (f"{_JOINT}: its image_processor counts, as in transformers; {PREPROCESSOR} says something else",)
     clips = _inner(folder, joint, "video_processor")
     clips_where = f"{folder / _JOINT}: video_processor" if clips is not None else str(folder / _VIDEO)
     clips = read_object(folder, _VIDEO) if clips is None else clips
+    notes += clip_notes(clips or {}, clips_where)
     if clips is not None and folding_from_hf(clips, config.vision, clips_where) != effect[1]:
         raise ConfigError(
             f"{clips_where}: rescales or normalizes clips otherwise than {where} does pictures, which is not "
             "supported: one patch embedding serves both; make them equal"
         )
-    return chosen, effect[1], note
+    return chosen, effect[1], notes
 
 
 def _inner(folder: Path, joint: Mapping[str, Any], name: str) -> dict[str, Any] | None:

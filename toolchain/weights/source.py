@@ -2,6 +2,7 @@
 
 import mmap
 import os
+import stat
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -96,9 +97,9 @@ def _shown(names: Iterable[str]) -> str:
 def _find_files(folder: Path) -> tuple[list[str], dict[str, str]]:
     """The checkpoint's safetensors files, and the index's map of tensor to file (empty for a single file)."""
     # transformers also prefers the single file when both are there
-    if (folder / SINGLE_FILE).exists():
+    if os.path.lexists(folder / SINGLE_FILE):
         return [SINGLE_FILE], {}
-    if (folder / INDEX_FILE).exists():
+    if os.path.lexists(folder / INDEX_FILE):
         weight_map = (read_object(folder, INDEX_FILE, WeightError) or {}).get("weight_map")
         if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
             raise WeightError(f"{folder / INDEX_FILE}: weight_map is not an object of file names; download it again")
@@ -107,7 +108,7 @@ def _find_files(folder: Path) -> tuple[list[str], dict[str, str]]:
                 check_relative(name, str(folder / INDEX_FILE))
             except ArtifactError as error:
                 raise WeightError(f"{folder / INDEX_FILE}: {name!r} is not the name of a file beside it") from error
-        if absent := {name for name in weight_map.values() if not (folder / name).is_file()}:
+        if absent := {name for name in weight_map.values() if not (folder / name).exists()}:
             raise WeightError(f"{folder / INDEX_FILE} names files that are absent: {_shown(absent)}; download them")
         return sorted(set(weight_map.values())), weight_map
     if pickled := sorted(path.name for path in folder.glob("pytorch_model*.bin")):
@@ -136,12 +137,19 @@ def _refuse_adapter(folder: Path) -> None:
 
 
 def _open_file(path: Path, stack: ExitStack) -> SourceFile:
+    """Open and map a regular file, or what a link leads to, in the folder or out of it: Hugging Face's cache links its
+    snapshots to blobs, and people link weights that are too large to copy. What is not safetensors is refused anyway,
+    where the small files, of which any text would do, must be the checkpoint's own (read_file).
+    """
     try:
-        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        # O_NONBLOCK: opening a FIFO must not wait for a writer
+        fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
     except OSError as error:
         raise WeightError(f"{path}: cannot read: {error.strerror}") from error
     stack.callback(os.close, fd)
     status = os.fstat(fd)
+    if not stat.S_ISREG(status.st_mode):
+        raise WeightError(f"{path}: is not a regular file; download it again")
     if status.st_size < _HEADER_BYTES:
         raise WeightError(f"{path}: {status.st_size} bytes, truncated; download it again")
     mapping = mmap.mmap(fd, status.st_size, prot=mmap.PROT_READ)

@@ -15,6 +15,7 @@ import numpy.typing as npt
 from blake3 import blake3
 
 from ...artifacts.errors import TargetError, WeightError
+from ...artifacts.naming import naming
 from .source import SourceTensor, numpy_dtype
 
 # of source; large enough to make the per-chunk cost vanish, small enough to stay in the processor's cache
@@ -168,12 +169,13 @@ def _copy_range(source: SourceTensor, begin: int, count: int, fd: int) -> bool:
 def write_shard(path: Path, header: bytes, pieces: Iterable[Piece], progress: Progress) -> tuple[int, str]:
     """Write a new file of `header` and `pieces`; returns its size and blake3 hash. `progress` gets bytes as they go.
 
-    Raises WeightError for NaN, infinity and values that overflow the new dtype, naming the tensor.
+    Raises WeightError for NaN, infinity and values that overflow the new dtype, naming the tensor, and TargetError for
+    a file of more bytes than may be written.
     """
     copies = hasattr(os, "copy_file_range")  # Linux
     fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o644)
     try:
-        with _Checker() as checker:
+        with naming(path), _Checker() as checker:
             checker.put(header)
             _write_all(fd, memoryview(header))
             progress(len(header))

@@ -4,7 +4,7 @@ Source: AutoTokenizer, PreTrainedTokenizerBase._from_pretrained and TokenizersBa
 """
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,7 @@ TOKENIZER = "tokenizer.json"
 TOKENIZER_CONFIG = "tokenizer_config.json"
 _SPECIAL_MAP = "special_tokens_map.json"
 _ADDED = "added_tokens.json"
+_EXTRA, _ADDITIONAL = "extra_special_tokens", "additional_special_tokens"
 NAMES = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 # Qwen2Tokenizer takes vocabulary, merges and post-processor of tokenizer.json and makes the rest itself
 _REBUILT = (None, "Qwen2Tokenizer", "Qwen2TokenizerFast")
@@ -27,6 +28,8 @@ _REBUILT_DEFAULTS = dict.fromkeys(("eos_token", "unk_token", "pad_token"), "<|en
 _AS_STORED = ("PreTrainedTokenizerFast", "TokenizersBackend")
 _FLAGS = ("single_word", "lstrip", "rstrip", "normalized", "special")
 _SHOWN = 6
+# file, key and value of a token
+_Place = tuple[str, str, Any]
 
 
 @dataclass(frozen=True)
@@ -86,7 +89,8 @@ def decide_tokens(folder: Path, class_of_config: Any = None) -> Tokens:
         if _described(after) != _described(before):
             data = _stored_form(tokenizer)
     named = {name: special.named[name].content for name in NAMES if name in special.named}
-    return Tokens(data, named, _notes(files, merged, named, _ids(before), _ids(after), table))
+    notes = _notes(files, merged, named, _ids(before), _ids(after), table)
+    return Tokens(data, named, (*notes, *_list_notes(files, {each.content for each in after.values() if each.special})))
 
 
 def _ids(tokens: Mapping[int, AddedToken]) -> dict[str, int]:
@@ -197,6 +201,36 @@ def _table(files: _Files, merged: bool, stored: Mapping[int, AddedToken]) -> dic
     return table
 
 
+def _unnamed(files: _Files, merged: bool) -> tuple[list[_Place], dict[str, _Place]]:
+    """The list of special tokens without a name that counts, and the named ones of objects in its place.
+
+    tokenizer_config.json's additional_special_tokens is another name of its extra_special_tokens, unless those are
+    there. special_tokens_map.json's extra_special_tokens go on behind them; additional_special_tokens of a file count
+    only where no extra_special_tokens are left, not even an empty list.
+    """
+    named: dict[str, _Place] = {}
+    lists: dict[str, list[_Place]] = {}
+
+    def take(where: str, written: str, value: Any, key: str) -> None:
+        if isinstance(value, dict) and key == _EXTRA:
+            lists.pop(key, None)
+            named.update({name: (where, name, token) for name, token in value.items()})
+        elif isinstance(value, list) or value is None:
+            before = lists.get(key, []) if key == _EXTRA and value is not None else []
+            lists[key] = before + [(where, written, token) for token in value or []]
+        else:
+            raise files.error(where, f"{written} is {shown(value)}, expected tokens")
+
+    renamed = _ADDITIONAL in files.settings and not files.settings.get(_EXTRA)
+    for key in (_EXTRA, _ADDITIONAL):
+        if key in files.settings and not (renamed and key == _EXTRA):
+            take(TOKENIZER_CONFIG, key, files.settings[key], _EXTRA if renamed else key)
+    for key in (_EXTRA, _ADDITIONAL):
+        if merged and key in files.special:
+            take(_SPECIAL_MAP, key, files.special[key], key)
+    return lists.get(_EXTRA, lists.get(_ADDITIONAL, [])), named
+
+
 class _Special:
     """The special tokens: `named` by their attribute, and `extra` ones without a name."""
 
@@ -209,7 +243,6 @@ class _Special:
         if merged:
             values |= {name: (_SPECIAL_MAP, files.special[name]) for name in NAMES if name in files.special}
         sources = [(TOKENIZER_CONFIG, files.settings), *([(_SPECIAL_MAP, files.special)] if merged else [])]
-        extra: list[Any] = []
         for where, source in sources:
             # tokens of other names, image_token say
             values |= {
@@ -217,18 +250,13 @@ class _Special:
                 for name, value in source.items()
                 if name.endswith("_token") and name not in NAMES and (isinstance(value, str) or where == _SPECIAL_MAP)
             }
-            listed = source.get("extra_special_tokens") or source.get("additional_special_tokens") or []
-            if isinstance(listed, dict):
-                values |= {name: (where, value) for name, value in listed.items()}
-            elif isinstance(listed, list):
-                extra += [_token(files, where, "additional_special_tokens", value, special=True) for value in listed]
-            else:
-                raise files.error(where, f"additional_special_tokens is {shown(listed)}, expected tokens")
+        extra, others = _unnamed(files, merged)
+        values |= {name: (where, value) for name, (where, _, value) in others.items()}
         for name in sorted(values, key=lambda name: NAMES.index(name) if name in NAMES else len(NAMES)):
             where, value = values[name]
             if value is not None:
                 self.named[name] = _token(files, where, name, value, special=True)
-        self.extra: list[AddedToken] = extra
+        self.extra = [_token(files, where, key, value, special=True) for where, key, value in extra]
 
     def all(self) -> list[AddedToken]:
         return [*self.named.values(), *self.extra]
@@ -258,6 +286,19 @@ def _described(tokens: Mapping[int, AddedToken]) -> dict[int, tuple[Any, ...]]:
 def _listed(tokens: Iterable[str]) -> str:
     names = [shown(token) for token in tokens]
     return ", ".join(names[:_SHOWN]) + (f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else "")
+
+
+def _list_notes(files: _Files, special: set[str]) -> Iterator[str]:
+    """Lists of special tokens with some that are none in the end."""
+    for where, source in ((TOKENIZER_CONFIG, files.settings), (_SPECIAL_MAP, files.special)):
+        for key in (_EXTRA, _ADDITIONAL):
+            value = source.get(key)
+            listed = [
+                token.get("content") if isinstance(token, dict) else token
+                for token in (value.values() if isinstance(value, dict) else value or [])
+            ]
+            if lost := [str(text) for text in listed if text not in special]:
+                yield f"{where}: {key} {_listed(lost)} do not count, as in transformers: other files or keys do"
 
 
 def _notes(
