@@ -68,6 +68,8 @@ class AvReader:
         self._av = av
         self._source = source
         self._threads = threads
+        # display matrices by the rotation that frames report with them
+        self._matrices: dict[int, bytes | None] = {}
         self._container, self._stream = self._open()
         try:
             codec = self._stream.codec_context
@@ -254,8 +256,13 @@ class AvReader:
     def _rgb(self, frame: "VideoFrame") -> NDArray[np.uint8]:
         check_area("frame", frame.width, frame.height, _MAX_FRAME_PIXELS)
         pixels: NDArray[np.uint8] = frame.to_ndarray(format="rgb24").astype(np.uint8, copy=False)
-        matrix = frame.side_data.get("DISPLAYMATRIX")
-        return pixels if matrix is None else upright(pixels, matrix)
+        # A frame whose side data was looked at refers to itself, and keeps its picture until garbage is collected. The
+        # matrix is the stream's: one look for each rotation that frames have.
+        if frame.rotation not in self._matrices:
+            matrix = frame.side_data.get("DISPLAYMATRIX")
+            self._matrices[frame.rotation] = None if matrix is None else bytes(matrix)
+        found = self._matrices[frame.rotation]
+        return pixels if found is None else upright(pixels, found)
 
 
 def _metadata(version: str) -> dict[str, Any]:
