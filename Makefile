@@ -23,7 +23,7 @@ ifeq ($(TORCH),yes)
 NEWEST := '.[test,onnx]'
 FAST := tests
 else
-NEWEST := '.[onnx,sign,video]' hypothesis pytest
+NEWEST := '.[onnx,sign,video]' hypothesis pytest pytest-xdist
 FAST := $(WITHOUT_TORCH)
 endif
 
@@ -33,7 +33,7 @@ demo: $(READY)
 	$(BIN)/qwen2vl-tc demo
 
 test: lint
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 lint: $(READY)
 	mkdir -p $(TYPING)
@@ -60,7 +60,7 @@ newest:
 	    $$python -m venv --clear $$venv && \
 	    $$venv/bin/python -m pip install -q $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX)) -e $(NEWEST) && \
 	    $$venv/bin/python -m pip list && \
-	    $$venv/bin/python -m pytest -q -m 'not slow' $(FAST) || exit 1; \
+	    $$venv/bin/python -m pytest -q -n 2 --dist loadfile -m 'not slow' $(FAST) || exit 1; \
 	done
 
 setup: $(READY)
