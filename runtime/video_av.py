@@ -259,7 +259,7 @@ class AvReader:
         # A frame whose side data was looked at refers to itself, and keeps its picture until garbage is collected. The
         # matrix is the stream's: one look for each rotation that frames have.
         if frame.rotation not in self._matrices:
-            matrix = frame.side_data.get("DISPLAYMATRIX")
+            matrix: Any = frame.side_data.get("DISPLAYMATRIX")
             self._matrices[frame.rotation] = None if matrix is None else bytes(matrix)
         found = self._matrices[frame.rotation]
         return pixels if found is None else upright(pixels, found)

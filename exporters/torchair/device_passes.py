@@ -9,11 +9,29 @@ from .dtypes import INT32, INT64, data_inputs, input_dtypes, tensor_dtypes
 
 # RotaryMul's contract on Ascend 910B; beyond it columns may stay unturned, without a message
 _ROTARY_MULTIPLE = 64
-# Attributes that libraries of some releases lack, with the values that mean what a library without them does.
-_NEWER_ATTRIBUTES: dict[str, dict[str, Any]] = {
-    "FusedInferAttentionScore": {"pse_type": 0, "query_quant_mode": 0, "out_dtype": 0},
-    "Gather": {"is_preprocessed": False, "negative_index_support": False, "batch_dims": 0},
-    "GatherV2": {"is_preprocessed": False, "negative_index_support": False, "batch_dims": 0},
+# Defaults of the operators' definitions: an attribute that says the same says nothing, and some release may lack it.
+_GATHERING = {"is_preprocessed": False, "negative_index_support": False, "batch_dims": 0, "validate_indices": True}
+_DEFAULTS: dict[str, dict[str, Any]] = {
+    "FusedInferAttentionScore": {
+        "antiquant_mode": 0,
+        "block_size": 0,
+        "key_antiquant_mode": 0,
+        "next_tokens": 2147483647,
+        "out_dtype": 0,
+        "pre_tokens": 2147483647,
+        "pse_type": 0,
+        "query_quant_mode": 0,
+        "softmax_lse_flag": False,
+        "sparse_mode": 0,
+        "value_antiquant_mode": 0,
+    },
+    "Gather": _GATHERING,
+    "GatherV2": _GATHERING,
+    "MatMul": {"transpose_x1": False, "transpose_x2": False},
+    "ReduceAll": {"keep_dims": False},
+    "ReduceSum": {"keep_dims": False},
+    "Reshape": {"axis": 0, "num_axes": -1},
+    "ScatterNdUpdate": {"use_locking": False},
 }
 
 
@@ -104,7 +122,7 @@ def drop_what_is_not_asked(graph: Any) -> None:
             for name in ("_input_name_key", "_input_name_value"):
                 values = op.attr[name].list
                 del (values.s if name == "_input_name_key" else values.i)[-1]
-        for name, value in _NEWER_ATTRIBUTES.get(op.type, {}).items():
+        for name, value in _DEFAULTS.get(op.type, {}).items():
             if name in op.attr and getattr(op.attr[name], op.attr[name].WhichOneof("value")) == value:
                 del op.attr[name]
         if "_inference_rule" in op.attr:
