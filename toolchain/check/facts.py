@@ -104,12 +104,13 @@ def graph_facts(graph: GeGraph, binding: Binding) -> GraphFacts:
 def node_facts(node: Node, specs: Mapping[str, Specs], constants: frozenset[str], graph: GraphFacts) -> NodeFacts:
     """The facts of a node whose inputs and outputs have `specs`; constants: the names of the graph's constants."""
     names = [description.name for description in node.proto.input_desc]
-    edges = [edge for edge in node.inputs if edge is None or edge[1] >= 0]
     return NodeFacts(
         op=node.op,
         inputs=dict(zip(names, node_inputs(node, specs), strict=False)),
         outputs=specs[node.name],
         attributes=node.attributes,
-        constants=frozenset(name for name, edge in zip(names, edges, strict=False) if edge and edge[0] in constants),
+        constants=frozenset(
+            name for name, edge in zip(names, node.inputs, strict=False) if edge and edge[0] in constants
+        ),
         graph=graph,
     )
