@@ -9,7 +9,7 @@ import struct
 from pathlib import Path
 
 from .errors import ArtifactError, TargetError
-from .process import cache_home
+from .host.process import cache_home
 
 # linux/fs.h; statx would say the same
 _GET_FLAGS, _IMMUTABLE, _APPEND_ONLY = 0x80086601, 0x10, 0x20

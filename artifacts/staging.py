@@ -18,11 +18,11 @@ from pathlib import Path
 from typing import Any
 
 from .errors import ArtifactError, ConfigError, TargetError, WeightError
+from .host.process import current_folder
 from .integrity import check_relative, hash_bytes, is_same_file, open_inside
 from .manifest import MANIFEST_NAME, FileEntry, Manifest
 from .naming import naming
 from .own import check_deletable, check_own, open_own, own_folder, remove_tree
-from .process import current_folder
 from .schema import dump_json, parse_json
 from .signing import SIGNATURE_NAME, Signer
 from .store import Artifact, is_signed, leftover, open_artifact, read_manifest, real_path

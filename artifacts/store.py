@@ -7,9 +7,9 @@ from pathlib import Path
 from types import TracebackType
 
 from .errors import ArtifactError
+from .host.process import current_folder
 from .integrity import OpenedFile, hash_bytes, open_inside
 from .manifest import MANIFEST_NAME, FileEntry, GePart, Manifest, OnnxPart, manifest_from_bytes
-from .process import current_folder
 from .signing import MAX_SIGNATURE_BYTES, SIGNATURE_NAME, Signed, check_signature, describe_signature, public_keys
 
 # 72B with ten batch sizes has 0.5 MB; JSON grows twentyfold when it is parsed

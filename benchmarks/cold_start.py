@@ -22,7 +22,7 @@ from typing import Annotated, Any
 
 import typer
 
-from qwen2vl_tc.artifacts.process import prepare_process
+from qwen2vl_tc.artifacts.host.process import prepare_process
 
 SIZE = (728, 504)
 PROMPT = "What is this?"
@@ -59,7 +59,7 @@ tell(len(answer.prompt_token_ids))
 THEIRS = (
     COMMON
     + """
-from qwen2vl_tc.toolchain.transformers_import import import_transformers
+from qwen2vl_tc.toolchain.verify.transformers_import import import_transformers
 import_transformers()
 import torch
 from PIL import Image
@@ -110,11 +110,11 @@ def main(
 ) -> None:
     prepare_process()
     import numpy as np
+    from common import published, write_checkpoint
     from PIL import Image
 
-    from qwen2vl_tc.toolchain import page_cache
-    from qwen2vl_tc.toolchain.compile import CompileOptions, compile_artifact
-    from qwen2vl_tc.toolchain.synthetic import published, write_checkpoint
+    from qwen2vl_tc.toolchain.bench import page_cache
+    from qwen2vl_tc.toolchain.build.compile import CompileOptions, compile_artifact
     from qwen2vl_tc.toolchain.weights.convert import convert
 
     missed = []

@@ -20,8 +20,7 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-
-from qwen2vl_tc.toolchain.synthetic import published, write_checkpoint
+from common import published, write_checkpoint
 
 GOAL = 1.6
 CONVERT = (

@@ -13,7 +13,7 @@ import tempfile
 import time
 from pathlib import Path
 
-from qwen2vl_tc.artifacts.process import prepare_process
+from qwen2vl_tc.artifacts.host.process import prepare_process
 
 
 def main() -> None:
@@ -22,10 +22,11 @@ def main() -> None:
     parser.add_argument("--runs", type=int, default=20)
     arguments = parser.parse_args()
     prepare_process()
+    from common import published
+
     from qwen2vl_tc.artifacts.store import open_artifact
     from qwen2vl_tc.runtime.backends.reference import ReferenceBackend
-    from qwen2vl_tc.toolchain.compile import CompileOptions, compile_config
-    from qwen2vl_tc.toolchain.synthetic import published
+    from qwen2vl_tc.toolchain.build.compile import CompileOptions, compile_config
 
     with tempfile.TemporaryDirectory() as folder:
         config, artifact = Path(folder, "config.json"), Path(folder, "artifact")

@@ -60,7 +60,7 @@ def main() -> None:
 
 
 def _checkpoint(work: Path, size: str) -> Path:
-    from qwen2vl_tc.toolchain.synthetic import published, tiny_config, write_checkpoint
+    from common import published, tiny_config, write_checkpoint
 
     folder = work / f"hf-{size}"
     if not folder.is_dir():
@@ -95,7 +95,7 @@ def _child(name: str, path: Path, threads: int) -> dict[str, float]:
 
 
 def request_picture() -> Any:
-    from qwen2vl_tc.toolchain.verify_cases import picture
+    from qwen2vl_tc.toolchain.verify.cases import picture
 
     return picture(*SIZE, seed=1)
 
@@ -141,7 +141,7 @@ def _steps(at: list[float]) -> dict[str, float]:
 
 
 def _transformers(path: Path, threads: int) -> dict[str, float]:
-    from qwen2vl_tc.toolchain.transformers_import import import_transformers
+    from qwen2vl_tc.toolchain.verify.transformers_import import import_transformers
 
     import_transformers()
     import torch

@@ -21,7 +21,7 @@ from typing import Any
 
 import numpy as np
 
-from qwen2vl_tc.artifacts.process import prepare_process
+from qwen2vl_tc.artifacts.host.process import prepare_process
 
 WARM_UP, WINDOW = 10, 100
 MEMORY_GROWTH, LATENCY_GROWTH = 1.05, 1.15
@@ -73,9 +73,10 @@ def kinds(model: Any) -> list[Callable[[], Any]]:
 
 
 def build_tiny(folder: Path) -> Path:
-    from qwen2vl_tc.toolchain.build import build
-    from qwen2vl_tc.toolchain.compile import CompileOptions
-    from qwen2vl_tc.toolchain.synthetic import tiny_config, write_checkpoint
+    from common import tiny_config, write_checkpoint
+
+    from qwen2vl_tc.toolchain.build.build import build
+    from qwen2vl_tc.toolchain.build.compile import CompileOptions
 
     source = write_checkpoint(folder / "tiny", tiny_config(), dtype="fp32", tokenizer=True)
     build(source, folder / "a", options=CompileOptions(max_length=1024, batches=(1, 2)), verify=False, sync=False)

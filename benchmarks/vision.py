@@ -19,14 +19,14 @@ import av
 import numpy as np
 from PIL import Image
 
-from qwen2vl_tc.runtime.frames import FrameRequest, sample_frames
-from qwen2vl_tc.runtime.patches import clip_patches, image_patches
-from qwen2vl_tc.runtime.resize import SizeRequest, frame_size, resize
-from qwen2vl_tc.runtime.sources import LOCAL_ONLY
-from qwen2vl_tc.runtime.video import VideoRequest, video_patches
-from qwen2vl_tc.runtime.video_av import AvReader
-from qwen2vl_tc.runtime.vision import ImageSettings
-from qwen2vl_tc.toolchain.transformers_import import import_transformers
+from qwen2vl_tc.runtime.pictures.frames import FrameRequest, sample_frames
+from qwen2vl_tc.runtime.pictures.patches import clip_patches, image_patches
+from qwen2vl_tc.runtime.pictures.resize import SizeRequest, frame_size, resize
+from qwen2vl_tc.runtime.pictures.sources import LOCAL_ONLY
+from qwen2vl_tc.runtime.pictures.video import VideoRequest, video_patches
+from qwen2vl_tc.runtime.pictures.video_av import AvReader
+from qwen2vl_tc.runtime.pictures.vision import ImageSettings
+from qwen2vl_tc.toolchain.verify.transformers_import import import_transformers
 
 # preprocessor_config.json of Qwen2-VL-7B-Instruct
 PUBLISHED = ImageSettings(min_pixels=3136, max_pixels=12845056, patch_size=14, temporal_patch_size=2, merge_size=2)

@@ -17,7 +17,7 @@ import tempfile
 import time
 from pathlib import Path
 
-from qwen2vl_tc.artifacts.process import prepare_process
+from qwen2vl_tc.artifacts.host.process import prepare_process
 
 COLD_START = """
 import sys
@@ -35,8 +35,9 @@ print(answer.timings_ms["weight_check"])
 
 
 def make(folder: Path) -> Path:
-    from qwen2vl_tc.toolchain.compile import CompileOptions, compile_artifact
-    from qwen2vl_tc.toolchain.synthetic import published, write_checkpoint
+    from common import published, write_checkpoint
+
+    from qwen2vl_tc.toolchain.build.compile import CompileOptions, compile_artifact
     from qwen2vl_tc.toolchain.weights.convert import convert
 
     source = write_checkpoint(folder / "2b", published("2b"), tokenizer=True)

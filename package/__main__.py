@@ -1,5 +1,5 @@
 """`python -m qwen2vl_tc`, where the console script is not on the path."""
 
-from .toolchain.cli import main
+from .toolchain.cli.main import main
 
 main()

@@ -1,8 +1,8 @@
 """The thin runtime: opens an artifact and generates, without tracing, transformers or torch_npu."""
 
-from .conversation import Conversation
-from .generate import Generation, Token
 from .loader import load
 from .model import Model
+from .requests.conversation import Conversation
+from .requests.generate import Generation, Token
 
 __all__ = ["Conversation", "Generation", "Model", "Token", "load"]

@@ -9,16 +9,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..artifacts.errors import ArtifactError, MissingDependencyError, TargetError
+from ..artifacts.host.process import npu_problem, prepare_process
 from ..artifacts.manifest import Manifest
-from ..artifacts.process import npu_problem, prepare_process
 from ..artifacts.store import Artifact, ge_part, onnx_part, open_artifact
 from .backends.base import Backend
 from .integrity import WeightCheck
 from .memory import check_fits, soc_memory
 from .model import Model
 from .phases import Phases
-from .prompt import Processor
-from .template import Renderer
+from .text.prompt import Processor
+from .text.template import Renderer
 
 if TYPE_CHECKING:
     from .backends.reference import Observer

@@ -11,20 +11,20 @@ from ..artifacts.errors import RequestError, TargetError
 from ..artifacts.manifest import Manifest
 from ..artifacts.store import Artifact
 from .backends.base import Backend
-from .conversation import Conversation
-from .generate import Generation, Row, Timings, Token, generate_rows, run_out, texts
-from .images import ImageSource
 from .integrity import WeightCheck
-from .messages import Message
-from .pictures import DEFAULT_VISION, VisionOptions
-from .prompt import Processor, Prompt
-from .settings import Settings, settings_for
-from .video import VideoSource
+from .pictures.images import ImageSource
+from .pictures.items import DEFAULT_VISION, VisionOptions
+from .pictures.video import VideoSource
+from .requests.conversation import Conversation
+from .requests.generate import Generation, Row, Timings, Token, generate_rows, run_out, texts
+from .requests.settings import Settings, settings_for
+from .text.messages import Message
+from .text.prompt import Processor, Prompt
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
 
-    from .settings import GivenSettings
+    from .requests.settings import GivenSettings
 
 OnToken = Callable[[Token], None]
 

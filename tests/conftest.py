@@ -12,8 +12,8 @@ from typing import Any
 
 import pytest
 
-from qwen2vl_tc.artifacts.process import prepare_process
-from qwen2vl_tc.toolchain.transformers_import import import_transformers
+from qwen2vl_tc.artifacts.host.process import prepare_process
+from qwen2vl_tc.toolchain.verify.transformers_import import import_transformers
 
 prepare_process()
 # a shell's background jobs ignore it, and would hand that down to what the tests interrupt
@@ -30,10 +30,10 @@ Build = Callable[..., tuple[Path, Path]]
 @pytest.fixture(scope="session")
 def build(tmp_path_factory: pytest.TempPathFactory) -> Build:
     """build(name, config, dtype=, ..., **write_checkpoint's) to (HF folder, artifact), made by the commands; cached."""
+    from helpers.synthetic import write_checkpoint
     from typer.testing import CliRunner
 
-    from qwen2vl_tc.toolchain.cli import app
-    from qwen2vl_tc.toolchain.synthetic import write_checkpoint
+    from qwen2vl_tc.toolchain.cli.main import app
 
     made: dict[str, tuple[Path, Path]] = {}
 

@@ -7,17 +7,17 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from helpers.synthetic import tiny_config, write_checkpoint
 from PIL import Image
 from typer.testing import CliRunner
 
 from qwen2vl_tc.runtime import Model, load
-from qwen2vl_tc.runtime.generate import Timings, prefill_prompt
-from qwen2vl_tc.runtime.prompt import Prompt
-from qwen2vl_tc.runtime.vision import segment_ends, vision_positions
-from qwen2vl_tc.toolchain.cli import app
-from qwen2vl_tc.toolchain.execute_mode import EXECUTE_MODES, engine
-from qwen2vl_tc.toolchain.hf_processor import default_image_processor
-from qwen2vl_tc.toolchain.synthetic import tiny_config, write_checkpoint
+from qwen2vl_tc.runtime.pictures.vision import segment_ends, vision_positions
+from qwen2vl_tc.runtime.requests.generate import Timings, prefill_prompt
+from qwen2vl_tc.runtime.text.prompt import Prompt
+from qwen2vl_tc.toolchain.cli.main import app
+from qwen2vl_tc.toolchain.host.execute_mode import EXECUTE_MODES, engine
+from qwen2vl_tc.toolchain.verify.hf_processor import default_image_processor
 from qwen2vl_tc.toolchain.weights.convert import convert
 
 # fp32 sums of a few hundred products in another order differ by some 1e-6 of logits of order 5; a wrong operator is

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from qwen2vl_tc.artifacts import process
-from qwen2vl_tc.artifacts.process import AUTOLOAD_VARIABLE, driver_version, npu_count, prepare_process
+from qwen2vl_tc.artifacts.host import process
+from qwen2vl_tc.artifacts.host.process import AUTOLOAD_VARIABLE, driver_version, npu_count, prepare_process
 
 
 def run(script: str) -> str:
@@ -23,7 +23,7 @@ def run(script: str) -> str:
 def test_torch_imports_in_a_prepared_process() -> None:
     assert (
         run("""
-from qwen2vl_tc.artifacts.process import prepare_process
+from qwen2vl_tc.artifacts.host.process import prepare_process
 prepare_process()
 import torch
 print(torch.ones(2).sum().item())
@@ -36,7 +36,7 @@ def test_child_processes_are_prepared_too() -> None:
     assert (
         run("""
 import subprocess, sys
-from qwen2vl_tc.artifacts.process import prepare_process
+from qwen2vl_tc.artifacts.host.process import prepare_process
 prepare_process()
 print(subprocess.run([sys.executable, "-c", "import torch"]).returncode)
 """)
@@ -47,7 +47,7 @@ print(subprocess.run([sys.executable, "-c", "import torch"]).returncode)
 def test_transformers_runs_its_cpu_code_even_beside_the_emulated_npu() -> None:
     assert run("""
 from qwen2vl_tc.exporters.torchair.device import open_device
-from qwen2vl_tc.toolchain.transformers_import import import_transformers
+from qwen2vl_tc.toolchain.verify.transformers_import import import_transformers
 open_device("Ascend910B2")
 transformers = import_transformers()
 transformers.Qwen2VLForConditionalGeneration
@@ -63,7 +63,7 @@ def test_importing_transformers_does_not_import_torch_npu() -> None:
     assert (
         run("""
 import sys
-from qwen2vl_tc.toolchain.transformers_import import import_transformers
+from qwen2vl_tc.toolchain.verify.transformers_import import import_transformers
 import_transformers().Qwen2VLForConditionalGeneration
 print("torch_npu" in sys.modules)
 """)
@@ -141,7 +141,7 @@ def test_the_driver_s_version_is_read_where_its_installer_recorded_it(
 def test_an_interrupt_that_a_finaliser_swallows_still_ends_the_work() -> None:
     code = """
 import os, signal
-from qwen2vl_tc.artifacts.vendor import no_lost_interrupt
+from qwen2vl_tc.artifacts.host.vendor import no_lost_interrupt
 
 class Finalised:
     def __del__(self):

@@ -7,12 +7,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from helpers.synthetic import tiny_config
 from PIL import Image
 from typer.testing import CliRunner
 
 from qwen2vl_tc.runtime import Model, load
-from qwen2vl_tc.toolchain.cli import app
-from qwen2vl_tc.toolchain.synthetic import tiny_config
+from qwen2vl_tc.toolchain.cli.main import app
 
 from .test_parity import FP32_TOLERANCE, Transformers, our_logits, picture
 
@@ -216,7 +216,7 @@ def test_sampled_tokens_are_drawn_from_the_logits_of_transformers(
     built: tuple[Path, Path], model: Model, oracle: Oracle, folder: Path, tmp_path: Path
 ) -> None:
     """The draw replayed on transformers' logits of the same text gives the same tokens."""
-    from qwen2vl_tc.runtime.sampling import Sampler
+    from qwen2vl_tc.runtime.requests.sampling import Sampler
 
     request = requests_of(folder)["image and video"]
     options = ("--sample", "--temperature", 1.3, "--top-k", 40, "--top-p", 0.95, "--seed", 5, "--max-new-tokens", 12)

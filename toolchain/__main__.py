@@ -1,5 +1,5 @@
 """`python -m qwen2vl_tc.toolchain`, where the console script is not on the path."""
 
-from .cli import main
+from .cli.main import main
 
 main()

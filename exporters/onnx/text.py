@@ -1,6 +1,6 @@
 """The language model as ONNX: one model for prefill and decode, with a free number of rows and tokens.
 
-Shapes as in toolchain/graphs/text.py, which this follows operator by operator: B rows, S tokens, H hidden_size,
+Shapes as in toolchain/models/text.py, which this follows operator by operator: B rows, S tokens, H hidden_size,
 D head_dim, KV num_kv_heads x D, L cache length, V vocabulary.
 """
 

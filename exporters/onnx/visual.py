@@ -1,4 +1,4 @@
-"""The vision tower as ONNX, following toolchain/graphs/visual.py operator by operator.
+"""The vision tower as ONNX, following toolchain/models/visual.py operator by operator.
 
 Segments attend to nothing outside themselves, so the model takes segments of one length and needs no mask: those of
 other lengths are another call. Shapes: B segments, N patches in each, E embed_dim, D head_dim, H hidden_size.

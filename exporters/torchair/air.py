@@ -20,9 +20,9 @@ from dataclasses import dataclass
 from pathlib import PurePosixPath
 from typing import Any
 
-from ...artifacts.binding import CACHE, CONSTANT, PARAMETER, Binding, BoundInput
 from ...artifacts.errors import ArtifactError
-from ...artifacts.ge_ops import INPUTS
+from ...artifacts.ge.binding import CACHE, CONSTANT, PARAMETER, Binding, BoundInput
+from ...artifacts.ge.ops import INPUTS
 from ...artifacts.manifest import Tensor
 
 FILE_CONSTANT = "FileConstant"

@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ...artifacts.errors import MissingDependencyError, TargetError
-from ...artifacts.process import emulated, npu_usable, prepare_process, release
-from ...artifacts.vendor import vendor_import
+from ...artifacts.host.process import emulated, npu_usable, prepare_process, release
+from ...artifacts.host.vendor import vendor_import
 from .cann_stubs.build import MAIN_LIBRARY, build_stubs, known_socs
 
 INSTALL = "pip install 'qwen2vl-tc[compile]'"

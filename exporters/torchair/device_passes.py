@@ -4,7 +4,7 @@ import struct
 from collections import Counter
 from typing import Any
 
-from ...artifacts.ge_ops import CONSTANT, INPUTS, VIEWS, WRITES, op_kind
+from ...artifacts.ge.ops import CONSTANT, INPUTS, VIEWS, WRITES, op_kind
 from .dtypes import INT32, INT64, data_inputs, input_dtypes, tensor_dtypes
 
 # RotaryMul's contract on Ascend 910B; beyond it columns may stay unturned, without a message

@@ -4,7 +4,7 @@ from collections.abc import Callable
 from typing import Any
 
 from ...artifacts.errors import TargetError
-from ...artifacts.ge_ops import CONSTANT, CONTROL, INPUTS
+from ...artifacts.ge.ops import CONSTANT, CONTROL, INPUTS
 
 # ge.proto.DataType, as descriptors number them
 FLOAT, INT32, INT64, BOOL = 1, 7, 8, 11

@@ -6,7 +6,7 @@ Every pass keeps the graph's outputs and in-place writes equal, bit for bit; tes
 from collections.abc import Callable, Iterable
 from typing import Any
 
-from ...artifacts.ge_ops import count_kinds, live_ops, op_of
+from ...artifacts.ge.ops import count_kinds, live_ops, op_of
 from .device_passes import (
     describe_dtypes,
     drop_what_is_not_asked,

@@ -11,7 +11,8 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-from ...artifacts.binding import (
+from ...artifacts.errors import TargetError
+from ...artifacts.ge.binding import (
     ARGUMENT,
     CACHE,
     CONSTANT,
@@ -22,7 +23,6 @@ from ...artifacts.binding import (
     BoundOutput,
     unknown_options,
 )
-from ...artifacts.errors import TargetError
 from ...artifacts.manifest import OperatorNote
 from .converters import register_converters
 

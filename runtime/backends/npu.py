@@ -16,17 +16,17 @@ from torch import Tensor
 
 from ...artifacts.cann import RELEASES, CannWarning, cann_release, is_newer
 from ...artifacts.errors import MissingDependencyError, TargetError
+from ...artifacts.ge.graph import INPUT_TYPES, read_graph
+from ...artifacts.host.process import driver_version, emulated, release
+from ...artifacts.host.vendor import vendor_import
 from ...artifacts.manifest import GePart
 from ...artifacts.own import own_cache
-from ...artifacts.process import driver_version, emulated, release
 from ...artifacts.soc import soc_family
 from ...artifacts.store import Artifact, ge_part
-from ...artifacts.vendor import vendor_import
 from ..memory import check_fits, check_free
 from .base import Embeds, Ints, Step
 from .ge.bound import Cache, GeBackend
 from .ge.checks import check_graph
-from .ge.graph import INPUT_TYPES, read_graph
 from .ge.operators import operator
 
 # Greedy steps that may be in flight before the host reads the oldest token: enough to hide the read, few enough

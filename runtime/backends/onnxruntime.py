@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 from ...artifacts.errors import ArtifactError, MissingDependencyError, RequestError, TargetError
 from ...artifacts.manifest import OnnxGraph, OnnxPart
 from ...artifacts.store import Artifact, onnx_part
-from ..segments import Piece, pieces, plan_runs, rows_of
+from ..pictures.segments import Piece, pieces, plan_runs, rows_of
 from .base import Backend, Embeds, Ints, Step
 from .onnx_check import check_model
 

@@ -8,11 +8,11 @@ from collections.abc import Callable
 
 from torch import Tensor
 
+from ...artifacts.ge.graph import read_graph
 from ...artifacts.store import Artifact
 from .ge.bound import GeBackend
 from .ge.checks import check_graph
 from .ge.executor import Executor
-from .ge.graph import read_graph
 
 Observer = Callable[[str, str, tuple[Tensor, ...]], None]
 # mallopt's parameters, from glibc's malloc.h

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
+from helpers.synthetic import nested_config, published, tiny_config
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import Qwen2VLConfig
@@ -14,7 +15,6 @@ from transformers import Qwen2VLConfig
 from qwen2vl_tc.artifacts.config import ModelConfig, model_config_from_hf
 from qwen2vl_tc.artifacts.errors import ConfigError
 from qwen2vl_tc.artifacts.hf_fields import TEXT_DEFAULTS, VISION_DEFAULTS, WHOLE_DEFAULTS
-from qwen2vl_tc.toolchain.synthetic import nested_config, published, tiny_config
 from qwen2vl_tc.toolchain.weights.notes import config_notes
 
 PUBLISHED = [published("2b"), published("7b"), published("72b")]

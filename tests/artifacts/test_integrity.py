@@ -8,13 +8,13 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from helpers.synthetic import tiny_config
 
 from qwen2vl_tc.artifacts.config import model_config_from_hf
 from qwen2vl_tc.artifacts.errors import ArtifactError
 from qwen2vl_tc.artifacts.integrity import hash_bytes
 from qwen2vl_tc.artifacts.manifest import FileEntry, empty_manifest
 from qwen2vl_tc.artifacts.store import Artifact, open_artifact
-from qwen2vl_tc.toolchain.synthetic import tiny_config
 
 DATA = bytes(range(256)) * 40
 

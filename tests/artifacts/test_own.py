@@ -6,6 +6,7 @@ import os
 from pathlib import Path
 
 import pytest
+from helpers.synthetic import tiny_config
 
 from qwen2vl_tc.artifacts import own
 from qwen2vl_tc.artifacts.config import model_config_from_hf
@@ -14,8 +15,7 @@ from qwen2vl_tc.artifacts.manifest import Manifest, empty_manifest
 from qwen2vl_tc.artifacts.own import own_cache, own_folder
 from qwen2vl_tc.artifacts.staging import stage
 from qwen2vl_tc.artifacts.store import open_artifact, read_manifest
-from qwen2vl_tc.toolchain.demo import run_demo
-from qwen2vl_tc.toolchain.synthetic import tiny_config
+from qwen2vl_tc.toolchain.demo.demo import run_demo
 
 BESIDE = (".a.staging", ".a.resume", ".a.old", ".a.lock")
 

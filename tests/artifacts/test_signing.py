@@ -19,8 +19,8 @@ from qwen2vl_tc.artifacts.signing import public_keys, signer
 from qwen2vl_tc.artifacts.staging import stage
 from qwen2vl_tc.artifacts.store import open_artifact
 from qwen2vl_tc.runtime import load
-from qwen2vl_tc.toolchain.cli import app
-from qwen2vl_tc.toolchain.sign import sign_artifact
+from qwen2vl_tc.toolchain.build.sign import sign_artifact
+from qwen2vl_tc.toolchain.cli.main import app
 
 
 def write_key(folder: Path, name: str) -> tuple[Path, Path]:

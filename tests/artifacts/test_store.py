@@ -10,6 +10,7 @@ import threading
 from pathlib import Path
 
 import pytest
+from helpers.synthetic import tiny_config
 
 from qwen2vl_tc.artifacts import staging as staging_module
 from qwen2vl_tc.artifacts.config import model_config_from_hf
@@ -17,7 +18,6 @@ from qwen2vl_tc.artifacts.errors import ArtifactError, TargetError, WeightError
 from qwen2vl_tc.artifacts.manifest import FileEntry, Manifest, empty_manifest
 from qwen2vl_tc.artifacts.staging import Staging, stage, staging_path
 from qwen2vl_tc.artifacts.store import leftover, open_artifact, read_manifest
-from qwen2vl_tc.toolchain.synthetic import tiny_config
 
 MODEL = model_config_from_hf(tiny_config())
 

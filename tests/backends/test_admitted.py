@@ -9,12 +9,12 @@ from typing import Any
 import pytest
 from helpers.emulated_npu import emulated_npu
 from helpers.released import unpack
+from helpers.synthetic import tiny_config
 
 from qwen2vl_tc.artifacts.cann import CannWarning, cann_release, is_newer
 from qwen2vl_tc.artifacts.errors import TargetError
 from qwen2vl_tc.artifacts.store import Artifact, open_artifact
 from qwen2vl_tc.runtime.backends import npu
-from qwen2vl_tc.toolchain.synthetic import tiny_config
 
 
 @pytest.fixture(scope="module")

@@ -7,17 +7,17 @@ from typing import Any
 
 import pytest
 import torch
+from helpers.synthetic import tiny_config
 from PIL import Image
 
-from qwen2vl_tc.artifacts.binding import Binding, BoundInput
 from qwen2vl_tc.artifacts.errors import ArtifactError
-from qwen2vl_tc.artifacts.ge_ops import VIEWS, WRITES, live_ops, op_of
+from qwen2vl_tc.artifacts.ge.binding import Binding, BoundInput
+from qwen2vl_tc.artifacts.ge.graph import read_graph, written_by
+from qwen2vl_tc.artifacts.ge.ops import VIEWS, WRITES, live_ops, op_of
+from qwen2vl_tc.artifacts.ge.proto import message_class
 from qwen2vl_tc.runtime import load
 from qwen2vl_tc.runtime.backends.ge.checks import check_graph
 from qwen2vl_tc.runtime.backends.ge.executor import Executor
-from qwen2vl_tc.runtime.backends.ge.graph import read_graph, written_by
-from qwen2vl_tc.runtime.backends.ge.proto import message_class
-from qwen2vl_tc.toolchain.synthetic import tiny_config
 
 Build = Callable[..., tuple[Path, Path]]
 

@@ -9,14 +9,14 @@ from typing import Any
 import numpy as np
 import pytest
 from helpers.altered import Arrays, Tensors, altered, altered_onnx
+from helpers.synthetic import tiny_config
 from PIL import Image
 from typer.testing import CliRunner
 
 from qwen2vl_tc.artifacts.errors import ArtifactError, ToolchainError
 from qwen2vl_tc.artifacts.manifest import Manifest
 from qwen2vl_tc.runtime import load
-from qwen2vl_tc.toolchain.cli import app
-from qwen2vl_tc.toolchain.synthetic import tiny_config
+from qwen2vl_tc.toolchain.cli.main import app
 
 FORMS = {"fused": "reference", "recipe": "reference", "onnx": "onnxruntime", "onnx --standard-only": "onnxruntime"}
 PICTURE = Image.new("RGB", (140, 140), "red")

@@ -10,19 +10,19 @@ from typing import Any
 import pytest
 import torch
 from helpers.emulated_npu import DeviceWork, emulated_npu, load_on_npu
+from helpers.synthetic import tiny_config
 from PIL import Image
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from qwen2vl_tc.artifacts.errors import ArtifactError, MissingDependencyError, TargetError, ToolchainError
+from qwen2vl_tc.artifacts.ge.proto import message_class
 from qwen2vl_tc.artifacts.store import Artifact
 from qwen2vl_tc.runtime import Model, load, loader
 from qwen2vl_tc.runtime.backends import npu
 from qwen2vl_tc.runtime.backends.ge import operators
-from qwen2vl_tc.runtime.backends.ge.proto import message_class
-from qwen2vl_tc.runtime.generate import Timings, Token, generate_rows
 from qwen2vl_tc.runtime.memory import device_memory
-from qwen2vl_tc.toolchain.execute_mode import engine
-from qwen2vl_tc.toolchain.synthetic import tiny_config
+from qwen2vl_tc.runtime.requests.generate import Timings, Token, generate_rows
+from qwen2vl_tc.toolchain.host.execute_mode import engine
 
 
 @pytest.fixture(scope="module")
@@ -397,11 +397,12 @@ def test_the_emulated_device_never_counts_as_an_npu(model: Model, artifact: Path
 
 
 def test_a_model_too_large_for_one_device_is_refused_by_name(artifact: Path) -> None:
+    from helpers.synthetic import published
+
     from qwen2vl_tc.artifacts.config import model_config_from_hf
     from qwen2vl_tc.artifacts.manifest import empty_manifest
     from qwen2vl_tc.artifacts.store import read_manifest
     from qwen2vl_tc.runtime.memory import check_fits
-    from qwen2vl_tc.toolchain.synthetic import published
 
     part = read_manifest(artifact).ge
     assert part is not None

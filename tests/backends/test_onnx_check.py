@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import onnx
 import pytest
+from helpers.synthetic import tiny_config, write_checkpoint
 from onnx import TensorProto, helper
 from typer.testing import CliRunner
 
@@ -20,9 +21,8 @@ from qwen2vl_tc.artifacts.onnx_ops import OPERATORS
 from qwen2vl_tc.artifacts.store import read_manifest
 from qwen2vl_tc.runtime import load
 from qwen2vl_tc.runtime.backends.onnx_check import check_model
-from qwen2vl_tc.toolchain.cli import app
-from qwen2vl_tc.toolchain.onnx_export import WEIGHTS, OnnxOptions, export_onnx
-from qwen2vl_tc.toolchain.synthetic import tiny_config, write_checkpoint
+from qwen2vl_tc.toolchain.build.onnx import WEIGHTS, OnnxOptions, export_onnx
+from qwen2vl_tc.toolchain.cli.main import app
 
 Change = Callable[[Any], object]
 

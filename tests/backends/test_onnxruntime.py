@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from helpers.synthetic import tiny_config, write_checkpoint
 from PIL import Image
 from typer.testing import CliRunner
 
@@ -18,13 +19,12 @@ from qwen2vl_tc.artifacts.errors import ArtifactError, MissingDependencyError, R
 from qwen2vl_tc.artifacts.integrity import hash_bytes
 from qwen2vl_tc.runtime import Model, load
 from qwen2vl_tc.runtime.backends.onnxruntime import _products_saturate
-from qwen2vl_tc.runtime.generate import Timings, prefill_prompt
-from qwen2vl_tc.runtime.prompt import Prompt
-from qwen2vl_tc.runtime.vision import segment_ends, vision_positions
-from qwen2vl_tc.toolchain.cli import app
-from qwen2vl_tc.toolchain.hf_reference import HfReference, open_reference
-from qwen2vl_tc.toolchain.synthetic import tiny_config, write_checkpoint
-from qwen2vl_tc.toolchain.verify_cases import Case
+from qwen2vl_tc.runtime.pictures.vision import segment_ends, vision_positions
+from qwen2vl_tc.runtime.requests.generate import Timings, prefill_prompt
+from qwen2vl_tc.runtime.text.prompt import Prompt
+from qwen2vl_tc.toolchain.cli.main import app
+from qwen2vl_tc.toolchain.verify.cases import Case
+from qwen2vl_tc.toolchain.verify.reference import HfReference, open_reference
 
 # fp32 sums of a few hundred products in another order differ by some 1e-6 of logits of order 5; a wrong operator is
 # off by more than 1e-2

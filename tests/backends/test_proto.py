@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 
 from qwen2vl_tc.artifacts.errors import ArtifactError
-from qwen2vl_tc.runtime.backends.ge.proto import FIELDS, message_class, parse_graph
+from qwen2vl_tc.artifacts.ge.proto import FIELDS, message_class, parse_graph
 
 WIRE_TYPES = {
     "string": 9,

@@ -5,13 +5,13 @@ from typing import Any
 
 import numpy as np
 import pytest
+from helpers.synthetic import tiny_config
 from typer.testing import CliRunner
 
 from qwen2vl_tc.runtime import load
-from qwen2vl_tc.runtime.segments import plan_runs
-from qwen2vl_tc.runtime.vision import segment_ends, vision_positions
-from qwen2vl_tc.toolchain.cli import app
-from qwen2vl_tc.toolchain.synthetic import tiny_config
+from qwen2vl_tc.runtime.pictures.segments import plan_runs
+from qwen2vl_tc.runtime.pictures.vision import segment_ends, vision_positions
+from qwen2vl_tc.toolchain.cli.main import app
 
 # t, h, w: three sizes, of which two are near enough to be padded together, one that comes again, and a clip
 GRIDS = [(1, 8, 8), (1, 4, 4), (1, 8, 10), (3, 4, 4), (1, 8, 8), (1, 12, 18), (1, 8, 10)]

@@ -13,10 +13,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from helpers.synthetic import tiny_config
 from safetensors import safe_open
 
-from qwen2vl_tc.artifacts.binding import Binding, BoundInput, binding_from_bytes
 from qwen2vl_tc.artifacts.errors import ArtifactError
+from qwen2vl_tc.artifacts.ge.binding import Binding, BoundInput, binding_from_bytes
+from qwen2vl_tc.artifacts.ge.graph import ATTRIBUTE_DTYPES
+from qwen2vl_tc.artifacts.ge.proto import message_class
 from qwen2vl_tc.artifacts.manifest import AirGraph, Manifest
 from qwen2vl_tc.artifacts.staging import stage
 from qwen2vl_tc.artifacts.store import open_artifact, read_manifest
@@ -24,11 +27,8 @@ from qwen2vl_tc.exporters.torchair.air import convert_to_air, input_name
 from qwen2vl_tc.runtime import load
 from qwen2vl_tc.runtime.backends.ge import air as air_reader
 from qwen2vl_tc.runtime.backends.ge.air import load_air
-from qwen2vl_tc.runtime.backends.ge.graph import ATTRIBUTE_DTYPES
 from qwen2vl_tc.runtime.backends.ge.operators import TORCH_DTYPES
-from qwen2vl_tc.runtime.backends.ge.proto import message_class
-from qwen2vl_tc.toolchain.air import atc_commands, export_air
-from qwen2vl_tc.toolchain.synthetic import tiny_config
+from qwen2vl_tc.toolchain.build.air import atc_commands, export_air
 
 GRAPHS = ("visual", "prefill", "decode_b1", "decode_b2")
 MAX_LENGTH = 256
@@ -209,7 +209,7 @@ def test_an_artifact_behind_a_link_is_exported_in_its_own_place(copied: Path, tm
 
 def test_exporting_needs_neither_torch_nor_a_device(copied: Path) -> None:
     code = (
-        "import sys; from pathlib import Path; from qwen2vl_tc.toolchain.air import export_air;"
+        "import sys; from pathlib import Path; from qwen2vl_tc.toolchain.build.air import export_air;"
         "export_air(Path(sys.argv[1]), sync=False); print('torch' in sys.modules, 'torch_npu' in sys.modules)"
     )
     done = subprocess.run([sys.executable, "-c", code, str(copied)], capture_output=True, text=True, check=True)

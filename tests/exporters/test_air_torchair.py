@@ -6,12 +6,12 @@ from typing import Any
 
 import pytest
 import torch
+from helpers.synthetic import tiny_config
 
+from qwen2vl_tc.artifacts.ge.proto import message_class
 from qwen2vl_tc.artifacts.store import read_manifest
 from qwen2vl_tc.exporters.torchair.passes import PASSES, run_passes
-from qwen2vl_tc.runtime.backends.ge.proto import message_class
-from qwen2vl_tc.toolchain.air import export_air
-from qwen2vl_tc.toolchain.synthetic import tiny_config
+from qwen2vl_tc.toolchain.build.air import export_air
 
 GRAPHS = ("visual", "prefill", "decode_b1", "decode_b2")
 MAX_LENGTH = 256
@@ -44,8 +44,8 @@ def torchairs(exported: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[
     from qwen2vl_tc.exporters.torchair.converters import register_converters
     from qwen2vl_tc.exporters.torchair.device import open_device
     from qwen2vl_tc.exporters.torchair.trace import _tracing_patches
-    from qwen2vl_tc.toolchain.graphs.form import Form
-    from qwen2vl_tc.toolchain.graphs.signatures import Qwen2VL, signatures
+    from qwen2vl_tc.toolchain.models.form import Form
+    from qwen2vl_tc.toolchain.models.signatures import Qwen2VL, signatures
 
     open_device("Ascend910B2")
     register_converters()

@@ -21,7 +21,7 @@ from qwen2vl_tc.exporters.torchair.cann_stubs.elf import read_library
 USE_THE_DEVICE = """
 import json, sys
 from qwen2vl_tc.artifacts.errors import TargetError
-from qwen2vl_tc.artifacts.process import emulated, npu_usable
+from qwen2vl_tc.artifacts.host.process import emulated, npu_usable
 from qwen2vl_tc.exporters.torchair.device import open_device
 
 def resident_mb():

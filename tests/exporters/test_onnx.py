@@ -12,16 +12,16 @@ from typing import Any
 import numpy as np
 import onnx
 import pytest
+from helpers.synthetic import published, tiny_config, write_checkpoint
 from typer.testing import CliRunner
 
 from qwen2vl_tc.artifacts.errors import ArtifactError, MissingDependencyError, TargetError, WeightError
 from qwen2vl_tc.artifacts.store import read_manifest
 from qwen2vl_tc.exporters.onnx import quantize
 from qwen2vl_tc.exporters.onnx.rotary import frequencies
-from qwen2vl_tc.toolchain import onnx_export
-from qwen2vl_tc.toolchain.cli import app
-from qwen2vl_tc.toolchain.onnx_export import OnnxOptions, export_onnx
-from qwen2vl_tc.toolchain.synthetic import published, tiny_config, write_checkpoint
+from qwen2vl_tc.toolchain.build import onnx as onnx_export
+from qwen2vl_tc.toolchain.build.onnx import OnnxOptions, export_onnx
+from qwen2vl_tc.toolchain.cli.main import app
 
 LAYERS, BLOCKS = 2, 2
 EVERY_FORM = [(weights, standard) for weights in onnx_export.WEIGHTS for standard in (False, True)]
@@ -237,7 +237,7 @@ def test_every_value_becomes_the_nearest_step_of_its_scale_however_small(bits: i
 MEMORY = """
 import sys, resource
 from pathlib import Path
-from qwen2vl_tc.toolchain.onnx_export import OnnxOptions, export_onnx
+from qwen2vl_tc.toolchain.build.onnx import OnnxOptions, export_onnx
 import onnx
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 export_onnx(Path(sys.argv[1]), OnnxOptions(sys.argv[2], max_length=64), sync=False)

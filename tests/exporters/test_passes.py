@@ -7,15 +7,15 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from helpers.synthetic import tiny_config
 
+from qwen2vl_tc.artifacts.ge.graph import PROTO_DTYPES, read_graph
+from qwen2vl_tc.artifacts.ge.proto import message_class
 from qwen2vl_tc.exporters.torchair.passes import PASSES, run_passes
 from qwen2vl_tc.runtime import load
 from qwen2vl_tc.runtime.backends.ge.executor import Executor
-from qwen2vl_tc.runtime.backends.ge.graph import PROTO_DTYPES, read_graph
 from qwen2vl_tc.runtime.backends.ge.operators import TORCH_DTYPES
-from qwen2vl_tc.runtime.backends.ge.proto import message_class
-from qwen2vl_tc.toolchain.compile import CompileOptions, compile_artifact
-from qwen2vl_tc.toolchain.synthetic import tiny_config
+from qwen2vl_tc.toolchain.build.compile import CompileOptions, compile_artifact
 
 GRAPHS = ("visual", "prefill", "decode_b1")
 

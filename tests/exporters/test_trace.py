@@ -8,14 +8,14 @@ from typing import Any
 
 import numpy as np
 import pytest
+from helpers.synthetic import published, tiny_config
 from PIL import Image
 
-from qwen2vl_tc.artifacts.binding import ARGUMENT, CACHE, CONSTANT, LENGTHS, PARAMETER, Binding, binding_from_bytes
+from qwen2vl_tc.artifacts.ge.binding import ARGUMENT, CACHE, CONSTANT, LENGTHS, PARAMETER, Binding, binding_from_bytes
+from qwen2vl_tc.artifacts.ge.graph import read_graph
 from qwen2vl_tc.artifacts.parameters import parameters
 from qwen2vl_tc.artifacts.store import open_artifact
 from qwen2vl_tc.runtime import load
-from qwen2vl_tc.runtime.backends.ge.graph import read_graph
-from qwen2vl_tc.toolchain.synthetic import published, tiny_config
 
 
 @pytest.fixture(scope="module")
@@ -107,7 +107,7 @@ def test_one_set_of_graphs_serves_every_size_without_tracing(build: Any, monkeyp
 COMPILE = """
 import sys, json
 from pathlib import Path
-from qwen2vl_tc.toolchain.compile import CompileOptions, compile_config
+from qwen2vl_tc.toolchain.build.compile import CompileOptions, compile_config
 manifest = compile_config(Path(sys.argv[1]), Path(sys.argv[2]), CompileOptions(), sync=False)
 # not ru_maxrss: a child starts with its parent's
 (peak,) = (line.split()[1] for line in open("/proc/self/status") if line.startswith("VmHWM"))

@@ -16,9 +16,9 @@ from typing import Any
 
 import typer
 
-from qwen2vl_tc.toolchain.cli import app
-from qwen2vl_tc.toolchain.cli_errors import BROKEN_PIPE, FAILED, REFUSED
-from qwen2vl_tc.toolchain.demo_model import CHECKPOINT
+from qwen2vl_tc.toolchain.cli.errors import BROKEN_PIPE, FAILED, REFUSED
+from qwen2vl_tc.toolchain.cli.main import app
+from qwen2vl_tc.toolchain.demo import CHECKPOINT
 
 # answered, refused by the tolerance, by us, and a reader that has gone away
 DOCUMENTED = (0, FAILED, REFUSED, BROKEN_PIPE)
@@ -144,7 +144,7 @@ GROUP: Any = typer.main.get_command(app)
 _START = f"""
 import resource, sys
 resource.setrlimit(resource.RLIMIT_AS, ({MEMORY_BYTES}, {MEMORY_BYTES}))
-from qwen2vl_tc.toolchain.cli import main
+from qwen2vl_tc.toolchain.cli.main import main
 main()
 """
 

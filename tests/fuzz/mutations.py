@@ -8,7 +8,7 @@ from typing import Any
 
 from google.protobuf.descriptor import FieldDescriptor
 
-from qwen2vl_tc.runtime.backends.ge.proto import message_class
+from qwen2vl_tc.artifacts.ge.proto import message_class
 from qwen2vl_tc.runtime.backends.onnx_proto import parse_model
 
 _INTEGERS = (0, 1, -1, 2, 3, 7, 255, 2**31 - 1, 2**31, -(2**31), 2**32, 2**53, 2**62, 2**63 - 1, 2**63, 2**64, 10**30)

@@ -10,10 +10,10 @@ from helpers.released import REQUESTS, unpack
 
 from fuzz.runner import variant
 from qwen2vl_tc.artifacts.errors import ArtifactError, ToolchainError
+from qwen2vl_tc.artifacts.ge.proto import message_class
 from qwen2vl_tc.artifacts.safetensors import header_bytes
 from qwen2vl_tc.runtime import load
-from qwen2vl_tc.runtime.backends.ge.proto import message_class
-from qwen2vl_tc.toolchain.inspect import inspect_artifact
+from qwen2vl_tc.toolchain.inspect.inspect import inspect_artifact
 
 GRAPH = "graphs/ge/decode_b1/graph.pb"
 BINDING = "graphs/ge/decode_b1/binding.json"

@@ -38,7 +38,7 @@ _OF_RENDERERS = ("subprocess.Popen", "os.kill", "open", "os.posix_spawn", "os.fo
 
 def _renderer_asks() -> bool:
     frame = sys._getframe(2)
-    while frame is not None and not frame.f_code.co_filename.endswith("/runtime/template.py"):
+    while frame is not None and not frame.f_code.co_filename.endswith("/runtime/text/template.py"):
         frame = frame.f_back  # type: ignore[assignment]
     return frame is not None
 
@@ -72,7 +72,7 @@ def answers(path: str) -> list[Any]:
     """Everything that a user gets to see of an artifact."""
     from qwen2vl_tc.artifacts.errors import ToolchainError
     from qwen2vl_tc.runtime import load
-    from qwen2vl_tc.toolchain.inspect import inspect_artifact
+    from qwen2vl_tc.toolchain.inspect.inspect import inspect_artifact
 
     with contextlib.suppress(ToolchainError):  # loading says its own
         inspect_artifact(Path(path), None, None)
@@ -124,7 +124,7 @@ def outcome(path: str, clean: list[Any]) -> dict[str, str]:
 
 def main() -> None:
     sys.addaudithook(_watch)
-    from qwen2vl_tc.artifacts.process import prepare_process
+    from qwen2vl_tc.artifacts.host.process import prepare_process
 
     prepare_process()
     clean: list[Any] | None = None

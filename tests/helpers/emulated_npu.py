@@ -16,11 +16,11 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
+from qwen2vl_tc.artifacts.ge.graph import read_graph
 from qwen2vl_tc.artifacts.store import open_artifact
 from qwen2vl_tc.exporters.torchair.device import open_device
 from qwen2vl_tc.runtime import Model
 from qwen2vl_tc.runtime.backends.ge.executor import Executor
-from qwen2vl_tc.runtime.backends.ge.graph import read_graph
 from qwen2vl_tc.runtime.integrity import WeightCheck
 from qwen2vl_tc.runtime.loader import open_processor
 

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from qwen2vl_tc.runtime.backends.ge.graph import Node
+from qwen2vl_tc.artifacts.ge.graph import Node
 from qwen2vl_tc.runtime.backends.ge.operators import OPERATORS, Operator, Outputs
 
 from .emulated_npu import EmulatedGraph, host_view

@@ -2,8 +2,8 @@
 
 from pathlib import Path
 
-from qwen2vl_tc.toolchain.demo_model import CHECKPOINT
-from qwen2vl_tc.toolchain.onnx_export import OnnxOptions, export_onnx
+from qwen2vl_tc.toolchain.build.onnx import OnnxOptions, export_onnx
+from qwen2vl_tc.toolchain.demo import CHECKPOINT
 from qwen2vl_tc.toolchain.weights.convert import convert
 
 

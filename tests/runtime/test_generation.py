@@ -10,13 +10,13 @@ from typing import Any
 
 import numpy as np
 import pytest
+from helpers.synthetic import tiny_config
 from PIL import Image
 
 from qwen2vl_tc.artifacts.errors import ArtifactError, RequestError
 from qwen2vl_tc.runtime import Model, load
-from qwen2vl_tc.runtime.generate import Row, Token
-from qwen2vl_tc.runtime.pictures import VisionOptions
-from qwen2vl_tc.toolchain.synthetic import tiny_config
+from qwen2vl_tc.runtime.pictures.items import VisionOptions
+from qwen2vl_tc.runtime.requests.generate import Row, Token
 
 QUESTION = [{"role": "user", "content": "Say something."}]
 OTHER = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "And what about the cat?"}]

@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from helpers.synthetic import tiny_config
 
 from qwen2vl_tc.artifacts.errors import (
     ArtifactError,
@@ -23,9 +24,8 @@ from qwen2vl_tc.artifacts.errors import (
 from qwen2vl_tc.artifacts.store import Artifact
 from qwen2vl_tc.runtime import Model, load, loader
 from qwen2vl_tc.runtime.backends.base import Backend
-from qwen2vl_tc.runtime.vision import segment_ends, vision_positions
-from qwen2vl_tc.toolchain.compile import CompileOptions, compile_config
-from qwen2vl_tc.toolchain.synthetic import tiny_config
+from qwen2vl_tc.runtime.pictures.vision import segment_ends, vision_positions
+from qwen2vl_tc.toolchain.build.compile import CompileOptions, compile_config
 
 QUESTION = [{"role": "user", "content": "Say something."}]
 
@@ -97,7 +97,7 @@ load(sys.argv[1], "reference").generate([{"role": "user", "content": content}], 
 
 def test_the_npu_backend_brings_no_module_of_another_and_the_vendors_only_when_it_is_made() -> None:
     code = """
-from qwen2vl_tc.artifacts.process import prepare_process
+from qwen2vl_tc.artifacts.host.process import prepare_process
 prepare_process()
 import qwen2vl_tc.runtime.backends.npu
 """

@@ -9,10 +9,10 @@ import pytest
 from PIL import Image
 
 from qwen2vl_tc.artifacts.errors import RequestError
-from qwen2vl_tc.runtime.images import load_image
-from qwen2vl_tc.runtime.messages import VisionItem
-from qwen2vl_tc.runtime.pictures import VisionOptions, item_patches
-from qwen2vl_tc.runtime.vision import ImageSettings
+from qwen2vl_tc.runtime.pictures.images import load_image
+from qwen2vl_tc.runtime.pictures.items import VisionOptions, item_patches
+from qwen2vl_tc.runtime.pictures.vision import ImageSettings
+from qwen2vl_tc.runtime.text.messages import VisionItem
 
 SETTINGS = ImageSettings(min_pixels=3136, max_pixels=100_000, patch_size=14, temporal_patch_size=2, merge_size=2)
 # one shade a column

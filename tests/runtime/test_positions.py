@@ -9,12 +9,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from helpers.synthetic import tiny_config
 from transformers.models.qwen2_vl.modeling_qwen2_vl import Qwen2VLModel
 
 from qwen2vl_tc.artifacts.config import ModelConfig, model_config_from_hf
 from qwen2vl_tc.artifacts.errors import RequestError
-from qwen2vl_tc.runtime.positions import rope_positions
-from qwen2vl_tc.toolchain.synthetic import tiny_config
+from qwen2vl_tc.runtime.text.positions import rope_positions
 
 CONFIG = model_config_from_hf(tiny_config())
 # get_rope_index of transformers 4.51.3: prompts, each with its positions [3, tokens], or the last of them, and delta

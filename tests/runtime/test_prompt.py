@@ -7,16 +7,16 @@ import sys
 
 import numpy as np
 import pytest
+from helpers.synthetic import tiny_config, write_checkpoint
 from PIL import Image
 from transformers import AutoTokenizer, Qwen2VLProcessor
 from transformers.processing_utils import ProcessorMixin
 
 from qwen2vl_tc.artifacts.config import ModelConfig, model_config_from_hf
 from qwen2vl_tc.artifacts.errors import ArtifactError, RequestError
-from qwen2vl_tc.runtime.patches import image_patches
-from qwen2vl_tc.runtime.prompt import Processor
-from qwen2vl_tc.toolchain.hf_processor import default_image_processor
-from qwen2vl_tc.toolchain.synthetic import tiny_config, write_checkpoint
+from qwen2vl_tc.runtime.pictures.patches import image_patches
+from qwen2vl_tc.runtime.text.prompt import Processor
+from qwen2vl_tc.toolchain.verify.hf_processor import default_image_processor
 
 CONFIG = model_config_from_hf(tiny_config())
 
@@ -354,7 +354,7 @@ def test_preparing_a_request_needs_neither_torch_nor_transformers(folder):
 import sys
 from pathlib import Path
 from qwen2vl_tc.artifacts.config import model_config_from_hf
-from qwen2vl_tc.runtime.prompt import Processor
+from qwen2vl_tc.runtime.text.prompt import Processor
 import json
 folder = Path(sys.argv[1])
 files = {path.name: path.read_bytes() for path in folder.glob("*.json")}

@@ -11,9 +11,9 @@ from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
 from qwen2vl_tc.artifacts.errors import RequestError, ToolchainError
-from qwen2vl_tc.runtime.defaults import GenerationDefaults
-from qwen2vl_tc.runtime.sampling import Sampler, check_logits, probabilities, process_logits
-from qwen2vl_tc.runtime.settings import Settings, settings_for
+from qwen2vl_tc.runtime.requests.defaults import GenerationDefaults
+from qwen2vl_tc.runtime.requests.sampling import Sampler, check_logits, probabilities, process_logits
+from qwen2vl_tc.runtime.requests.settings import Settings, settings_for
 
 VOCAB = 211
 DEFAULTS = GenerationDefaults(eos_token_ids=(7, 9), pad_token_id=7)

@@ -12,13 +12,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from helpers.synthetic_tokenizer import CHAT_TEMPLATE as QWEN2_VL
 from PIL import Image
 from transformers.utils.chat_template_utils import render_jinja_template
 
 from qwen2vl_tc.artifacts.errors import ArtifactError, RequestError, TargetError
-from qwen2vl_tc.runtime import template
-from qwen2vl_tc.runtime.template import ChatTemplate, Limits, Renderer
-from qwen2vl_tc.toolchain.synthetic_tokenizer import CHAT_TEMPLATE as QWEN2_VL
+from qwen2vl_tc.runtime.text import template
+from qwen2vl_tc.runtime.text.template import ChatTemplate, Limits, Renderer
 
 CHATML = (
     "{% for message in messages %}{% if loop.first and messages[0]['role'] != 'system' %}"
@@ -321,7 +321,7 @@ def test_threads_and_forked_processes_get_their_own_answers():
 def test_the_process_ends_with_its_owner():
     code = """
 import os
-from qwen2vl_tc.runtime.template import ChatTemplate
+from qwen2vl_tc.runtime.text.template import ChatTemplate
 template = ChatTemplate("{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}")
 process = template._renderer._process
 process.stdin.write(b'{"source": "", "values": {}}\\n')

@@ -1,14 +1,14 @@
 """Streaming gives, in pieces, the text that decoding at once gives."""
 
 import pytest
+from helpers.synthetic import tiny_config
+from helpers.synthetic_tokenizer import write_tokenizer
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models
 
 from qwen2vl_tc.artifacts.errors import ArtifactError
-from qwen2vl_tc.runtime.text import TextStream
-from qwen2vl_tc.toolchain.synthetic import tiny_config
-from qwen2vl_tc.toolchain.synthetic_tokenizer import write_tokenizer
+from qwen2vl_tc.runtime.text.stream import TextStream
 
 
 @pytest.fixture(scope="module")

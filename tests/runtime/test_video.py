@@ -14,14 +14,14 @@ from helpers.clips import every_frame, moving_frame, write_clip
 from PIL import Image
 
 from qwen2vl_tc.artifacts.errors import MissingDependencyError, RequestError
-from qwen2vl_tc.runtime import video_av
-from qwen2vl_tc.runtime.frames import FrameRequest, sample_frames
-from qwen2vl_tc.runtime.patches import image_patches
-from qwen2vl_tc.runtime.resize import SizeRequest, frame_size
-from qwen2vl_tc.runtime.sources import LOCAL_ONLY
-from qwen2vl_tc.runtime.video import FramesMissing, VideoRequest, video_patches
-from qwen2vl_tc.runtime.video_av import AvReader
-from qwen2vl_tc.runtime.vision import ImageSettings
+from qwen2vl_tc.runtime.pictures import video_av
+from qwen2vl_tc.runtime.pictures.frames import FrameRequest, sample_frames
+from qwen2vl_tc.runtime.pictures.patches import image_patches
+from qwen2vl_tc.runtime.pictures.resize import SizeRequest, frame_size
+from qwen2vl_tc.runtime.pictures.sources import LOCAL_ONLY
+from qwen2vl_tc.runtime.pictures.video import FramesMissing, VideoRequest, video_patches
+from qwen2vl_tc.runtime.pictures.video_av import AvReader
+from qwen2vl_tc.runtime.pictures.vision import ImageSettings
 
 PUBLISHED = ImageSettings(min_pixels=3136, max_pixels=12845056, patch_size=14, temporal_patch_size=2, merge_size=2)
 RECORDED = json.loads((Path(__file__).parent / "video_sampling.json").read_text())
@@ -487,12 +487,12 @@ def test_without_pyav_the_way_out_is_named(monkeypatch, clips):
 
 MEMORY = """
 import sys
-from qwen2vl_tc.runtime.frames import FrameRequest
-from qwen2vl_tc.runtime.resize import SizeRequest
-from qwen2vl_tc.runtime.sources import LOCAL_ONLY
-from qwen2vl_tc.runtime.video import VideoRequest, video_patches
-from qwen2vl_tc.runtime.video_av import AvReader
-from qwen2vl_tc.runtime.vision import ImageSettings
+from qwen2vl_tc.runtime.pictures.frames import FrameRequest
+from qwen2vl_tc.runtime.pictures.resize import SizeRequest
+from qwen2vl_tc.runtime.pictures.sources import LOCAL_ONLY
+from qwen2vl_tc.runtime.pictures.video import VideoRequest, video_patches
+from qwen2vl_tc.runtime.pictures.video_av import AvReader
+from qwen2vl_tc.runtime.pictures.vision import ImageSettings
 settings = ImageSettings(3136, 12845056, 14, 2, 2)
 wanted = VideoRequest(FrameRequest(), SizeRequest(), "qwen")
 patches, grid = video_patches(sys.argv[1], settings, wanted, LOCAL_ONLY, AvReader)

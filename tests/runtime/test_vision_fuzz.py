@@ -12,14 +12,14 @@ from helpers.clips import write_clip
 from PIL import Image
 
 from qwen2vl_tc.artifacts.errors import RequestError
-from qwen2vl_tc.runtime.frames import FrameRequest
-from qwen2vl_tc.runtime.images import load_image
-from qwen2vl_tc.runtime.patches import image_patches
-from qwen2vl_tc.runtime.resize import SizeRequest
-from qwen2vl_tc.runtime.sources import LOCAL_ONLY
-from qwen2vl_tc.runtime.video import VideoRequest, video_patches
-from qwen2vl_tc.runtime.video_av import AvReader
-from qwen2vl_tc.runtime.vision import ImageSettings
+from qwen2vl_tc.runtime.pictures.frames import FrameRequest
+from qwen2vl_tc.runtime.pictures.images import load_image
+from qwen2vl_tc.runtime.pictures.patches import image_patches
+from qwen2vl_tc.runtime.pictures.resize import SizeRequest
+from qwen2vl_tc.runtime.pictures.sources import LOCAL_ONLY
+from qwen2vl_tc.runtime.pictures.video import VideoRequest, video_patches
+from qwen2vl_tc.runtime.pictures.video_av import AvReader
+from qwen2vl_tc.runtime.pictures.vision import ImageSettings
 
 SETTINGS = ImageSettings(min_pixels=3136, max_pixels=50_000, patch_size=14, temporal_patch_size=2, merge_size=2)
 PICTURES = ("PNG", "JPEG", "WEBP", "GIF", "TIFF", "BMP", "PPM", "JPEG2000", "ICO", "AVIF")

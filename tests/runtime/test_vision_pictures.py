@@ -13,14 +13,14 @@ from PIL import Image
 from transformers.models.qwen2_vl import image_processing_pil_qwen2_vl as original
 
 from qwen2vl_tc.artifacts.errors import MissingDependencyError, RequestError
-from qwen2vl_tc.runtime import resize as resizing
-from qwen2vl_tc.runtime.images import load_image
-from qwen2vl_tc.runtime.messages import VisionItem, vision_items
-from qwen2vl_tc.runtime.patches import image_patches
-from qwen2vl_tc.runtime.pictures import VisionOptions, item_patches
-from qwen2vl_tc.runtime.resize import SizeRequest, image_size, resize, smart_resize
-from qwen2vl_tc.runtime.vision import ImageSettings
-from qwen2vl_tc.toolchain.hf_processor import default_image_processor
+from qwen2vl_tc.runtime.pictures import resize as resizing
+from qwen2vl_tc.runtime.pictures.images import load_image
+from qwen2vl_tc.runtime.pictures.items import VisionOptions, item_patches
+from qwen2vl_tc.runtime.pictures.patches import image_patches
+from qwen2vl_tc.runtime.pictures.resize import SizeRequest, image_size, resize, smart_resize
+from qwen2vl_tc.runtime.pictures.vision import ImageSettings
+from qwen2vl_tc.runtime.text.messages import VisionItem, vision_items
+from qwen2vl_tc.toolchain.verify.hf_processor import default_image_processor
 
 PUBLISHED = ImageSettings(min_pixels=3136, max_pixels=12845056, patch_size=14, temporal_patch_size=2, merge_size=2)
 SMALL = ImageSettings(min_pixels=3136, max_pixels=100_000, patch_size=14, temporal_patch_size=2, merge_size=2)

@@ -14,11 +14,11 @@ import pytest
 from PIL import Image
 
 from qwen2vl_tc.artifacts.errors import RequestError
-from qwen2vl_tc.runtime import fetch as fetching
-from qwen2vl_tc.runtime.addresses import is_internal
-from qwen2vl_tc.runtime.images import load_image
-from qwen2vl_tc.runtime.messages import vision_items
-from qwen2vl_tc.runtime.sources import LOCAL_ONLY, HttpLimits, check_there, describe, readable
+from qwen2vl_tc.runtime.pictures import fetch as fetching
+from qwen2vl_tc.runtime.pictures.addresses import is_internal
+from qwen2vl_tc.runtime.pictures.images import load_image
+from qwen2vl_tc.runtime.pictures.sources import LOCAL_ONLY, HttpLimits, check_there, describe, readable
+from qwen2vl_tc.runtime.text.messages import vision_items
 
 ALLOWED = HttpLimits(allowed=True, max_bytes=100_000, timeout_s=20)
 

@@ -4,12 +4,12 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from helpers.synthetic import tiny_config, write_checkpoint
 from typer.testing import CliRunner, Result
 
-from qwen2vl_tc.toolchain.cli import app
-from qwen2vl_tc.toolchain.demo import SCENE
-from qwen2vl_tc.toolchain.demo_model.pictures import draw
-from qwen2vl_tc.toolchain.synthetic import tiny_config, write_checkpoint
+from qwen2vl_tc.toolchain.cli.main import app
+from qwen2vl_tc.toolchain.demo.demo import SCENE
+from qwen2vl_tc.toolchain.demo.pictures import draw
 
 Run = Callable[..., Result]
 TINY = tiny_config()

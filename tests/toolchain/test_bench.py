@@ -8,12 +8,12 @@ from typing import Any
 
 import pytest
 from helpers.emulated_npu import emulated_npu, load_on_npu
+from helpers.synthetic import tiny_config
 
 from qwen2vl_tc.artifacts.errors import RequestError
 from qwen2vl_tc.runtime import Generation, Model, load
-from qwen2vl_tc.toolchain import page_cache
-from qwen2vl_tc.toolchain.bench import Bench, BenchOptions, bench, markdown
-from qwen2vl_tc.toolchain.synthetic import tiny_config
+from qwen2vl_tc.toolchain.bench import page_cache
+from qwen2vl_tc.toolchain.bench.bench import Bench, BenchOptions, bench, markdown
 
 from .conftest import Run
 

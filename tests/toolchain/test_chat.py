@@ -9,10 +9,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from helpers.synthetic import tiny_config
 
 from qwen2vl_tc.runtime import Model, load
-from qwen2vl_tc.toolchain import chat
-from qwen2vl_tc.toolchain.synthetic import tiny_config
+from qwen2vl_tc.toolchain.cli import chat
 
 from .conftest import Run
 
@@ -111,7 +111,7 @@ def test_ctrl_c_ends_the_answer_and_not_the_chat(
 def test_a_piped_chat_that_cannot_be_answered_fails_with_code_2(run: Run, artifact: Path) -> None:
     from typer.testing import CliRunner
 
-    from qwen2vl_tc.toolchain.cli import app
+    from qwen2vl_tc.toolchain.cli.main import app
 
     result = CliRunner().invoke(app, ["chat", str(artifact)], input="/image absent.png\nWhat is this?\nHello\n")
     assert result.exit_code == 2

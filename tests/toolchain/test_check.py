@@ -9,12 +9,12 @@ from typing import Any
 
 import pytest
 from fuzz.runner import variant
+from helpers.synthetic import tiny_config
 
+from qwen2vl_tc.artifacts.ge.proto import message_class
 from qwen2vl_tc.artifacts.manifest import manifest_from_bytes
 from qwen2vl_tc.artifacts.store import open_artifact
-from qwen2vl_tc.runtime.backends.ge.proto import message_class
-from qwen2vl_tc.toolchain.inspect import inspect_artifact
-from qwen2vl_tc.toolchain.synthetic import tiny_config
+from qwen2vl_tc.toolchain.inspect.inspect import inspect_artifact
 
 DECODE = "graphs/ge/decode_b1/graph.pb"
 # the published heads: 80 columns in the tower, 128 in the language model

@@ -8,7 +8,7 @@ import pytest
 from qwen2vl_tc.artifacts.cann import RELEASES
 from qwen2vl_tc.toolchain.check.facts import GraphFacts, NodeFacts
 from qwen2vl_tc.toolchain.check.rules import GRAPH, Rule, rule_set
-from qwen2vl_tc.toolchain.shapes import TensorSpec
+from qwen2vl_tc.toolchain.inspect.shapes import TensorSpec
 
 FIA, PFA, IFA = "FusedInferAttentionScore", "PromptFlashAttention", "IncreFlashAttention"
 RULES = {rule.id: rule for rule in rule_set().rules}
@@ -216,7 +216,7 @@ def test_every_rule_says_what_to_do_and_where_it_was_read() -> None:
 
 
 def test_the_operators_that_this_toolchain_knows_are_listed_from_8_1_on() -> None:
-    from qwen2vl_tc.toolchain.shapes import RULES as shape_rules
+    from qwen2vl_tc.toolchain.inspect.shapes import RULES as shape_rules
 
     assert {op: rule_set().missing_from(op) for op in shape_rules} == dict.fromkeys(shape_rules, ("8.0",))
     assert rule_set().missing_from("Erf") == RELEASES

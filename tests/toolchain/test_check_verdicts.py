@@ -12,18 +12,18 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from helpers.synthetic import published
 
-from qwen2vl_tc.artifacts.binding import binding_from_bytes
 from qwen2vl_tc.artifacts.cann import cann_release
-from qwen2vl_tc.artifacts.ge_ops import ATTENTIONS
+from qwen2vl_tc.artifacts.ge.binding import binding_from_bytes
+from qwen2vl_tc.artifacts.ge.graph import read_graph
+from qwen2vl_tc.artifacts.ge.ops import ATTENTIONS
 from qwen2vl_tc.artifacts.store import ge_part, open_artifact
-from qwen2vl_tc.runtime.backends.ge.graph import read_graph
 from qwen2vl_tc.toolchain.check.facts import NodeFacts, graph_facts, node_facts
 from qwen2vl_tc.toolchain.check.rules import BLOCKING, rule_set
 from qwen2vl_tc.toolchain.check.sizes import pictures, prompt
-from qwen2vl_tc.toolchain.inspect_cost import Lengths, input_specs
-from qwen2vl_tc.toolchain.shapes import TensorSpec, live_nodes, propagate
-from qwen2vl_tc.toolchain.synthetic import published
+from qwen2vl_tc.toolchain.inspect.cost import Lengths, input_specs
+from qwen2vl_tc.toolchain.inspect.shapes import TensorSpec, live_nodes, propagate
 
 FIA = "FusedInferAttentionScore"
 # heads, key heads

@@ -5,13 +5,13 @@ import shutil
 from pathlib import Path
 
 import pytest
+from helpers.synthetic import tiny_config
 
 from qwen2vl_tc.artifacts.config import model_config_from_hf
 from qwen2vl_tc.artifacts.errors import TargetError
 from qwen2vl_tc.artifacts.store import read_manifest
-from qwen2vl_tc.toolchain.compile import CompileOptions, cache_length
-from qwen2vl_tc.toolchain.onnx_export import OnnxOptions
-from qwen2vl_tc.toolchain.synthetic import tiny_config
+from qwen2vl_tc.toolchain.build.compile import CompileOptions, cache_length
+from qwen2vl_tc.toolchain.build.onnx import OnnxOptions
 
 from .conftest import Run
 

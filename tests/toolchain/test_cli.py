@@ -13,14 +13,17 @@ from typing import Any
 import pytest
 import typer
 from helpers.clips import write_clip
+from helpers.synthetic import published, write_checkpoint
 
 from qwen2vl_tc.artifacts.config import model_config_from_hf
 from qwen2vl_tc.artifacts.errors import ArtifactError
 from qwen2vl_tc.artifacts.manifest import empty_manifest
 from qwen2vl_tc.artifacts.store import read_manifest
-from qwen2vl_tc.toolchain import cli_output, cli_values, doctor, locate
-from qwen2vl_tc.toolchain.cli import app, main
-from qwen2vl_tc.toolchain.synthetic import published, write_checkpoint
+from qwen2vl_tc.toolchain.cli import locate
+from qwen2vl_tc.toolchain.cli import output as cli_output
+from qwen2vl_tc.toolchain.cli import values as cli_values
+from qwen2vl_tc.toolchain.cli.main import app, main
+from qwen2vl_tc.toolchain.host import doctor
 
 from .conftest import TINY, Run
 
@@ -92,7 +95,7 @@ def test_version_is_the_package_s(run: Run) -> None:
 def test_the_command_line_imports_no_engine_before_it_needs_one(script: str) -> None:
     code = f"""
 import sys
-from qwen2vl_tc.toolchain.cli import app
+from qwen2vl_tc.toolchain.cli.main import app
 try:
     {script or "pass"}
 except SystemExit:
@@ -121,9 +124,9 @@ def test_the_module_runs_like_the_script() -> None:
 
 def test_main_prepares_the_process_before_anything_else(monkeypatch: pytest.MonkeyPatch) -> None:
     done: list[str] = []
-    monkeypatch.setattr("qwen2vl_tc.toolchain.cli.prepare_streams", lambda: None)
-    monkeypatch.setattr("qwen2vl_tc.toolchain.cli.prepare_process", lambda: done.append("prepared"))
-    monkeypatch.setattr("qwen2vl_tc.toolchain.cli.app", lambda: done.append("ran"))
+    monkeypatch.setattr("qwen2vl_tc.toolchain.cli.main.prepare_streams", lambda: None)
+    monkeypatch.setattr("qwen2vl_tc.toolchain.cli.main.prepare_process", lambda: done.append("prepared"))
+    monkeypatch.setattr("qwen2vl_tc.toolchain.cli.main.app", lambda: done.append("ran"))
     main()
     assert done == ["prepared", "ran"]
 
@@ -352,8 +355,8 @@ def test_verify_prints_a_table_or_one_object_and_ends_with_1_when_it_fails(
     run: Run, built: Path, checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from qwen2vl_tc.artifacts.schema import from_plain
-    from qwen2vl_tc.toolchain import verify
-    from qwen2vl_tc.toolchain.verify_report import VerifyReport
+    from qwen2vl_tc.toolchain.verify.report import VerifyReport
+    from qwen2vl_tc.toolchain.verify.verify import verify
 
     passed = from_plain(VerifyReport, json.loads((built / "reports/verify.json").read_text()), "report")
     reports = iter([passed, passed, dataclasses.replace(passed, passed=False)])

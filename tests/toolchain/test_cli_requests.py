@@ -10,8 +10,8 @@ from typer.testing import CliRunner
 
 from qwen2vl_tc import runtime
 from qwen2vl_tc.artifacts.errors import RequestError
-from qwen2vl_tc.toolchain.cli import app
-from qwen2vl_tc.toolchain.cli_values import requests_file
+from qwen2vl_tc.toolchain.cli.main import app
+from qwen2vl_tc.toolchain.cli.values import requests_file
 
 from .conftest import Run
 

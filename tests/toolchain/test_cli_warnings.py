@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 
 from qwen2vl_tc.artifacts.cann import CannWarning
-from qwen2vl_tc.toolchain import locate
+from qwen2vl_tc.toolchain.cli import locate
 
 
 @pytest.mark.parametrize("category", [CannWarning, UserWarning])

@@ -14,8 +14,8 @@ from rich.text import Text
 from typer.testing import CliRunner
 
 from qwen2vl_tc.artifacts.store import read_manifest
-from qwen2vl_tc.toolchain import console
-from qwen2vl_tc.toolchain.cli import app
+from qwen2vl_tc.toolchain.cli import console
+from qwen2vl_tc.toolchain.cli.main import app
 
 HARMFUL = ["\x1b", "\x07", "\x08", "\r", "\x00", "\x7f", "\x9b", "\x85", "\u2028", "\u2029", "\ud800"]
 HARMFUL += ["\u061c", "\u200e", "\u200f", *map(chr, range(0x202A, 0x202F)), *map(chr, range(0x2066, 0x206A))]

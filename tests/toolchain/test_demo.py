@@ -10,8 +10,8 @@ from PIL import Image
 
 from qwen2vl_tc.artifacts.errors import TargetError, ToolchainError
 from qwen2vl_tc.artifacts.store import open_artifact
-from qwen2vl_tc.toolchain import demo
-from qwen2vl_tc.toolchain.demo_model.pictures import kept_from_training
+from qwen2vl_tc.toolchain.demo import demo
+from qwen2vl_tc.toolchain.demo.pictures import kept_from_training
 
 from .conftest import Run
 

@@ -11,11 +11,9 @@ import pytest
 import torch
 
 from qwen2vl_tc.runtime import Model, load
-from qwen2vl_tc.runtime.generate import Timings, prefill_prompt
-from qwen2vl_tc.toolchain.demo_model import CHECKPOINT
-from qwen2vl_tc.toolchain.demo_model.evaluate import answer_by_artifact, answer_by_transformers, held_out, score
-from qwen2vl_tc.toolchain.demo_model.inputs import HfInputs
-from qwen2vl_tc.toolchain.demo_model.pictures import (
+from qwen2vl_tc.runtime.requests.generate import Timings, prefill_prompt
+from qwen2vl_tc.toolchain.demo import CHECKPOINT
+from qwen2vl_tc.toolchain.demo.pictures import (
     COLOURS,
     DIRECTIONS,
     PLACES,
@@ -27,6 +25,8 @@ from qwen2vl_tc.toolchain.demo_model.pictures import (
     sample,
     turns,
 )
+from scripts.demo_model.evaluate import answer_by_artifact, answer_by_transformers, held_out, score
+from scripts.demo_model.inputs import HfInputs
 
 from .conftest import Run
 
@@ -173,6 +173,6 @@ def test_it_holds_what_a_published_checkpoint_holds() -> None:
 )
 def test_what_its_commands_cannot_do_they_say_without_a_traceback(words: list[str], said: str, tmp_path: Path) -> None:
     (tmp_path / "file").touch()
-    command = [sys.executable, "-m", "qwen2vl_tc.toolchain.demo_model", *words]
+    command = [sys.executable, "-m", "scripts.demo_model", *words]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 2 and said in done.stderr and "Traceback" not in done.stderr

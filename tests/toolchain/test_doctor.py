@@ -12,8 +12,8 @@ from rich.console import Console
 
 from qwen2vl_tc.artifacts.errors import MissingDependencyError
 from qwen2vl_tc.artifacts.store import read_manifest
-from qwen2vl_tc.toolchain import doctor
-from qwen2vl_tc.toolchain.doctor import Ability, Diagnosis, Finding, diagnose, render
+from qwen2vl_tc.toolchain.host import doctor
+from qwen2vl_tc.toolchain.host.doctor import Ability, Diagnosis, Finding, diagnose, render
 
 
 def piece(diagnosis: Diagnosis, name: str) -> Finding:
@@ -112,7 +112,7 @@ def test_the_diagnosis_is_plain_data_and_every_piece_is_printed() -> None:
 def test_doctor_imports_no_engine() -> None:
     script = """
 import sys
-from qwen2vl_tc.toolchain.doctor import diagnose
+from qwen2vl_tc.toolchain.host.doctor import diagnose
 diagnose()
 print(sorted({"torch", "torch_npu", "transformers", "onnxruntime"} & set(sys.modules)))
 """

@@ -16,16 +16,16 @@ import numpy as np
 import pytest
 import torch
 from helpers.emulated_npu import EmulatedKernels, emulated_npu
+from helpers.synthetic import tiny_config
 from PIL import Image
 
 from qwen2vl_tc.artifacts.errors import ArtifactError, TargetError
 from qwen2vl_tc.artifacts.store import Artifact, open_artifact, read_manifest
 from qwen2vl_tc.runtime import Model, load, loader
 from qwen2vl_tc.runtime.backends.ge.bound import mapped_bytes
-from qwen2vl_tc.runtime.generate import Timings, prefill_prompt
-from qwen2vl_tc.toolchain import eager, npu_ops
-from qwen2vl_tc.toolchain.execute_mode import engine
-from qwen2vl_tc.toolchain.synthetic import tiny_config
+from qwen2vl_tc.runtime.requests.generate import Timings, prefill_prompt
+from qwen2vl_tc.toolchain.eager import eager, npu_ops
+from qwen2vl_tc.toolchain.host.execute_mode import engine
 
 from .conftest import Run
 
@@ -125,7 +125,7 @@ def test_a_process_that_runs_eagerly_imports_no_tracer_no_vendor_package_and_no_
     code = """
 import json, sys
 from qwen2vl_tc.runtime import load
-from qwen2vl_tc.toolchain.execute_mode import engine
+from qwen2vl_tc.toolchain.host.execute_mode import engine
 model = load(sys.argv[1], engine("eager"))
 answer = model.generate([{"role": "user", "content": "Hello"}], max_new_tokens=4)
 unwanted = ("torch_npu", "torchair", "transformers", "torchvision", "torch._dynamo", "torch._inductor", "onnx")
@@ -142,12 +142,12 @@ def test_schemas_are_torch_npu_s_and_one_process_may_use_both(built: Path) -> No
     code = """
 import json, sys
 import torch
-from qwen2vl_tc.artifacts.process import prepare_process
+from qwen2vl_tc.artifacts.host.process import prepare_process
 prepare_process()
 from qwen2vl_tc.exporters.torchair.device import open_device
 from qwen2vl_tc.runtime import load
 from qwen2vl_tc.toolchain import npu_ops
-from qwen2vl_tc.toolchain.execute_mode import engine
+from qwen2vl_tc.toolchain.host.execute_mode import engine
 
 def schemas():
     return {name: str(getattr(torch.ops.npu, name).default._schema) for name in npu_ops.KERNELS}

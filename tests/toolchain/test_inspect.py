@@ -9,13 +9,13 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from qwen2vl_tc.artifacts.binding import ARGUMENT, CACHE, PARAMETER, Binding, BoundInput
+from qwen2vl_tc.artifacts.ge.binding import ARGUMENT, CACHE, PARAMETER, Binding, BoundInput
+from qwen2vl_tc.artifacts.ge.graph import GeGraph, read_graph
+from qwen2vl_tc.artifacts.ge.proto import message_class, parse_graph
 from qwen2vl_tc.artifacts.store import read_manifest
 from qwen2vl_tc.exporters.torchair.passes import count_ops, remove_dead_ops
-from qwen2vl_tc.runtime.backends.ge.graph import GeGraph, read_graph
-from qwen2vl_tc.runtime.backends.ge.proto import message_class, parse_graph
-from qwen2vl_tc.toolchain.console import format_bytes
-from qwen2vl_tc.toolchain.inspect import RECIPE_7B, count_graph_ops, inspect_artifact, render
+from qwen2vl_tc.toolchain.cli.console import format_bytes
+from qwen2vl_tc.toolchain.inspect.inspect import RECIPE_7B, count_graph_ops, inspect_artifact, render
 
 from .conftest import TINY, Run
 

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from qwen2vl_tc.toolchain.inspect import draw_artifact
+from qwen2vl_tc.toolchain.inspect.inspect import draw_artifact
 
 from .conftest import Run
 

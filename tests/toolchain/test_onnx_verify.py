@@ -8,12 +8,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 from helpers.altered import Arrays, altered_onnx
+from helpers.synthetic import tiny_config, write_checkpoint
 from safetensors.numpy import load_file, save_file
 
 from qwen2vl_tc.artifacts.errors import ArtifactError
 from qwen2vl_tc.runtime import load
-from qwen2vl_tc.toolchain.synthetic import tiny_config, write_checkpoint
-from qwen2vl_tc.toolchain.verify_report import TOLERANCES, VerifyReport, compare, output_departs
+from qwen2vl_tc.toolchain.verify.report import TOLERANCES, VerifyReport, compare, output_departs
 
 from .conftest import Run
 

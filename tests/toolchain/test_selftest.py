@@ -23,15 +23,15 @@ from helpers.faults import (
     unwritten,
     written_one_off,
 )
+from helpers.synthetic import tiny_config
 
 from qwen2vl_tc.artifacts.errors import TargetError
 from qwen2vl_tc.artifacts.store import read_manifest
 from qwen2vl_tc.runtime import Model, loader
 from qwen2vl_tc.runtime.backends.npu import NpuBackend
-from qwen2vl_tc.toolchain import warm
+from qwen2vl_tc.toolchain.host import warm
 from qwen2vl_tc.toolchain.selftest.check import SelftestDeparture, check_model
 from qwen2vl_tc.toolchain.selftest.make import make_selftest
-from qwen2vl_tc.toolchain.synthetic import tiny_config
 
 from .conftest import Run
 

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from helpers.synthetic import published, tiny_config
 from safetensors.numpy import load as load_tensors
 from safetensors.numpy import save as save_tensors
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -35,8 +36,7 @@ from qwen2vl_tc.toolchain.selftest.inputs import SCRIPTS, VISUAL_CALLS, make_inp
 from qwen2vl_tc.toolchain.selftest.known import Known, known_of
 from qwen2vl_tc.toolchain.selftest.make import SELFTEST_PATH, by_reference, by_transformers
 from qwen2vl_tc.toolchain.selftest.observe import KINDS, Observed, _groups, observe
-from qwen2vl_tc.toolchain.synthetic import published, tiny_config
-from qwen2vl_tc.toolchain.verify import VerifyReport, store_report, verify, with_selftest
+from qwen2vl_tc.toolchain.verify.verify import VerifyReport, store_report, verify, with_selftest
 
 from .conftest import TINY, Run
 

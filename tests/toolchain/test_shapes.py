@@ -7,17 +7,17 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from helpers.synthetic import tiny_config
 
-from qwen2vl_tc.artifacts.binding import binding_from_bytes
 from qwen2vl_tc.artifacts.errors import ArtifactError
-from qwen2vl_tc.artifacts.ge_ops import op_kind
+from qwen2vl_tc.artifacts.ge.binding import binding_from_bytes
+from qwen2vl_tc.artifacts.ge.graph import GeGraph, read_graph
+from qwen2vl_tc.artifacts.ge.ops import op_kind
 from qwen2vl_tc.artifacts.store import open_artifact
-from qwen2vl_tc.runtime.backends.ge.graph import GeGraph, read_graph
 from qwen2vl_tc.runtime.backends.ge.operators import OPERATORS, TORCH_DTYPES
 from qwen2vl_tc.runtime.backends.reference import ReferenceBackend
-from qwen2vl_tc.toolchain.inspect_cost import Lengths, input_specs
-from qwen2vl_tc.toolchain.shapes import RULES, TensorSpec, live_nodes, propagate
-from qwen2vl_tc.toolchain.synthetic import tiny_config
+from qwen2vl_tc.toolchain.inspect.cost import Lengths, input_specs
+from qwen2vl_tc.toolchain.inspect.shapes import RULES, TensorSpec, live_nodes, propagate
 
 from ..conftest import Build
 from .test_inspect import graph_of
@@ -120,7 +120,7 @@ def test_inspecting_with_costs_and_drawing_imports_no_torch(built: Path) -> None
     code = (
         "import sys\n"
         "from pathlib import Path\n"
-        "from qwen2vl_tc.toolchain.inspect import draw_artifact, inspect_artifact\n"
+        "from qwen2vl_tc.toolchain.inspect.inspect import draw_artifact, inspect_artifact\n"
         "path = Path(sys.argv[1])\n"
         "assert inspect_artifact(path).graphs['visual'].cost.flops > 0\n"
         "draw_artifact(path, 'visual')\n"

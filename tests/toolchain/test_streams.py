@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from qwen2vl_tc.toolchain.demo_model import CHECKPOINT
+from qwen2vl_tc.toolchain.demo import CHECKPOINT
 
 SCRIPT = shlex.quote(str(Path(sys.executable).parent / "qwen2vl-tc"))
 
@@ -146,7 +146,7 @@ def test_memory_that_is_not_there_is_the_machine_s_fault(artifact: Path) -> None
 @pytest.mark.parametrize("missing", ["torch", "transformers"])
 def test_verify_without_a_package_says_what_to_install(missing: str, artifact: Path) -> None:
     script = (
-        f"import sys; sys.modules[{missing!r}] = None; from qwen2vl_tc.toolchain.cli import app; "
+        f"import sys; sys.modules[{missing!r}] = None; from qwen2vl_tc.toolchain.cli.main import app; "
         f"app(['verify', {str(artifact)!r}, '--against', {str(CHECKPOINT)!r}])"
     )
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)

@@ -6,11 +6,11 @@ from pathlib import Path
 import ml_dtypes
 import numpy as np
 import pytest
+from helpers.synthetic import nested_config, published, tiny_config, write_checkpoint
+from helpers.synthetic_tokenizer import SPECIAL_TOKENS
 from safetensors.numpy import load_file
 
 from qwen2vl_tc.artifacts.config import model_config_from_hf
-from qwen2vl_tc.toolchain.synthetic import nested_config, published, tiny_config, write_checkpoint
-from qwen2vl_tc.toolchain.synthetic_tokenizer import SPECIAL_TOKENS
 
 
 @pytest.mark.parametrize(

@@ -12,8 +12,8 @@ from typing import Any
 import pytest
 import typer
 
-from qwen2vl_tc.toolchain.cli import app
-from qwen2vl_tc.toolchain.console import clean
+from qwen2vl_tc.toolchain.cli.console import clean
+from qwen2vl_tc.toolchain.cli.main import app
 
 from .conftest import Run
 

@@ -12,26 +12,27 @@ import numpy as np
 import pytest
 import torch
 from helpers.altered import Change, Tensors, altered, rewritten
+from helpers.synthetic import tiny_config, write_checkpoint
 from rich.console import Console
 
 from qwen2vl_tc.artifacts.errors import ArtifactError, ConfigError, TargetError
+from qwen2vl_tc.artifacts.ge.proto import message_class
 from qwen2vl_tc.artifacts.manifest import Manifest
 from qwen2vl_tc.artifacts.schema import from_plain
 from qwen2vl_tc.artifacts.store import open_artifact, read_manifest
-from qwen2vl_tc.runtime import load, prompt
-from qwen2vl_tc.runtime.backends.ge.proto import message_class
+from qwen2vl_tc.runtime import load
 from qwen2vl_tc.runtime.backends.reference import ReferenceBackend
 from qwen2vl_tc.runtime.loader import open_processor
-from qwen2vl_tc.runtime.positions import rope_positions
-from qwen2vl_tc.toolchain import verify as module
-from qwen2vl_tc.toolchain.compile import CompileOptions, compile_artifact
-from qwen2vl_tc.toolchain.graphs.constants import constant_tables
-from qwen2vl_tc.toolchain.graphs.form import Form
-from qwen2vl_tc.toolchain.hf_reference import trained_positions
-from qwen2vl_tc.toolchain.synthetic import tiny_config, write_checkpoint
-from qwen2vl_tc.toolchain.verify import REPORT_PATH, VerifyReport, render, verify, verify_artifact
-from qwen2vl_tc.toolchain.verify_cases import make_cases
-from qwen2vl_tc.toolchain.verify_report import TOLERANCES, compare, second_opinion
+from qwen2vl_tc.runtime.text import prompt
+from qwen2vl_tc.runtime.text.positions import rope_positions
+from qwen2vl_tc.toolchain.build.compile import CompileOptions, compile_artifact
+from qwen2vl_tc.toolchain.models.constants import constant_tables
+from qwen2vl_tc.toolchain.models.form import Form
+from qwen2vl_tc.toolchain.verify.cases import make_cases
+from qwen2vl_tc.toolchain.verify.reference import trained_positions
+from qwen2vl_tc.toolchain.verify.report import TOLERANCES, compare, second_opinion
+from qwen2vl_tc.toolchain.verify.verify import REPORT_PATH, VerifyReport, render, verify, verify_artifact
+from qwen2vl_tc.toolchain.verify.verify import verify as module
 from qwen2vl_tc.toolchain.weights.convert import convert
 
 STEPS = 4
@@ -354,7 +355,7 @@ def test_an_artifact_that_misses_a_part_is_refused_with_the_command(fp32: Path, 
 def test_too_little_memory_is_said_in_gigabytes_before_anything_is_loaded(
     fp32: Path, source: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from qwen2vl_tc.toolchain import verify_run
+    from qwen2vl_tc.toolchain.verify import run as verify_run
 
     def never(*args: object) -> None:
         raise AssertionError("loaded")

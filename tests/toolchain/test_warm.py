@@ -5,12 +5,12 @@ from typing import Any
 
 import pytest
 from helpers.emulated_npu import EmulatedGraph, emulated_npu
+from helpers.synthetic import tiny_config
 
 from qwen2vl_tc.artifacts.store import read_manifest
 from qwen2vl_tc.runtime import loader
 from qwen2vl_tc.runtime.backends import npu
-from qwen2vl_tc.toolchain import warm
-from qwen2vl_tc.toolchain.synthetic import tiny_config
+from qwen2vl_tc.toolchain.host import warm
 
 from .conftest import Run
 

@@ -133,7 +133,7 @@ def command(words: Sequence["str | Path"]) -> Callable[[], None]:
     """`qwen2vl-tc words...`, as its console script runs it."""
 
     def work() -> None:
-        from qwen2vl_tc.toolchain.cli import app
+        from qwen2vl_tc.toolchain.cli.main import app
 
         sys.argv = ["qwen2vl-tc", *map(str, words)]
         app()

@@ -16,10 +16,11 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from helpers.synthetic import tiny_config, write_checkpoint
+
 from qwen2vl_tc.artifacts.errors import ToolchainError
-from qwen2vl_tc.artifacts.process import prepare_process
+from qwen2vl_tc.artifacts.host.process import prepare_process
 from qwen2vl_tc.artifacts.store import open_artifact
-from qwen2vl_tc.toolchain.synthetic import tiny_config, write_checkpoint
 from torture.children import NONE, Ending, Trouble, command, finish, killings, remember_traces, run, start
 
 Tree = dict[str, bytes]

@@ -13,6 +13,8 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 import pytest
+from helpers.synthetic import tiny_config, write_checkpoint
+from helpers.synthetic_tokenizer import CHAT_TEMPLATE
 from safetensors import safe_open
 
 from qwen2vl_tc.artifacts.config import model_config_from_hf
@@ -21,8 +23,6 @@ from qwen2vl_tc.artifacts.manifest import FileEntry, GePart, Graph
 from qwen2vl_tc.artifacts.parameters import parameters
 from qwen2vl_tc.artifacts.staging import stage
 from qwen2vl_tc.artifacts.store import open_artifact
-from qwen2vl_tc.toolchain.synthetic import tiny_config, write_checkpoint
-from qwen2vl_tc.toolchain.synthetic_tokenizer import CHAT_TEMPLATE
 from qwen2vl_tc.toolchain.weights import convert as convert_module
 from qwen2vl_tc.toolchain.weights import stream
 from qwen2vl_tc.toolchain.weights.convert import convert, convert_checkpoint

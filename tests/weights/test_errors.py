@@ -14,9 +14,9 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 import pytest
+from helpers.synthetic import tiny_config, write_checkpoint
 
 from qwen2vl_tc.artifacts.errors import ConfigError, TargetError, ToolchainError, WeightError
-from qwen2vl_tc.toolchain.synthetic import tiny_config, write_checkpoint
 from qwen2vl_tc.toolchain.weights.convert import convert
 
 Header = dict[str, Any]
@@ -383,7 +383,7 @@ def test_weights_may_be_links_to_files_elsewhere(good: Path, tmp_path: Path) -> 
 @pytest.mark.parametrize("most", [1000, 60_000])
 def test_a_limit_on_the_size_of_files_is_told_with_the_file(good: Path, tmp_path: Path, most: int) -> None:
     program = (
-        "import resource, sys\nfrom qwen2vl_tc.toolchain.cli import main\n"
+        "import resource, sys\nfrom qwen2vl_tc.toolchain.cli.main import main\n"
         f"resource.setrlimit(resource.RLIMIT_FSIZE, ({most}, {most}))\n"
         f"sys.argv = ['qwen2vl-tc', 'convert', '--src', {str(good / 'hf')!r}, '--out', {str(tmp_path / 'out')!r}]\n"
         "main()\n"

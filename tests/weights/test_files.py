@@ -7,11 +7,11 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from helpers.synthetic import tiny_config, write_checkpoint
 
 from qwen2vl_tc.artifacts.errors import ConfigError, ToolchainError
 from qwen2vl_tc.artifacts.store import open_artifact
 from qwen2vl_tc.runtime.loader import open_processor
-from qwen2vl_tc.toolchain.synthetic import tiny_config, write_checkpoint
 from qwen2vl_tc.toolchain.weights.convert import convert
 from qwen2vl_tc.toolchain.weights.files import MAX_BYTES
 

@@ -6,9 +6,9 @@ import torch
 from PIL import Image
 
 from qwen2vl_tc.artifacts.manifest import Folding
-from qwen2vl_tc.runtime.patches import image_patches
-from qwen2vl_tc.runtime.vision import ImageSettings
-from qwen2vl_tc.toolchain.hf_processor import default_image_processor
+from qwen2vl_tc.runtime.pictures.patches import image_patches
+from qwen2vl_tc.runtime.pictures.vision import ImageSettings
+from qwen2vl_tc.toolchain.verify.hf_processor import default_image_processor
 from qwen2vl_tc.toolchain.weights.folding import fold_bias, fold_weight
 
 CLIP = Folding(1 / 255, (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711))

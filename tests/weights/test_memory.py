@@ -6,8 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
-
-from qwen2vl_tc.toolchain.synthetic import published, write_checkpoint
+from helpers.synthetic import published, write_checkpoint
 
 LIMIT_BYTES = 1_500_000_000
 MEASURED = """

@@ -9,13 +9,13 @@ from typing import Any
 
 import numpy as np
 import pytest
+from helpers.synthetic import tiny_config, write_checkpoint
 from transformers import AutoTokenizer, Qwen2VLProcessor
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
 from qwen2vl_tc.artifacts.config import model_config_from_hf
 from qwen2vl_tc.artifacts.errors import ConfigError
-from qwen2vl_tc.runtime.prompt import Processor
-from qwen2vl_tc.toolchain.synthetic import tiny_config, write_checkpoint
+from qwen2vl_tc.runtime.text.prompt import Processor
 from qwen2vl_tc.toolchain.weights.processor import ProcessorFiles, read_processor
 
 # the tokenizer's own size: a new token gets the next id

@@ -4,18 +4,18 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from ...artifacts.binding import Binding, binding_from_bytes
 from ...artifacts.cann import RELEASES
 from ...artifacts.config import ModelConfig
 from ...artifacts.errors import ToolchainError
-from ...artifacts.ge_ops import op_kind
+from ...artifacts.ge.binding import Binding, binding_from_bytes
+from ...artifacts.ge.graph import GeGraph, Node, read_graph
+from ...artifacts.ge.ops import op_kind
 from ...artifacts.soc import soc_family
 from ...artifacts.store import ge_part, open_artifact
 from ...runtime.backends.ge.checks import check_binding
 from ...runtime.backends.ge.checks import check_graph as check_structure
-from ...runtime.backends.ge.graph import GeGraph, Node, read_graph
-from ..inspect_cost import input_specs
-from ..shapes import Specs, live_nodes, propagate
+from ..inspect.cost import input_specs
+from ..inspect.shapes import Specs, live_nodes, propagate
 from .facts import GraphFacts, NodeFacts, graph_facts, node_facts
 from .rules import BLOCKING, GRAPH, Rule, Source, rule_set
 from .sizes import extremes

@@ -13,10 +13,10 @@ from dataclasses import dataclass, field
 from math import prod
 from typing import Any
 
-from ...artifacts.binding import Binding
-from ...artifacts.ge_ops import ATTENTIONS
-from ...runtime.backends.ge.graph import GeGraph, Node
-from ..shapes import Specs, TensorSpec, node_inputs
+from ...artifacts.ge.binding import Binding
+from ...artifacts.ge.graph import GeGraph, Node
+from ...artifacts.ge.ops import ATTENTIONS
+from ..inspect.shapes import Specs, TensorSpec, node_inputs
 from .rules import rule_set
 
 _DIMENSION = re.compile(r"dim(-?\d+)", re.ASCII)

@@ -3,8 +3,8 @@
 from collections.abc import Iterator
 
 from ...artifacts.config import ModelConfig
-from ...artifacts.ge_ops import MOST_PATCHES
-from ..inspect_cost import Lengths
+from ...artifacts.ge.ops import MOST_PATCHES
+from ..inspect.cost import Lengths
 
 # one token is what decode is for
 FEWEST_TOKENS = 2

@@ -5,7 +5,7 @@ from collections.abc import Iterable
 from ...artifacts.cann import RELEASES
 from ...artifacts.config import ModelConfig
 from ...artifacts.errors import TargetError
-from ..shapes import TensorSpec
+from ..inspect.shapes import TensorSpec
 from .check import GraphCheck, admitted
 from .facts import NodeFacts
 from .rules import BLOCKING, Rule, rule_set

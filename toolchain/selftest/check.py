@@ -14,21 +14,12 @@ from ...artifacts.manifest import GePart, OwnError, SelftestPart
 from ...artifacts.store import Artifact, ge_part, onnx_part, read_manifest
 from ...runtime.loader import ONNXRUNTIME
 from ...runtime.model import Model
-from ..verify_report import output_tolerance
+from ..verify.report import output_tolerance
 from .compare import FLOOR, OF_OWN, Distance, distance, limit_of
 from .file import from_bytes
 from .known import Known
 from .observe import KINDS, Call, GraphRefusedError, Observed, observe
-from .symptoms import (
-    NOT_FINITE,
-    REPEATED,
-    SIGNS,
-    TOKEN,
-    UNWRITTEN,
-    form_instead,
-    known_symptoms,
-    pattern_sign,
-)
+from .symptoms import NOT_FINITE, REPEATED, SIGNS, TOKEN, UNWRITTEN, form_instead, known_symptoms, pattern_sign
 
 
 @dataclass(frozen=True)

@@ -13,11 +13,11 @@ from numpy.typing import NDArray
 
 from ...artifacts.config import ModelConfig
 from ...artifacts.errors import ArtifactError, RequestError
-from ...artifacts.ge_ops import MOST_PATCHES
+from ...artifacts.ge.ops import MOST_PATCHES
 from ...artifacts.safetensors import header_bytes, read_header
 from ...runtime.backends.base import Ints
-from ...runtime.positions import rope_positions
-from ...runtime.vision import as_grids
+from ...runtime.pictures.vision import as_grids
+from ...runtime.text.positions import rope_positions
 from .inputs import SCRIPTS, STEPS, VISUAL_CALLS, Script, SelftestInputs, VisualCall
 from .known import SUMS, Answer, Known
 from .observe import Call

@@ -9,10 +9,10 @@ from numpy.typing import NDArray
 from ...artifacts.config import ModelConfig
 from ...artifacts.errors import TargetError
 from ...runtime.backends.base import Ints
-from ...runtime.patches import PatchGrid
-from ...runtime.positions import rope_positions
-from ...runtime.vision import ImageSettings
-from ..verify_cases import picture
+from ...runtime.pictures.patches import PatchGrid
+from ...runtime.pictures.vision import ImageSettings
+from ...runtime.text.positions import rope_positions
+from ..verify.cases import picture
 
 # Decode steps of every sequence, on tokens that are given: a first choice that flips derails nothing.
 STEPS = 4

@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from ...artifacts.errors import ArtifactError, TargetError
+from ...artifacts.host.process import prepare_process
 from ...artifacts.manifest import MOST_OWN_RMS, Folding, Manifest, OwnError, SelftestPart
-from ...artifacts.process import prepare_process
 from ...artifacts.staging import Staging, stage
 from ...artifacts.store import Artifact, ge_part, open_artifact
 from ...runtime.backends.base import Backend
@@ -19,8 +19,8 @@ from .known import Floats, Known, known_of, whole_outputs
 from .observe import KINDS, Call, observe
 
 if TYPE_CHECKING:
-    from ..console import StepProgress
-    from ..hf_reference import HfReference
+    from ..cli.console import StepProgress
+    from ..verify.reference import HfReference
 
 SELFTEST_PATH = "selftest/selftest.safetensors"
 TRANSFORMERS, REFERENCE = "transformers", "reference"
@@ -88,7 +88,7 @@ def by_transformers(artifact: Artifact, against: Path) -> MadeSelftest:
     prepare_process()
     from ...runtime.backends.ge.operators import TORCH_DTYPES
     from ...runtime.backends.reference import ReferenceBackend
-    from ..hf_reference import open_reference
+    from ..verify.reference import open_reference
 
     known = known_of(inputs, _originals(open_reference(against, TORCH_DTYPES[part.dtype]), inputs, weights.folding))
     return _measured(artifact, ReferenceBackend(artifact, check_weights=False), TRANSFORMERS, known)

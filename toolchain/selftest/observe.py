@@ -12,7 +12,7 @@ from ...artifacts.config import ModelConfig
 from ...artifacts.errors import TargetError
 from ...runtime.backends.base import Backend, Embeds, Ints, Step
 from ...runtime.loader import ONNXRUNTIME
-from ...runtime.vision import segment_ends, vision_positions
+from ...runtime.pictures.vision import segment_ends, vision_positions
 from .inputs import SCRIPTS, STEPS, VISUAL_CALLS, Script, SelftestInputs
 
 VISUAL, PREFILL, DECODE = "visual", "prefill", "decode"

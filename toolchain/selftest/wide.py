@@ -9,10 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ...artifacts.ge.graph import Node, read_graph
 from ...runtime.backends.ge.bound import Cache
 from ...runtime.backends.ge.checks import check_graph
 from ...runtime.backends.ge.executor import Executor
-from ...runtime.backends.ge.graph import Node, read_graph
 from ...runtime.backends.ge.kernel import Operator, Outputs
 from ...runtime.backends.ge.operators import operator, wide_product
 from ...runtime.backends.reference import ReferenceBackend

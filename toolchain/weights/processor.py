@@ -16,9 +16,9 @@ from ...artifacts.errors import ArtifactError, ConfigError, RequestError
 from ...artifacts.manifest import FileEntry, Folding
 from ...artifacts.schema import dump_json, shown
 from ...artifacts.staging import Staging
-from ...runtime.prompt import Processor
-from ...runtime.settings import settings_for
-from ...runtime.vision import ImageSettings, image_settings_from_hf
+from ...runtime.pictures.vision import ImageSettings, image_settings_from_hf
+from ...runtime.requests.settings import settings_for
+from ...runtime.text.prompt import Processor
 from .files import parse_object, read_file, read_object
 from .folding import folding_from_hf
 from .processor_fields import clip_notes, picture_notes

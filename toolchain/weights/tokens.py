@@ -13,7 +13,7 @@ from tokenizers import AddedToken, Tokenizer
 
 from ...artifacts.errors import ArtifactError, ConfigError
 from ...artifacts.schema import shown
-from ...runtime.tokenizer import open_tokenizer, refuse, steps
+from ...runtime.text.tokenizer import open_tokenizer, refuse, steps
 from .files import parse_object, read_file, read_object
 
 TOKENIZER = "tokenizer.json"

@@ -20,8 +20,8 @@ import tempfile
 from pathlib import Path
 
 from ....artifacts.errors import MissingDependencyError, TargetError
+from ....artifacts.host.process import cache_home
 from ....artifacts.own import check_own, open_own, own_cache, own_folder
-from ....artifacts.process import cache_home
 from .elf import SharedLibrary, read_library
 
 HERE = Path(__file__).parent

@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
 
-from .graph import Node
+from ....artifacts.ge.graph import Node
 from .kernel import Outputs, attribute, dtype_name, floating, ints, kernel, refused, required, same_dtype
 
 _FULL, _RIGHT_DOWN_CAUSAL = 0, 3

@@ -13,14 +13,14 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from ....artifacts.binding import CACHE, CONSTANT, LENGTHS, PARAMETER, Binding, BoundInput, binding_from_bytes
 from ....artifacts.errors import ArtifactError, RequestError, TargetError
-from ....artifacts.ge_ops import MOST_PACKED, MOST_PATCHES
+from ....artifacts.ge.binding import CACHE, CONSTANT, LENGTHS, PARAMETER, Binding, BoundInput, binding_from_bytes
+from ....artifacts.ge.ops import MOST_PACKED, MOST_PATCHES
 from ....artifacts.manifest import FileEntry
 from ....artifacts.parameters import FP32, parameters
 from ....artifacts.safetensors import GRAPH_DTYPE_NAMES, read_header
 from ....artifacts.store import Artifact, ge_part
-from ...segments import Piece, Run, pieces, plan_packed, plan_runs, rows_of
+from ...pictures.segments import Piece, Run, pieces, plan_packed, plan_runs, rows_of
 from ..base import Backend, Embeds, Ints, Step
 from .checks import check_binding
 from .operators import TORCH_DTYPES

@@ -1,10 +1,10 @@
 """What a graph and its binding must agree on with the runtime, checked when they are loaded."""
 
-from ....artifacts.binding import CACHE, Binding
 from ....artifacts.config import ModelConfig
 from ....artifacts.errors import ArtifactError
+from ....artifacts.ge.binding import CACHE, Binding
+from ....artifacts.ge.graph import GeGraph, written_by
 from ....artifacts.manifest import GePart
-from .graph import GeGraph, written_by
 
 # what the runtime reads of a graph's outputs
 _OUTPUTS = {

@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 
 from ....artifacts.errors import ArtifactError
+from ....artifacts.ge.graph import INPUT_TYPES, GeGraph, Node, written_by
 from ....artifacts.soc import DEFAULT_SOC
-from .graph import INPUT_TYPES, GeGraph, Node, written_by
 from .kernel import Operator
 from .operators import TORCH_DTYPES, operator
 

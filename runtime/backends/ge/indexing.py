@@ -6,7 +6,7 @@ theirs and writes wherever it points, so everything that it would not is refused
 
 from torch import Tensor
 
-from .graph import Node
+from ....artifacts.ge.graph import Node
 from .kernel import Outputs, attribute, axis, dtype_name, ints, kernel, refused, required, same_dtype
 
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ....artifacts.errors import ArtifactError, ToolchainError
-from .graph import Node
+from ....artifacts.ge.graph import Node
 
 T = TypeVar("T", bool, int, float, str)
 Outputs = tuple[Tensor, ...]

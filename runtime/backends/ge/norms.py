@@ -13,7 +13,7 @@ sum, t the normalised value before gamma; round() is to the dtype of the inputs.
 import torch
 from torch import Tensor
 
-from .graph import Node
+from ....artifacts.ge.graph import Node
 from .kernel import Outputs, attribute, dtype_name, floating, ints, kernel, refused, same_dtype
 
 

@@ -13,10 +13,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ....artifacts.errors import ArtifactError
+from ....artifacts.ge.graph import ATTRIBUTE_DTYPES, Node
 from ....artifacts.soc import DEFAULT_SOC, soc_family
 from . import shapes
 from .attention import fused_infer_attention_score, incre_flash_attention, prompt_flash_attention
-from .graph import ATTRIBUTE_DTYPES, Node
 from .indexing import (
     gather,
     identity,

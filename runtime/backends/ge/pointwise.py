@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .graph import Node
+from ....artifacts.ge.graph import Node
 from .kernel import Outputs, attribute, axis, dtype_name, floating, kernel, refused, same_dtype, unfed
 
 # Values of an elementwise operator's temporaries: few enough to stay in the cache.

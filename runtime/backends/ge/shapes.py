@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from .graph import Node
+from ....artifacts.ge.graph import Node
 from .kernel import Outputs, axis, ints, kernel, refused, same_dtype
 
 

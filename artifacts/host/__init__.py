@@ -1,0 +1,1 @@
+"""What must happen to a process before vendor packages are imported."""

@@ -1,0 +1,1 @@
+"""Pictures and clips: from where they lie to patches."""

@@ -1,0 +1,1 @@
+"""What a request asks for, and the loop that answers it."""

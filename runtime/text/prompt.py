@@ -1,0 +1,284 @@
+"""A request to what the graphs take: token ids, patches, M-RoPE positions; equal to transformers' Qwen2VLProcessor."""
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ...artifacts.config import ModelConfig
+from ...artifacts.errors import ArtifactError, RequestError
+from ...artifacts.schema import parse_json
+from ..pictures.images import ImageSource
+from ..pictures.items import DEFAULT_VISION, VisionOptions, item_patches
+from ..pictures.video import VideoSource
+from ..pictures.vision import image_settings_from_hf
+from ..requests.defaults import GenerationDefaults, generation_defaults_from_hf
+from .messages import Kind, Message, VisionItem, given_items, vision_items, without_sources
+from .positions import rope_positions
+from .stream import TextStream
+from .template import ChatTemplate, Renderer
+from .tokenizer import open_tokenizer, refuse
+
+__all__ = ["GenerationDefaults", "Message", "Processor", "Prompt"]
+
+_TEMPLATE_TOKENS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
+
+
+@dataclass(frozen=True, eq=False)
+class CutPicture:
+    """A picture or clip that is patches already: uint8 [t * h * w, patch_dim]. May stand in a message as its source."""
+
+    patches: NDArray[np.uint8]
+    grid: tuple[int, int, int]
+
+    def same(self, other: "CutPicture") -> bool:
+        return self.grid == other.grid and np.array_equal(self.patches, other.patches)
+
+
+@dataclass(frozen=True, eq=False)
+class Prompt:
+    """One request, ready for the graphs.
+
+    token_ids int64 [tokens]: every placeholder repeated once per merged patch. patches uint8 [n, patch_dim] and grids
+    int64 [pictures and clips, 3] (t, h, w): in order of appearance, whose kinds are vision_kinds. vision_slots int64
+    [merged patches]: which token_ids the rows of the visual output replace, in order. positions int64 [3, tokens] and
+    delta: see rope_positions. text: what was tokenised, placeholders not repeated.
+    """
+
+    text: str
+    token_ids: NDArray[np.int64]
+    patches: NDArray[np.uint8]
+    grids: NDArray[np.int64]
+    vision_kinds: tuple[Kind, ...]
+    vision_slots: NDArray[np.int64]
+    positions: NDArray[np.int64]
+    delta: int
+
+    def pictures(self) -> list[CutPicture]:
+        """The pictures and clips, in order of appearance."""
+        ends = np.cumsum(self.grids.prod(1))
+        parts = np.split(self.patches, ends[:-1]) if len(ends) else []
+        return [CutPicture(part, tuple(grid)) for part, grid in zip(parts, self.grids.tolist(), strict=True)]
+
+    def picture_spans(self, merge_size: int) -> list[tuple[int, int]]:
+        """First token of each picture or clip, and the one behind its last."""
+        ends = np.cumsum(self.grids.prod(1)) // merge_size**2
+        starts = np.concatenate([np.zeros(1, np.int64), ends[:-1]]) if len(ends) else ends
+        slots = self.vision_slots
+        return [(int(slots[a]), int(slots[b - 1]) + 1) for a, b in zip(starts, ends, strict=True)]
+
+
+class Processor:
+    """Everything before and after the graphs, from the bytes of an artifact's processor files."""
+
+    def __init__(self, files: Mapping[str, bytes], config: ModelConfig, renderer: Renderer | None = None) -> None:
+        """`files`: tokenizer.json, preprocessor_config.json and, where there, tokenizer_config.json,
+        chat_template.jinja or chat_template.json, generation_config.json; by these names. renderer: the chat
+        template's, where it was started already.
+
+        Raises ArtifactError when one is missing or damaged, or contradicts the model's config.
+        """
+        for name in ("tokenizer.json", "preprocessor_config.json"):
+            if name not in files:
+                raise ArtifactError(f"{name} is missing from the processor files; convert again")
+        self.tokenizer = open_tokenizer(files["tokenizer.json"])
+        self.config = config
+        self.settings = image_settings_from_hf(files["preprocessor_config.json"])
+        vision = config.vision
+        got = (self.settings.patch_size, self.settings.temporal_patch_size, self.settings.merge_size)
+        expected = (vision.patch_size, vision.temporal_patch_size, vision.spatial_merge_size)
+        if got != expected:
+            raise ArtifactError(
+                f"preprocessor_config.json: patch_size, temporal_patch_size, merge_size are {got}, "
+                f"the model has {expected}"
+            )
+        self.placeholders: dict[str, Kind] = {
+            self._token_text(config.image_token_id): "image",
+            self._token_text(config.video_token_id): "video",
+        }
+        known_ends = (self.tokenizer.token_to_id(token) for token in ("<|im_end|>", "<|endoftext|>"))
+        self.generation: GenerationDefaults = generation_defaults_from_hf(
+            files.get("generation_config.json"),
+            tuple(i for i in known_ends if i is not None),
+            config.text.vocab_size,
+        )
+        plain = parse_json(files.get("tokenizer_config.json", b"{}"), "tokenizer_config.json")
+        if not isinstance(plain, dict):
+            raise ArtifactError(f"tokenizer_config.json: got {type(plain).__name__}, expected an object")
+        self._template_variables = _template_variables(plain)
+        self._template_source = _template_source(files, plain)
+        self._renderer = renderer
+
+    @property
+    def eos_token_ids(self) -> tuple[int, ...]:
+        """Any of these ends an answer."""
+        return self.generation.eos_token_ids
+
+    @cached_property
+    def template(self) -> ChatTemplate:
+        """Compiled at first use: loading a model needs no template."""
+        name, source = self._template_source
+        if source is None:
+            raise ArtifactError(
+                "no chat template in the processor files; add chat_template.json, or give the prompt as text"
+            )
+        return ChatTemplate(source, name, renderer=self._renderer)
+
+    def close(self) -> None:
+        """End the process that renders the chat template."""
+        for each in (self._renderer, self.__dict__.get("template")):
+            if each is not None:
+                each.close()
+
+    def stream(self, skip_special_tokens: bool = True) -> TextStream:
+        """A new decoder of generated ids."""
+        return TextStream(self.tokenizer, skip_special_tokens)
+
+    def decode(self, token_ids: Sequence[int], skip_special_tokens: bool = True) -> str:
+        text: str = self.tokenizer.decode(list(token_ids), skip_special_tokens=skip_special_tokens)
+        return text
+
+    def prepare(
+        self,
+        request: str | Sequence[Message],
+        images: Sequence[ImageSource] = (),
+        videos: Sequence[VideoSource] = (),
+        *,
+        add_generation_prompt: bool = True,
+        add_vision_id: bool = False,
+        vision: VisionOptions = DEFAULT_VISION,
+    ) -> Prompt:
+        """Turn one request into a Prompt.
+
+        Messages: {"role": ..., "content": text or a list of {"type": "text", "text": ...}, {"type": "image", "image":
+        path, bytes, PIL image or array}, {"type": "video", "video": path, bytes or [frames]}}; images and videos take
+        what qwen-vl-utils lets them take (see SizeRequest and FrameRequest). One without its data takes the next of
+        `images` or `videos`. `vision` holds for all of them, where the messages do not say.
+
+        A string: tokenised as it is, the chat template's tokens included; its placeholders take `images` and `videos`.
+
+        Control tokens typed inside a text, <|im_end|> say, count as control tokens, as in transformers by default:
+        strip them from text you do not trust. Placeholders typed inside a message's text are refused, because
+        they would have no picture.
+
+        Raises RequestError saying what is wrong and where.
+        """
+        if isinstance(request, str):
+            text, items = request, [*given_items("image", images), *given_items("video", videos)]
+        else:
+            items = vision_items(request, images, videos, self.placeholders)
+            text = self.template.render(
+                without_sources(request),
+                add_generation_prompt=add_generation_prompt,
+                add_vision_id=add_vision_id,
+                **self._template_variables,
+            )
+        ordered = self._in_order(text, items)
+        cut = [self._patches(item, vision) for item in ordered]
+        grids = np.array([grid for _, grid in cut], dtype=np.int64).reshape(-1, 3)
+        kinds = tuple(item.kind for item in ordered)
+        token_ids, slots = self._token_ids(text, grids)
+        is_image = np.array([kind == "image" for kind in kinds], dtype=bool)
+        positions, delta = rope_positions(token_ids, grids[is_image], grids[~is_image], self.config)
+        patches = [part for part, _ in cut] or [np.empty((0, self.settings.patch_dim), dtype=np.uint8)]
+        return Prompt(
+            text=text,
+            token_ids=token_ids,
+            patches=np.concatenate(patches) if len(patches) > 1 else patches[0],
+            grids=grids,
+            vision_kinds=kinds,
+            vision_slots=slots,
+            positions=positions,
+            delta=delta,
+        )
+
+    def _token_text(self, token_id: int) -> str:
+        text = self.tokenizer.id_to_token(token_id)
+        if text is None:
+            raise ArtifactError(f"tokenizer.json: has no token {token_id}, which config.json names as a placeholder")
+        return str(text)
+
+    def _in_order(self, text: str, items: list[VisionItem]) -> list[VisionItem]:
+        """Hand the items out to the text's placeholders, each kind in its own order."""
+        pattern = "|".join(map(re.escape, self.placeholders))
+        wanted = [self.placeholders[match.group()] for match in re.finditer(pattern, text)]
+        waiting: dict[Kind, list[VisionItem]] = {"image": [], "video": []}
+        for item in items:
+            waiting[item.kind].append(item)
+        for placeholder, kind in self.placeholders.items():
+            if wanted.count(kind) != len(waiting[kind]):
+                raise RequestError(
+                    f"the prompt has {wanted.count(kind)} {placeholder} for {len(waiting[kind])} {kind}(s); "
+                    f"give one {kind} for each"
+                )
+        queues = {kind: iter(queue) for kind, queue in waiting.items()}
+        return [next(queues[kind]) for kind in wanted]
+
+    def _patches(self, item: VisionItem, options: VisionOptions) -> tuple[NDArray[np.uint8], tuple[int, int, int]]:
+        if isinstance(item.source, CutPicture):
+            return item.source.patches, item.source.grid
+        return item_patches(item, self.settings, options)
+
+    def _token_ids(self, text: str, grids: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """Token ids with repeated placeholders, and where those stand."""
+        # transformers leaves the post-processor out where the template already wrote the token it would add
+        bos = self._template_variables.get("bos_token")
+        try:
+            encoding = self.tokenizer.encode(text, add_special_tokens=not (bos and text.startswith(bos)))
+        except Exception as error:  # lone surrogates; the library raises nothing narrower
+            raise RequestError(f"the prompt cannot be tokenised, it is not UTF-8: {error}") from error
+        except BaseException as error:
+            refuse(error, "tokenizer.json: failed on the prompt")
+        ids = np.array(encoding.ids, dtype=np.int64)
+        if not ids.size:
+            raise RequestError("the prompt is empty")
+        if (largest := int(ids.max())) >= self.config.text.vocab_size:
+            raise ArtifactError(
+                f"tokenizer.json: gives the token {largest}, outside the vocabulary of {self.config.text.vocab_size}"
+            )
+        placeholder_ids = [self.config.image_token_id, self.config.video_token_id]
+        slots = np.flatnonzero(np.isin(ids, placeholder_ids))
+        if len(slots) != len(grids):
+            raise ArtifactError(f"tokenizer.json: {len(grids)} placeholders in the text became {len(slots)} tokens")
+        # repeating ids equals tokenising repeated placeholders, which never merge with what is beside them
+        repeats = np.ones(ids.size, dtype=np.int64)
+        repeats[slots] = grids.prod(axis=1) // self.settings.merge_size**2
+        ids = np.repeat(ids, repeats)
+        return ids, np.flatnonzero(np.isin(ids, placeholder_ids))
+
+
+def _template_variables(tokenizer_config: Mapping[str, Any]) -> dict[str, str]:
+    """The special tokens that transformers hands to a template."""
+    found = {}
+    for name in _TEMPLATE_TOKENS:
+        value = tokenizer_config.get(name)
+        # saved either as text or as an AddedToken
+        value = value.get("content") if isinstance(value, dict) else value
+        if isinstance(value, str):
+            found[name] = value
+    return found
+
+
+def _template_source(files: Mapping[str, bytes], tokenizer_config: Mapping[str, Any]) -> tuple[str, str | None]:
+    """The chat template and where it came from; the processor's own goes before the tokenizer's, as in transformers."""
+    if "chat_template.jinja" in files:
+        try:
+            return "chat_template.jinja", files["chat_template.jinja"].decode("utf-8")
+        except UnicodeDecodeError as error:
+            raise ArtifactError(f"chat_template.jinja: not UTF-8: {error}") from error
+    name, holder = "tokenizer_config.json", tokenizer_config
+    if "chat_template.json" in files:
+        name, holder = "chat_template.json", parse_json(files["chat_template.json"], "chat_template.json")
+    source = holder.get("chat_template") if isinstance(holder, Mapping) else None
+    if isinstance(source, list):
+        named = [
+            entry.get("template") for entry in source if isinstance(entry, dict) and entry.get("name") == "default"
+        ]
+        source = named[0] if named else None
+    if source is not None and not isinstance(source, str):
+        raise ArtifactError(f"{name}: chat_template is {type(source).__name__}, expected a string")
+    return name, source

@@ -1,0 +1,336 @@
+"""`compile --mode dynamo`: trace the graphs for a target and put them into an artifact, with or without weights."""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from ...artifacts.ge.binding import CONSTANT, LENGTHS, PARAMETER, Binding
+from ...artifacts.config import ModelConfig, model_config_from_hf
+from ...artifacts.errors import ArtifactError, ConfigError, TargetError
+from ...artifacts.manifest import DTYPES, OPERATORS, VISUAL_ATTENTION, FileEntry, GePart, Graph, Manifest, OperatorNote, Tensor, empty_manifest
+from ...artifacts.parameters import FP32, parameters
+from ...artifacts.safetensors import GRAPH_DTYPE_NAMES, header_bytes
+from ...artifacts.schema import parse_json
+from ...artifacts.soc import DEFAULT_SOC
+from ...artifacts.staging import Staging, stage
+from ...artifacts.host.vendor import no_lost_interrupt
+from ..models.form import Form
+
+if TYPE_CHECKING:
+    from ..check.check import GraphCheck
+    from ..models.signatures import Signature
+
+_DEFAULT_MAX_LENGTH = 8192
+FOLDER = "graphs/ge"
+Progress = Callable[[str, int, int], None]
+
+
+def cache_length(max_length: int | None, config: ModelConfig) -> int:
+    """Positions of the KV cache: what was asked for, or by default 8192, but no more than the model was made for.
+
+    Raises TargetError.
+    """
+    most = config.text.max_position_embeddings
+    length = min(_DEFAULT_MAX_LENGTH, most) if max_length is None else max_length
+    if not 2 <= length <= most:
+        raise TargetError(f"--max-length {length}: expected 2 to {most}, the model's max_position_embeddings")
+    return length
+
+
+@dataclass(frozen=True)
+class CompileOptions:
+    """What the graphs are compiled for. dtype None: that of the artifact's weights, or bf16 where there are none;
+    max_length None: see cache_length.
+    """
+
+    soc: str = DEFAULT_SOC
+    max_length: int | None = None
+    batches: tuple[int, ...] = (1,)
+    dtype: str | None = None
+    dump_pbtxt: bool = False
+    operators: str = "fused"
+    visual_attention: str = "segments"
+    passes: tuple[str, ...] | None = None
+    # releases that must admit the graphs
+    cann: tuple[str, ...] = ()
+
+    @property
+    def form(self) -> Form:
+        return Form(self.operators, self.visual_attention)
+
+    def check(self, config: ModelConfig) -> None:
+        """Raises TargetError for values that no graph can be made for."""
+        if not self.batches or any(not 1 <= batch <= 256 for batch in self.batches):
+            raise TargetError(f"--batch {','.join(map(str, self.batches))}: expected sizes from 1 to 256")
+        if len(set(self.batches)) != len(self.batches):
+            raise TargetError(f"--batch {','.join(map(str, self.batches))}: a size is given twice")
+        cache_length(self.max_length, config)
+        for option, value, known in (
+            ("--operators", self.operators, OPERATORS),
+            ("--visual-attention", self.visual_attention, VISUAL_ATTENTION),
+        ):
+            if value not in known:
+                raise TargetError(f"{option} {value}: expected one of {', '.join(known)}")
+        if self.dtype is not None and self.dtype not in DTYPES:
+            raise TargetError(f"--dtype {self.dtype}: expected one of {', '.join(DTYPES)}")
+        if self.dtype is not None:
+            self.check_heads(config, self.dtype)
+
+    def check_heads(self, config: ModelConfig, dtype: str) -> None:
+        """Raises TargetError for heads that no CANN takes in `dtype`."""
+        from ..check.target import check_head_dims
+
+        check_head_dims(config, dtype, self.operators, "TND" if self.visual_attention == "tnd" else "BSH")
+
+
+def compile_artifact(
+    artifact: Path, options: CompileOptions, progress: Progress | None = None, *, sync: bool = True
+) -> Manifest:
+    """Replace the GE graphs of the artifact at `artifact`; its weights and processor files stay as they are."""
+    with stage(artifact, sync=sync, resumes=False) as staging:
+        if staging.base is None:
+            raise ArtifactError(
+                f"{artifact}: no artifact there; make one with `qwen2vl-tc convert --src <hf_dir> --out {artifact}`"
+            )
+        manifest = stage_graphs(staging, staging.base, options, progress)
+        _commit(staging, manifest)
+    return manifest
+
+
+def compile_config(
+    config_file: Path, out: Path, options: CompileOptions, progress: Progress | None = None, *, sync: bool = True
+) -> Manifest:
+    """Compile from a config.json alone, before or without any weights.
+
+    Raises ConfigError for an unusable config and ArtifactError if `out` holds another model's artifact.
+    """
+    try:
+        data = config_file.read_bytes()
+    except OSError as error:
+        raise ConfigError(f"{config_file}: cannot be read: {error.strerror}") from error
+    try:
+        plain = parse_json(data, str(config_file))
+    except ArtifactError as error:
+        raise ConfigError(str(error)) from error
+    config = model_config_from_hf(plain)
+    with stage(out, sync=sync, resumes=False) as staging:
+        base = staging.base or empty_manifest(Path(out).name.removesuffix(".artifact"), config)
+        if base.model != config:
+            raise ArtifactError(f"{out}: holds a model of another shape than {config_file}; use another --out")
+        manifest = stage_graphs(staging, base, options, progress)
+        _commit(staging, manifest)
+    return manifest
+
+
+def _commit(staging: Staging, manifest: Manifest) -> None:
+    kept = set(staging.base.files()) if staging.base else set()
+    staging.keep(entry for entry in manifest.files() if entry in kept)
+    staging.commit(manifest)
+
+
+def stage_graphs(
+    staging: Staging, manifest: Manifest, options: CompileOptions, progress: Progress | None = None
+) -> Manifest:
+    """Trace all graphs of `manifest.model` into the staged tree; returns the manifest with the new part."""
+    config = manifest.model
+    options.check(config)
+    weights_dtype = manifest.weights.dtype if manifest.weights else None
+    dtype = options.dtype or weights_dtype or "bf16"
+    if weights_dtype not in (None, dtype):
+        raise ArtifactError(
+            f"{staging.target}: its weights are {weights_dtype}, the graphs would be {dtype}; compile with --dtype "
+            f"{weights_dtype}, or build another artifact with --dtype {dtype}"
+        )
+    options.check_heads(config, dtype)
+    if manifest.weights and manifest.weights.bias_dtype != FP32:
+        raise ArtifactError(
+            f"{staging.target}: an earlier release converted its weights, whose biases cost the device a Cast each; "
+            f"run `qwen2vl-tc convert --src <hf_dir> --out {staging.target}` first"
+        )
+    report = progress or (lambda step, done, total: None)
+    total = 4 + len(options.batches)
+    report("opening the device", 0, total)
+    from ...exporters.torchair.device import open_device
+    from ..check.check import admitted
+    from ..check.target import require_admitted
+
+    device = open_device(options.soc)
+    if not device.emulated:
+        _check_room(manifest, options, dtype)
+    report("constants", 1, total)
+    constants = _stage_constants(staging, config, options, dtype)
+    graphs: list[Graph] = []
+    checks: list[GraphCheck] = []
+    notes: set[OperatorNote] = set()
+    for traced in _trace_all(config, options, dtype):
+        report(traced.name, 2 + len(graphs), total)
+        with no_lost_interrupt():
+            graph, check, found = traced.run(staging)
+        graphs.append(graph)
+        checks.append(check)
+        notes.update(found)
+    require_admitted(checks, options.cann)
+    report("done", total, total)
+    return replace(
+        manifest,
+        ge=GePart(
+            soc=device.soc,
+            operators=options.operators,
+            visual_attention=options.visual_attention,
+            dtype=dtype,
+            max_length=cache_length(options.max_length, config),
+            batches=options.batches,
+            passes=_passes(options),
+            versions={"torch": device.torch, "torch-npu": device.torch_npu, "cann": device.cann_version or "none"},
+            limits=tuple(_limits(options, dtype)),
+            operator_notes=tuple(sorted(notes, key=lambda note: (note.operator, note.inputs, note.attributes))),
+            admitted=admitted(checks),
+            constants=constants,
+            graphs=tuple(graphs),
+        ),
+        # what was verified and exported were the graphs that this replaces
+        air=None,
+        selftest=None,
+        verification="none",
+        reports=(),
+    )
+
+
+def _check_room(manifest: Manifest, options: CompileOptions, dtype: str) -> None:
+    """On a real NPU the empty modules take real memory: refuse before the allocator does."""
+    import torch_npu
+
+    from ...runtime.memory import memory_for
+
+    free, _ = torch_npu.npu.mem_get_info()
+    # all signatures' example caches live at once: one row of prefill's and every batch of decode's
+    rows = 1 + sum(options.batches)
+    needed = memory_for(manifest, dtype, cache_length(options.max_length, manifest.model), (rows,)).total
+    if needed > free:
+        raise TargetError(
+            f"{manifest.name}: tracing on this NPU needs {needed / 1e9:.1f} GB, {free / 1e9:.1f} GB are free; compile "
+            "on a machine without an NPU, where the modules cost no memory"
+        )
+
+
+def _limits(options: CompileOptions, dtype: str) -> Iterator[str]:
+    """Where the documentation of torch-npu 2.13.0 does not cover what the graphs ask for."""
+    if dtype == "fp32":
+        yield "fp32: the NPU's attention takes bf16 and fp16; these graphs are for CPU"
+
+
+def _passes(options: CompileOptions) -> tuple[str, ...]:
+    from ...exporters.torchair.passes import PASSES
+
+    names = tuple(PASSES) if options.passes is None else options.passes
+    if unknown := [name for name in names if name not in PASSES]:
+        raise TargetError(f"--passes {', '.join(unknown)}: unknown; there are {', '.join(PASSES)}")
+    return names
+
+
+@dataclass(frozen=True)
+class _PendingGraph:
+    name: str
+    run: "Callable[[Staging], tuple[Graph, GraphCheck, tuple[OperatorNote, ...]]]"
+
+
+def _trace_all(config: ModelConfig, options: CompileOptions, dtype: str) -> list[_PendingGraph]:
+    """The graphs in order, each traced when its `run` is called. The device is open."""
+    import torch
+
+    from ...exporters.torchair.trace import trace
+    from ..models.signatures import CACHES, Signature, empty_model, signatures
+
+    torch_dtype = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[dtype]
+    # on the emulated NPU these pages are never touched: a 72B model costs no memory
+    length = cache_length(options.max_length, config)
+    model = empty_model(config, length, options.form, torch_dtype).to_empty(device="npu")
+    model.requires_grad_(False)
+
+    def pending(signature: Signature) -> _PendingGraph:
+        def run(staging: Staging) -> "tuple[Graph, GraphCheck, tuple[OperatorNote, ...]]":
+            traced = trace(
+                signature.name,
+                signature.method,
+                signature.arguments,
+                tuple(signature.outputs),
+                CACHES,
+                # tiling on the device takes a static graph: only decode's sizes are all fixed
+                tiling_schedule=signature.name.startswith("decode"),
+            )
+            _check_binding(traced.binding, config)
+            graph, check = _stage_graph(staging, traced.model, traced.binding, signature, options, config)
+            return graph, check, traced.notes
+
+        return _PendingGraph(signature.name, run)
+
+    return [pending(signature) for signature in signatures(model, config, torch_dtype, length, options.batches, "npu")]
+
+
+def _stage_graph(
+    staging: Staging,
+    model: object,
+    binding: Binding,
+    signature: "Signature",
+    options: CompileOptions,
+    config: ModelConfig,
+) -> "tuple[Graph, GraphCheck]":
+    from google.protobuf import text_format
+
+    from ...exporters.torchair.passes import count_ops, run_passes
+    from ...artifacts.ge.graph import read_graph
+    from ..check.check import check_graph
+
+    graph = model.graph[0]  # type: ignore[attr-defined]
+    run_passes(graph, _passes(options))
+    folder = f"{FOLDER}/{binding.graph}"
+    # map fields have no order of their own: without this, equal graphs would differ in bytes
+    data = model.SerializeToString(deterministic=True)  # type: ignore[attr-defined]
+    readable = None
+    if options.dump_pbtxt:
+        readable = staging.add(f"{folder}/graph.pbtxt", text_format.MessageToString(model).encode())  # type: ignore[arg-type]
+    where = f"{folder}/graph.pb"
+    check = check_graph(
+        read_graph(data, where), binding, config, cache_length(options.max_length, config), options.soc, where
+    )
+    staged = Graph(
+        name=binding.graph,
+        graph=staging.add(where, data),
+        binding=staging.add(f"{folder}/binding.json", binding.to_bytes()),
+        readable=readable,
+        inputs=tuple(
+            Tensor(bound.name if bound.index is None else f"{bound.name}[{bound.index}]", bound.dtype, bound.shape)
+            for bound in binding.inputs
+            if bound.kind not in (PARAMETER, CONSTANT)
+        ),
+        outputs=tuple(Tensor(o.name, o.dtype, signature.outputs[o.name]) for o in binding.outputs),
+        ops=count_ops(graph),
+    )
+    return staged, check
+
+
+def _check_binding(binding: Binding, config: ModelConfig) -> None:
+    """Every parameter that a graph is bound to must be one that the converter writes, with the same shape and dtype."""
+    known = {p.name: p for p in parameters(config)}
+    for bound in binding.inputs:
+        if bound.kind == PARAMETER:
+            wanted = known.get(bound.name)
+            if wanted is None or wanted.shape != bound.shape or (wanted.dtype == FP32 and bound.dtype != "fp32"):
+                raise TargetError(f"{binding.graph}: parameter {bound.name} {list(bound.shape)} is not in the weights")
+        if bound.kind == LENGTHS and not bound.host:
+            raise TargetError(f"{binding.graph}: {bound.name} must be a host input")
+
+
+def _stage_constants(staging: Staging, config: ModelConfig, options: CompileOptions, dtype: str) -> FileEntry:
+    import torch
+
+    from ..models.constants import constant_tables
+
+    torch_dtype = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[dtype]
+    tables = constant_tables(config, cache_length(options.max_length, config), torch_dtype, options.form)
+    named = {torch.bool: "bool", torch.int64: "int64"}
+    names = {name: named.get(table.dtype, dtype) for name, table in tables.items()}
+    header = header_bytes((name, GRAPH_DTYPE_NAMES[names[name]], tuple(t.shape)) for name, t in tables.items())
+    body = b"".join(table.view(torch.uint8).numpy().tobytes() for table in tables.values())
+    return staging.add(f"{FOLDER}/constants.safetensors", header + body)

@@ -1,0 +1,1 @@
+"""The modules that the graphs are traced from, run operator by operator."""

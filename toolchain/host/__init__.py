@@ -1,0 +1,1 @@
+"""The machine: what it can build and run, and preparing it."""

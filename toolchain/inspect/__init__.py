@@ -1,0 +1,1 @@
+"""What is in an artifact, and what running it costs: from its files alone, without an engine."""

@@ -1,0 +1,1 @@
+"""Verification against transformers on the same weights."""
