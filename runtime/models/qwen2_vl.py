@@ -43,10 +43,10 @@ VISION_DEFAULTS: Mapping[str, Any] = {
 
 def read_config(plain: dict[str, Any]) -> ModelConfig:
     """config.json of a published checkpoint or a fine-tune. Raises ConfigError."""
-    return qwen2.read_config(plain, ModelConfig, _read_vision, VISION_DEFAULTS)
+    return qwen2.read_config(plain, ModelConfig, read_vision, VISION_DEFAULTS)
 
 
-def _read_vision(vision: Section) -> VisionConfig:
+def read_vision(vision: Section) -> VisionConfig:
     embed_dim = vision.whole("embed_dim")
     mlp_dim = embed_dim * vision.number("mlp_ratio")
     if not 1 <= mlp_dim < LARGEST_SIZE:
@@ -74,7 +74,12 @@ def _read_vision(vision: Section) -> VisionConfig:
 
 def weights(config: ModelConfig) -> Iterator[Weight]:
     """Every tensor in load order: the tower first, since it runs first."""
-    vision = config.vision
+    yield from tower_weights(config.vision)
+    yield from qwen2.weights(config.text)
+
+
+def tower_weights(vision: VisionConfig) -> Iterator[Weight]:
+    """The vision tower's."""
     width, merged = vision.embed_dim, vision.merged_dim
     kernel = (vision.in_channels, vision.temporal_patch_size, vision.patch_size, vision.patch_size)
     yield from patch_embedding("visual.patch_embed", "visual.patch_embed.proj.weight", width, kernel)
@@ -89,7 +94,6 @@ def weights(config: ModelConfig) -> Iterator[Weight]:
     yield from norm("visual.merger.ln_q", width, shift=True, reads="the residual stream")
     yield from linear("visual.merger.mlp.0", merged, merged)
     yield from linear("visual.merger.mlp.2", vision.hidden_size, merged, split=Split.ROW, reads="GELU's output")
-    yield from qwen2.weights(config.text)
 
 
 def graphs(config: ModelConfig, options: GraphOptions) -> tuple[GraphSpec, ...]:

@@ -5,6 +5,7 @@ The caches are lists of one key and one value tensor a layer, each [B, L, KV], w
 """
 
 from collections.abc import Callable, Mapping, Sequence
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -64,18 +65,17 @@ class Layers(nn.Module):
 
 
 class Decoder(nn.Module):
-    """Layers between an embedding and logits. Parameter names are those of the family's weights and `constants.*`."""
+    """Layers between an embedding and logits. Parameter names are those of the family's weights and `constants.*`.
 
-    def __init__(
-        self,
-        config: TextConfig,
-        options: GraphOptions,
-        tables: Mapping[str, Tensor],
-        norm: NormOf = RMSNorm,
-        mlp: MlpOf = GatedMlp,
-    ) -> None:
+    A family with other layers says so in norm_of and mlp_of.
+    """
+
+    norm_of: ClassVar[NormOf] = RMSNorm
+    mlp_of: ClassVar[MlpOf] = GatedMlp
+
+    def __init__(self, config: TextConfig, options: GraphOptions, tables: Mapping[str, Tensor]) -> None:
         super().__init__()
-        self.model = Layers(config, options, norm, mlp)
+        self.model = Layers(config, options, type(self).norm_of, type(self).mlp_of)
         self.lm_head = None
         if not config.tie_word_embeddings:
             self.lm_head = Linear(config.hidden_size, config.vocab_size, bias=False)
