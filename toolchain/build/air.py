@@ -4,11 +4,11 @@ from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
-from ...artifacts.ge.binding import CONSTANT, PARAMETER, Binding, binding_from_bytes
 from ...artifacts.errors import ArtifactError
+from ...artifacts.ge.binding import CONSTANT, PARAMETER, Binding, binding_from_bytes
 from ...artifacts.manifest import AirGraph, AirPart, FileEntry, GePart, Graph, Manifest, WeightsPart
 from ...artifacts.safetensors import GRAPH_DTYPE_NAMES, TensorInfo, read_header
-from ...artifacts.staging import Staging, stage
+from ...artifacts.staging import Staging, amend
 from ...artifacts.store import Artifact, ge_part, open_artifact
 from ...exporters.torchair.air import FileSlice, atc_command, convert_to_air
 
@@ -22,15 +22,9 @@ def export_air(artifact: Path, progress: Progress | None = None, *, sync: bool =
     Needs neither a device nor torch: the GE graphs that are there are converted. Raises ArtifactError if there are no
     graphs or no weights, and naming the file or the tensor where one is missing, damaged or does not fit.
     """
-    with stage(artifact, sync=sync, resumes=False) as staging:
-        if staging.base is None:
-            raise ArtifactError(
-                f"{artifact}: no artifact there; make one with `qwen2vl-tc build --src <hf_dir> --out {artifact}`"
-            )
+    with amend(artifact, sync=sync) as (staging, _):
         with open_artifact(staging.target) as opened:
             manifest = stage_air(staging, opened, progress)
-        kept = set(staging.base.files())
-        staging.keep(entry for entry in manifest.files() if entry in kept)
         staging.commit(manifest)
     return manifest
 

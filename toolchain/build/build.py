@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING
 from ...artifacts.errors import MissingDependencyError
 from ...artifacts.manifest import Manifest, empty_manifest
 from ...artifacts.staging import Staging, stage
-from .compile import CompileOptions, stage_graphs
 from ..cli.console import BytesProgress, StepProgress
 from ..weights.convert import ConvertResult, artifact_name, convert_planned, plan_conversion
+from .compile import CompileOptions, stage_graphs
 
 if TYPE_CHECKING:
     from ..verify.report import VerifyReport
@@ -76,11 +76,8 @@ def build(
             step("done", 1, 1)
         with phases.copy("convert") as copied:
             converted = convert_planned(plan, staging, copied)
-        manifest = replace(
-            empty_manifest(artifact_name(src), converted.model),
-            weights=converted.weights,
-            processor=converted.processor,
-        )
+        empty = empty_manifest("", converted.model)
+        manifest = empty.with_weights(artifact_name(src), converted.model, converted.weights, converted.processor)
         with phases.steps("compile") as step:
             manifest = stage_graphs(staging, manifest, options, step)
         report = None
@@ -116,5 +113,5 @@ def _verify(staging: Staging, manifest: Manifest, src: Path, progress: StepProgr
 
     staging.write_manifest(manifest)
     with staging.open() as artifact:
-        report, selftest = with_selftest(artifact, src, verify(artifact, src, progress=progress), progress)
-    return report, store_report(staging, manifest, report, selftest)
+        report, selftest = with_selftest(artifact, src, "ge", verify(artifact, src, progress=progress), progress)
+    return report, store_report(staging, manifest, "ge", report, selftest)

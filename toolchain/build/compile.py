@@ -1,20 +1,31 @@
 """`compile --mode dynamo`: trace the graphs for a target and put them into an artifact, with or without weights."""
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ...artifacts.ge.binding import CONSTANT, LENGTHS, PARAMETER, Binding
 from ...artifacts.config import ModelConfig, model_config_from_hf
 from ...artifacts.errors import ArtifactError, ConfigError, TargetError
-from ...artifacts.manifest import DTYPES, OPERATORS, VISUAL_ATTENTION, FileEntry, GePart, Graph, Manifest, OperatorNote, Tensor, empty_manifest
+from ...artifacts.ge.binding import CONSTANT, LENGTHS, PARAMETER, Binding
+from ...artifacts.host.vendor import no_lost_interrupt
+from ...artifacts.manifest import (
+    DTYPES,
+    OPERATORS,
+    VISUAL_ATTENTION,
+    FileEntry,
+    GePart,
+    Graph,
+    Manifest,
+    OperatorNote,
+    Tensor,
+    empty_manifest,
+)
 from ...artifacts.parameters import FP32, parameters
 from ...artifacts.safetensors import GRAPH_DTYPE_NAMES, header_bytes
 from ...artifacts.schema import parse_json
 from ...artifacts.soc import DEFAULT_SOC
-from ...artifacts.staging import Staging, stage
-from ...artifacts.host.vendor import no_lost_interrupt
+from ...artifacts.staging import Staging, amend, stage
 from ..models.form import Form
 
 if TYPE_CHECKING:
@@ -88,13 +99,9 @@ def compile_artifact(
     artifact: Path, options: CompileOptions, progress: Progress | None = None, *, sync: bool = True
 ) -> Manifest:
     """Replace the GE graphs of the artifact at `artifact`; its weights and processor files stay as they are."""
-    with stage(artifact, sync=sync, resumes=False) as staging:
-        if staging.base is None:
-            raise ArtifactError(
-                f"{artifact}: no artifact there; make one with `qwen2vl-tc convert --src <hf_dir> --out {artifact}`"
-            )
-        manifest = stage_graphs(staging, staging.base, options, progress)
-        _commit(staging, manifest)
+    with amend(artifact, sync=sync) as (staging, base):
+        manifest = stage_graphs(staging, base, options, progress)
+        staging.commit(manifest)
     return manifest
 
 
@@ -119,14 +126,8 @@ def compile_config(
         if base.model != config:
             raise ArtifactError(f"{out}: holds a model of another shape than {config_file}; use another --out")
         manifest = stage_graphs(staging, base, options, progress)
-        _commit(staging, manifest)
+        staging.commit(manifest)
     return manifest
-
-
-def _commit(staging: Staging, manifest: Manifest) -> None:
-    kept = set(staging.base.files()) if staging.base else set()
-    staging.keep(entry for entry in manifest.files() if entry in kept)
-    staging.commit(manifest)
 
 
 def stage_graphs(
@@ -172,9 +173,8 @@ def stage_graphs(
         notes.update(found)
     require_admitted(checks, options.cann)
     report("done", total, total)
-    return replace(
-        manifest,
-        ge=GePart(
+    return manifest.with_graphs(
+        GePart(
             soc=device.soc,
             operators=options.operators,
             visual_attention=options.visual_attention,
@@ -188,12 +188,7 @@ def stage_graphs(
             admitted=admitted(checks),
             constants=constants,
             graphs=tuple(graphs),
-        ),
-        # what was verified and exported were the graphs that this replaces
-        air=None,
-        selftest=None,
-        verification="none",
-        reports=(),
+        )
     )
 
 
@@ -278,8 +273,8 @@ def _stage_graph(
 ) -> "tuple[Graph, GraphCheck]":
     from google.protobuf import text_format
 
-    from ...exporters.torchair.passes import count_ops, run_passes
     from ...artifacts.ge.graph import read_graph
+    from ...exporters.torchair.passes import count_ops, run_passes
     from ..check.check import check_graph
 
     graph = model.graph[0]  # type: ignore[attr-defined]

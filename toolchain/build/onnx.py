@@ -9,11 +9,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ...artifacts.config import ModelConfig
-from ...artifacts.errors import ArtifactError, MissingDependencyError, TargetError
+from ...artifacts.disk import require_disk
+from ...artifacts.errors import MissingDependencyError, TargetError
 from ...artifacts.integrity import hash_bytes
 from ...artifacts.manifest import FileEntry, Manifest, OnnxGraph, OnnxPart, Tensor, empty_manifest
 from ...artifacts.parameters import parameters
-from ...artifacts.staging import Staging, require_disk, stage
+from ...artifacts.staging import Staging, amend
 from ...artifacts.store import Artifact, open_artifact
 from .compile import cache_length
 
@@ -54,16 +55,9 @@ def export_onnx(
     Raises ArtifactError without weights or for damaged ones, TargetError for too little disk, MissingDependencyError.
     """
     require_onnx()
-    with stage(artifact, sync=sync, resumes=False) as staging:
-        if staging.base is None:
-            raise ArtifactError(
-                f"{artifact}: no artifact there; make one with `qwen2vl-tc convert --src <hf_dir> --out {artifact}`"
-            )
+    with amend(artifact, sync=sync) as (staging, _):
         with open_artifact(staging.target) as opened:
             manifest = stage_onnx(staging, opened, options, progress)
-        part = manifest.onnx
-        made = set(part.files()) if part else set()
-        staging.keep(entry for entry in manifest.files() if entry not in made)
         staging.commit(manifest)
     return manifest
 

@@ -8,7 +8,7 @@ import dataclasses
 import sys
 from importlib.metadata import version
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
@@ -277,7 +277,7 @@ def build(
     warn_notes(built.converted)
     print_compiled(built.manifest)
     if built.report is not None:
-        from ..verify.report import render
+        from ..verify.render import render
 
         render(built.report, stdout())
     if not built.committed:
@@ -301,23 +301,20 @@ def verify(
     The exit code is 1 if it differs by more than the stated tolerance.
     """
     from ...artifacts.store import read_manifest
-    from ..verify.onnx import verify_onnx_artifact
-    from ..verify.report import render
+    from ..verify.render import render
+    from ..verify.subjects import parts_of
     from ..verify.verify import verify_artifact
     from .console import result_json, stdout, step_progress
     from .output import warn_signed
 
     check_source(against)
     warn_signed(artifact)
-    manifest = read_manifest(artifact)
-    trust: dict[str, Any] = {"trusted_keys": trusted_key} if trusted_key else {}
     reports = []
-    if manifest.ge is not None or manifest.onnx is None:
-        with step_progress("verify") as progress:
-            reports.append(verify_artifact(artifact, against, progress=progress, **trust))
-    if manifest.onnx is not None:
-        with step_progress("verify ONNX") as progress:
-            reports.append(verify_onnx_artifact(artifact, against, progress=progress, trusted_keys=trusted_key or None))
+    for part in parts_of(read_manifest(artifact)):
+        with step_progress("verify" if part == "ge" else "verify ONNX") as progress:
+            reports.append(
+                verify_artifact(artifact, against, part, progress=progress, trusted_keys=trusted_key or None)
+            )
     if as_json:
         # the first is that of the GE graphs, where there are any
         first, *second = (dataclasses.asdict(report) for report in reports)

@@ -76,7 +76,7 @@ def run_demo(folder: Path, keep: bool = True) -> DemoResult:
         phases = Phases(bytes_progress, step_progress)
         built = build(src, artifact, options=CompileOptions(max_length=MAX_LENGTH), phases=phases)
         if built.report is not None:
-            from ..verify.report import render as render_report
+            from ..verify.render import render as render_report
 
             render_report(built.report, stdout())
         if not built.committed:

@@ -3,7 +3,6 @@
 import dataclasses
 import errno
 import functools
-import os
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -14,13 +13,13 @@ from typing import Any
 from blake3 import blake3
 
 from ...artifacts.config import ModelConfig
+from ...artifacts.disk import require_disk
 from ...artifacts.errors import ArtifactError, ConfigError, TargetError
-from ...artifacts.integrity import OpenedFile
 from ...artifacts.manifest import DTYPES, FileEntry, Folding, Manifest, WeightsPart, empty_manifest
 from ...artifacts.parameters import FP32, Parameter
 from ...artifacts.safetensors import DTYPE_NAMES, ITEM_BYTES, header_bytes
 from ...artifacts.schema import dump_json, from_plain, shown
-from ...artifacts.staging import Staging, require_disk, stage
+from ...artifacts.staging import Staging, stage
 from .folding import fold_bias, fold_weight
 from .names import Make, Rule
 from .notes import config_notes
@@ -173,20 +172,16 @@ def _finished(staging: Staging, plan: Plan) -> dict[str, FileEntry]:
         if (staging.path / "weights").exists():
             shutil.rmtree(staging.path / "weights")
         return {}
-    found: dict[str, FileEntry] = {}
-    folder_fd = os.open(staging.path, os.O_RDONLY)
+    whole: dict[str, FileEntry] = {}
     try:
         for plain in journal["shards"]:
             entry = from_plain(FileEntry, plain, "staging.json")
-            with OpenedFile(folder_fd, entry, str(staging.path)) as file:
-                file.check()
-            found[entry.path] = entry
+            staging.take_up(entry)
+            whole[entry.path] = entry
     except ArtifactError:
         # a shard that did not reach the disk before a power cut: it and those after it are written again
-        return found
-    finally:
-        os.close(folder_fd)
-    return found
+        return whole
+    return whole
 
 
 def _write_shards(plan: Plan, staging: Staging, progress: Progress) -> tuple[tuple[FileEntry, ...], int]:
@@ -236,19 +231,6 @@ def convert_planned(plan: Plan, staging: Staging, progress: Progress | None = No
     return ConvertResult(plan.checkpoint.config, weights, processor, plan.bytes, resumed, notes)
 
 
-def convert_checkpoint(
-    src: Path,
-    staging: Staging,
-    dtype: str | None = None,
-    *,
-    progress: Progress | None = None,
-    shard_bytes: int = SHARD_BYTES,
-) -> ConvertResult:
-    """Plan and write in one go, into a staged artifact that the caller commits. Raises ToolchainError."""
-    with plan_conversion(src, dtype, shard_bytes=shard_bytes) as plan:
-        return convert_planned(plan, staging, progress)
-
-
 def artifact_name(src: Path) -> str:
     """What the manifest calls a model: the checkpoint's folder."""
     return src.resolve().name
@@ -287,21 +269,6 @@ def convert(
         base = staging.base or empty_manifest("", plan.checkpoint.config)
         _check_graphs_fit(base, plan, staging.target)
         result = convert_planned(plan, staging, progress)
-        if base.ge:
-            staging.keep(base.ge.files())
-        staging.commit(
-            dataclasses.replace(
-                base,
-                name=artifact_name(src),
-                model=result.model,
-                weights=result.weights,
-                processor=result.processor,
-                # what was exported and verified referred to the old weights
-                air=None,
-                onnx=None,
-                selftest=None,
-                reports=(),
-                verification="none",
-            )
-        )
+        name = artifact_name(src)
+        staging.commit(base.with_weights(name, result.model, result.weights, result.processor))
     return result
