@@ -27,6 +27,7 @@ from ...artifacts.schema import parse_json
 from ...artifacts.soc import DEFAULT_SOC
 from ...artifacts.staging import Staging, amend, stage
 from ..models.form import Form
+from ..progress import StepProgress, no_steps
 
 if TYPE_CHECKING:
     from ..check.check import GraphCheck
@@ -34,7 +35,6 @@ if TYPE_CHECKING:
 
 _DEFAULT_MAX_LENGTH = 8192
 FOLDER = "graphs/ge"
-Progress = Callable[[str, int, int], None]
 
 
 def cache_length(max_length: int | None, config: ModelConfig) -> int:
@@ -96,7 +96,7 @@ class CompileOptions:
 
 
 def compile_artifact(
-    artifact: Path, options: CompileOptions, progress: Progress | None = None, *, sync: bool = True
+    artifact: Path, options: CompileOptions, progress: StepProgress = no_steps, *, sync: bool = True
 ) -> Manifest:
     """Replace the GE graphs of the artifact at `artifact`; its weights and processor files stay as they are."""
     with amend(artifact, sync=sync) as (staging, base):
@@ -106,7 +106,7 @@ def compile_artifact(
 
 
 def compile_config(
-    config_file: Path, out: Path, options: CompileOptions, progress: Progress | None = None, *, sync: bool = True
+    config_file: Path, out: Path, options: CompileOptions, progress: StepProgress = no_steps, *, sync: bool = True
 ) -> Manifest:
     """Compile from a config.json alone, before or without any weights.
 
@@ -131,7 +131,7 @@ def compile_config(
 
 
 def stage_graphs(
-    staging: Staging, manifest: Manifest, options: CompileOptions, progress: Progress | None = None
+    staging: Staging, manifest: Manifest, options: CompileOptions, progress: StepProgress = no_steps
 ) -> Manifest:
     """Trace all graphs of `manifest.model` into the staged tree; returns the manifest with the new part."""
     config = manifest.model
@@ -149,9 +149,8 @@ def stage_graphs(
             f"{staging.target}: an earlier release converted its weights, whose biases cost the device a Cast each; "
             f"run `qwen2vl-tc convert --src <hf_dir> --out {staging.target}` first"
         )
-    report = progress or (lambda step, done, total: None)
     total = 4 + len(options.batches)
-    report("opening the device", 0, total)
+    progress("opening the device", 0, total)
     from ...exporters.torchair.device import open_device
     from ..check.check import admitted
     from ..check.target import require_admitted
@@ -159,20 +158,20 @@ def stage_graphs(
     device = open_device(options.soc)
     if not device.emulated:
         _check_room(manifest, options, dtype)
-    report("constants", 1, total)
+    progress("constants", 1, total)
     constants = _stage_constants(staging, config, options, dtype)
     graphs: list[Graph] = []
     checks: list[GraphCheck] = []
     notes: set[OperatorNote] = set()
     for traced in _trace_all(config, options, dtype):
-        report(traced.name, 2 + len(graphs), total)
+        progress(traced.name, 2 + len(graphs), total)
         with no_lost_interrupt():
             graph, check, found = traced.run(staging)
         graphs.append(graph)
         checks.append(check)
         notes.update(found)
     require_admitted(checks, options.cann)
-    report("done", total, total)
+    progress("done", total, total)
     return manifest.with_graphs(
         GePart(
             soc=device.soc,

@@ -3,7 +3,7 @@
 import importlib.metadata
 import importlib.util
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,6 +16,7 @@ from ...artifacts.manifest import FileEntry, Manifest, OnnxGraph, OnnxPart, Tens
 from ...artifacts.parameters import parameters
 from ...artifacts.staging import Staging, amend
 from ...artifacts.store import Artifact, open_artifact
+from ..progress import StepProgress, no_steps
 from .compile import cache_length
 
 if TYPE_CHECKING:
@@ -28,7 +29,6 @@ DEFAULT_WEIGHTS = "int8"
 _VALUE_BYTES = {"int8": 1 + 4 / 256, "int4": 0.5 + 4 / 128, "fp32": 4.0, "fp16": 2.0}
 _EMBEDDING = "model.embed_tokens.weight"
 _TABLES = (_EMBEDDING, "lm_head.weight")
-Progress = Callable[[str, int, int], None]
 
 
 @dataclass(frozen=True)
@@ -47,7 +47,7 @@ class OnnxOptions:
 
 
 def export_onnx(
-    artifact: Path, options: OnnxOptions, progress: Progress | None = None, *, sync: bool = True
+    artifact: Path, options: OnnxOptions, progress: StepProgress = no_steps, *, sync: bool = True
 ) -> Manifest:
     """Make the ONNX models of the artifact at `artifact` anew; all its other files stay as they are.
 
@@ -85,7 +85,7 @@ def planned_bytes(config: ModelConfig, weights: str, standard_only: bool = False
 
 
 def stage_onnx(
-    staging: Staging, artifact: Artifact, options: OnnxOptions, progress: Progress | None = None
+    staging: Staging, artifact: Artifact, options: OnnxOptions, progress: StepProgress = no_steps
 ) -> Manifest:
     """Stage the models made from the weights of `artifact`; returns its manifest with the new part."""
     from ...exporters.onnx.graph import OPSET
@@ -96,17 +96,16 @@ def stage_onnx(
     options.check(manifest.model)
     planned = planned_bytes(manifest.model, options.weights, options.standard_only)
     require_disk(staging.path, planned, f"{options.weights} ONNX")
-    report = progress or (lambda step, done, total: None)
-    report("checking the weights", 0, 3)
+    progress("checking the weights", 0, 3)
     weights = Weights(artifact)
     form = Form(options.weights, options.standard_only)
     made_from = replace(empty_manifest(manifest.name, manifest.model), weights=manifest.weights)
     source = hash_bytes(made_from.to_bytes())
     graphs = []
     for done, name in enumerate(("visual", "text"), start=1):
-        report(name, done, 3)
+        progress(name, done, 3)
         graphs.append(_stage_model(staging, name, manifest.model, weights, form, source))
-    report("done", 3, 3)
+    progress("done", 3, 3)
     part = OnnxPart(
         weights=options.weights,
         block_size=BLOCK_LIMIT[form.bits] if form.bits else None,

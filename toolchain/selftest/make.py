@@ -19,7 +19,7 @@ from .known import Floats, Known, known_of, whole_outputs
 from .observe import KINDS, Call, observe
 
 if TYPE_CHECKING:
-    from ..cli.console import StepProgress
+    from ..progress import StepProgress
     from ..verify.reference import HfReference
 
 SELFTEST_PATH = "selftest/selftest.safetensors"

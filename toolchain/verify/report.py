@@ -1,12 +1,9 @@
 """What a verification found, and the one sentence that says it."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 from .tolerances import Tolerance, output_tolerance
-
-# (what is being done, steps done, steps in all)
-Progress = Callable[[str, int, int], None]
 
 
 @dataclass(frozen=True)

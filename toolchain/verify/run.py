@@ -9,11 +9,12 @@ import numpy as np
 
 from ...artifacts.store import Artifact
 from ...runtime.backends.ge.operators import TORCH_DTYPES
+from ..progress import StepProgress
 from .cases import Case
 from .compare import output_departs
 from .locate import check_intermediates, locate
 from .reference import PREFILL, VISUAL, HfInputs, open_reference
-from .report import CaseSize, InputCheck, Progress, VerifyReport
+from .report import CaseSize, InputCheck, VerifyReport
 from .sides import Answered, Sides
 from .subjects import Subject
 from .tolerances import TOLERANCES
@@ -27,7 +28,7 @@ def run(
     steps: int,
     memory_bytes: int,
     notes: tuple[str, ...],
-    progress: Progress,
+    progress: StepProgress,
 ) -> VerifyReport:
     """Load both models, compare every output, then the intermediates of what failed. Memory is checked before."""
     batches = subject.batches or (len(cases),)

@@ -14,9 +14,10 @@ from ...artifacts.store import Artifact, open_artifact
 from ...runtime.loader import open_processor
 from ...runtime.text.prompt import Processor
 from ..host.memory import available_bytes
+from ..progress import StepProgress, no_steps
 from ..weights.source import open_checkpoint
 from .cases import Case, make_cases, template_problem
-from .report import Progress, VerifyReport
+from .report import VerifyReport
 from .subjects import PARTS
 
 if TYPE_CHECKING:
@@ -32,7 +33,7 @@ def verify_artifact(
     part: str = "ge",
     *,
     steps: int = DEFAULT_STEPS,
-    progress: Progress | None = None,
+    progress: StepProgress = no_steps,
     store: bool = True,
     sync: bool = True,
     trusted_keys: Sequence[str | Path] | None = None,
@@ -69,7 +70,7 @@ def store_report(
 
 
 def with_selftest(
-    artifact: Artifact, against: Path, part: str, report: VerifyReport, progress: Progress | None = None
+    artifact: Artifact, against: Path, part: str, report: VerifyReport, progress: StepProgress = no_steps
 ) -> "tuple[VerifyReport, MadeSelftest | None]":
     """The self-test of GE graphs that passed, answered by transformers; None for ONNX models, where they failed, or
     where the cache is too short for it, which the report then notes. Both models of the verification are gone by now.
@@ -79,15 +80,11 @@ def with_selftest(
     from ..selftest.make import by_transformers
 
     total = PARTS[part].subject(artifact).calls(len(report.cases))
-    (progress or _silent)("answers for the self-test", total, total)
+    progress("answers for the self-test", total, total)
     try:
         return report, by_transformers(artifact, against)
     except TargetError as error:
         return dataclasses.replace(report, notes=(*report.notes, f"no self-test: {error}")), None
-
-
-def _silent(what: str, done: int, total: int) -> None:
-    """The progress that nobody watches."""
 
 
 def verify(
@@ -96,7 +93,7 @@ def verify(
     part: str = "ge",
     *,
     steps: int = DEFAULT_STEPS,
-    progress: Progress | None = None,
+    progress: StepProgress = no_steps,
 ) -> VerifyReport:
     """Compare a part of an open artifact with the HF checkpoint in the folder `against`; writes nothing.
 
@@ -112,7 +109,6 @@ def verify(
     together, before anything is loaded.
     """
     subject = PARTS[part].subject(artifact)
-    progress = progress or _silent
     progress("checking the checkpoint", 0, 1)
     check_same_model(artifact, against)
     cases, fitting, notes = prepare_cases(open_processor(artifact), subject.max_length, steps)

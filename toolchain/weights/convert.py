@@ -20,6 +20,7 @@ from ...artifacts.parameters import FP32, Parameter
 from ...artifacts.safetensors import DTYPE_NAMES, ITEM_BYTES, header_bytes
 from ...artifacts.schema import dump_json, from_plain, shown
 from ...artifacts.staging import Staging, stage
+from ..progress import BytesProgress, no_bytes
 from .folding import fold_bias, fold_weight
 from .names import Make, Rule
 from .notes import config_notes
@@ -31,9 +32,6 @@ SHARD_BYTES = 2 << 30
 _TORCH_DTYPES = {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32"}
 # raised when the bytes that one source gives change: a killed run of an older version is not resumed
 _CONVERSION = 1
-
-# (bytes done, bytes in all), in steps of a few MB
-Progress = Callable[[int, int], None]
 
 
 @dataclass(frozen=True)
@@ -184,7 +182,7 @@ def _finished(staging: Staging, plan: Plan) -> dict[str, FileEntry]:
     return whole
 
 
-def _write_shards(plan: Plan, staging: Staging, progress: Progress) -> tuple[tuple[FileEntry, ...], int]:
+def _write_shards(plan: Plan, staging: Staging, progress: BytesProgress) -> tuple[tuple[FileEntry, ...], int]:
     """Write what is not there yet; returns the entries and how many were there."""
     finished = _finished(staging, plan)
     done = sum(entry.bytes for entry in finished.values())
@@ -212,13 +210,13 @@ def _write_shards(plan: Plan, staging: Staging, progress: Progress) -> tuple[tup
     return tuple(entries), len(finished)
 
 
-def convert_planned(plan: Plan, staging: Staging, progress: Progress | None = None) -> ConvertResult:
+def convert_planned(plan: Plan, staging: Staging, progress: BytesProgress = no_bytes) -> ConvertResult:
     """Write the plan's weights/ and processor/ into a staged artifact; the caller writes the manifest and commits.
 
     Raises WeightError for NaN, infinity and overflow, TargetError if the disk is full.
     """
     try:
-        files, resumed = _write_shards(plan, staging, progress or (lambda done, total: None))
+        files, resumed = _write_shards(plan, staging, progress)
         processor = copy_processor(plan.processor, staging)
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):
@@ -258,7 +256,7 @@ def convert(
     out: Path,
     dtype: str | None = None,
     *,
-    progress: Progress | None = None,
+    progress: BytesProgress = no_bytes,
     sync: bool = True,
     shard_bytes: int = SHARD_BYTES,
 ) -> ConvertResult:
