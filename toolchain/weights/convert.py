@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from blake3 import blake3
 
@@ -24,9 +24,11 @@ from ..progress import BytesProgress, no_bytes
 from .folding import fold_bias, fold_weight
 from .names import Make, Rule
 from .notes import config_notes
-from .processor import ProcessorFiles, copy_processor, read_processor
 from .source import Checkpoint, numpy_dtype, open_checkpoint
 from .stream import Piece, computed, load, write_shard
+
+if TYPE_CHECKING:
+    from .processor import ProcessorFiles
 
 SHARD_BYTES = 2 << 30
 _TORCH_DTYPES = {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32"}
@@ -49,7 +51,7 @@ class Plan:
     """A checked conversion: only the tensors' values can still be wrong. `fingerprint` names its exact weights."""
 
     checkpoint: Checkpoint
-    processor: ProcessorFiles
+    processor: "ProcessorFiles"
     dtype: str
     folding: Folding
     shards: tuple[Shard, ...]
@@ -135,6 +137,9 @@ def plan_conversion(src: Path, dtype: str | None = None, *, shard_bytes: int = S
     if dtype is not None and dtype not in DTYPES:
         raise TargetError(f"--dtype {dtype}: expected one of {', '.join(DTYPES)}")
     with open_checkpoint(src) as checkpoint:
+        # it reads tokenizer and template by the code of a load: tokenizers, jinja2
+        from .processor import read_processor
+
         processor = read_processor(src, checkpoint.config, checkpoint.plain_config)
         folding = processor.folding
         chosen = dtype or source_dtype(checkpoint.plain_config)
@@ -217,7 +222,7 @@ def convert_planned(plan: Plan, staging: Staging, progress: BytesProgress = no_b
     """
     try:
         files, resumed = _write_shards(plan, staging, progress)
-        processor = copy_processor(plan.processor, staging)
+        processor = plan.processor.stage(staging)
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise
