@@ -26,7 +26,7 @@ from .memory import available_bytes
 
 Status = Literal["ok", "missing", "warning"]
 
-BASE = ("blake3", "jinja2", "ml-dtypes", "numpy", "pillow", "protobuf", "rich", "safetensors", "tokenizers", "typer")
+BASE = ("blake3", "jinja2", "ml-dtypes", "numpy", "pillow", "protobuf", "rich", "tokenizers", "typer")
 # What torch-npu and torchair import without declaring it, by the name of the package and of the module.
 TORCH_NPU_IMPORTS = {
     "attrs": "attr",
