@@ -15,10 +15,10 @@ import typer
 from helpers.clips import write_clip
 from helpers.synthetic import published, write_checkpoint
 
-from qwen2vl_tc.artifacts.config import model_config_from_hf
 from qwen2vl_tc.artifacts.errors import ArtifactError
 from qwen2vl_tc.artifacts.manifest import empty_manifest
 from qwen2vl_tc.artifacts.store import read_manifest
+from qwen2vl_tc.runtime.models import config_from_hf, to_plain
 from qwen2vl_tc.toolchain.cli import locate
 from qwen2vl_tc.toolchain.cli import output as cli_output
 from qwen2vl_tc.toolchain.cli import values as cli_values
@@ -374,7 +374,7 @@ def test_a_model_that_one_device_cannot_hold_is_compiled_with_a_warning(
 ) -> None:
     part = read_manifest(built).ge
     assert part is not None
-    large = dataclasses.replace(empty_manifest("72b", model_config_from_hf(published("72b"))), ge=part)
+    large = dataclasses.replace(empty_manifest("72b", to_plain(config_from_hf(published("72b")))), ge=part)
     cli_output.print_compiled(large)
     printed = capsys.readouterr()
     assert "warning: 72b needs 29" in printed.err

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 from ...artifacts.errors import MissingDependencyError
 from ...artifacts.manifest import Manifest, empty_manifest
 from ...artifacts.staging import Staging, stage
+from ...runtime.models import to_plain
 from ..progress import Displays, StepProgress
 from ..weights.convert import ConvertResult, artifact_name, convert_planned, plan_conversion
 from .compile import CompileOptions, stage_graphs
@@ -55,8 +56,10 @@ def build(
             step("done", 1, 1)
         with displays.copy("convert") as copied:
             converted = convert_planned(plan, staging, copied)
-        empty = empty_manifest("", converted.model)
-        manifest = empty.with_weights(artifact_name(src), converted.model, converted.weights, converted.processor)
+        model = to_plain(converted.model)
+        manifest = empty_manifest("", model).with_weights(
+            artifact_name(src), model, converted.weights, converted.processor
+        )
         with displays.steps("compile") as step:
             manifest = stage_graphs(staging, manifest, options, step)
         report = None

@@ -8,6 +8,7 @@ from torch import Tensor
 from ...artifacts.ge.graph import read_graph
 from ...runtime.backends.ge.operators import TORCH_DTYPES
 from ...runtime.backends.reference import ReferenceBackend
+from ...runtime.models import config_of
 from .landmarks import KEYS, OUTPUT, Landmark, aligned, find_landmarks, original_modules
 from .reference import Watch
 from .report import Comparison, Departure
@@ -52,7 +53,7 @@ def locate(sides: Sides, failed: Comparison, answered: Sequence[Answered]) -> tu
     if graph is None or not isinstance(sides.backend, ReferenceBackend):
         return None, 0
     each = next(each for each in answered if each.case.name == failed.case)
-    model, half = sides.artifact.manifest.model, sides.subject.second_opinion
+    model, half = config_of(sides.artifact.manifest), sides.subject.second_opinion
     nodes = read_graph(sides.artifact.read(graph.graph), graph.graph.path)
     landmarks = find_landmarks(nodes, sides.backend.binding(graph.name), model)
     call = failed.step if failed.step is not None else failed.graph

@@ -10,7 +10,7 @@ import torch
 from ...artifacts.store import Artifact
 from ...runtime.backends.base import Backend, Step
 from ...runtime.backends.ge.operators import TORCH_DTYPES
-from ...runtime.pictures.vision import segment_ends, vision_positions
+from ...runtime.models import config_of, family_of
 from .cases import Case
 from .compare import Floats, compare, second_opinion
 from .reference import PREFILL, VISUAL, Expected, HfInputs, HfReference
@@ -39,13 +39,13 @@ class Sides:
 
     def prefill(self, cache: Any, row: int, case: Case) -> tuple[Floats | None, Step]:
         """Our visual output, and the prefill into one row of the cache."""
-        prompt, merge = case.prompt, self.artifact.manifest.model.vision.spatial_merge_size
-        embeds = None
+        prompt, config = case.prompt, config_of(self.artifact.manifest)
+        embeds, slots = None, prompt.vision_slots
         if len(prompt.grids):
-            places = vision_positions(prompt.grids, merge)
-            embeds = self.backend.visual(prompt.patches, places, segment_ends(prompt.grids))
-        step = self.backend.prefill(cache, row, 0, prompt.token_ids, prompt.positions, embeds, prompt.vision_slots)
-        return None if embeds is None else torch.as_tensor(embeds.tensor).float().numpy(), step
+            embeds = self.backend.embed(family_of(config).inputs(config), prompt.patches, prompt.grids)
+            slots = embeds.placed(slots)
+        step = self.backend.prefill(cache, row, 0, prompt.token_ids, prompt.positions, embeds, slots)
+        return None if embeds is None else embeds.in_order(torch.as_tensor(embeds.tensor).float().numpy()), step
 
     def decode(self, cache: Any, group: Sequence[Answered], steps: int) -> Iterator[Step]:
         """Decode steps of a group, a row each: transformers' tokens, our own positions."""

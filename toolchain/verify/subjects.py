@@ -5,9 +5,9 @@ from dataclasses import dataclass
 
 from ...artifacts.errors import ArtifactError
 from ...artifacts.manifest import FileEntry, Graph, Manifest
-from ...artifacts.parameters import parameters
 from ...artifacts.store import Artifact, onnx_part
 from ...runtime.backends.base import Backend
+from ...runtime.models import config_of, family_of
 from ..selftest.inputs import MOST_TOKENS
 from .cases import Case
 
@@ -122,9 +122,10 @@ def ge_memory(manifest: Manifest, cases: Sequence[Case], steps: int) -> int:
     backend computes half-precision products in fp32) and once rounded. Both: activations of the longest request,
     all kept while intermediates are compared, and the cache's used positions.
     """
-    sizes = [parameter.size for parameter in parameters(manifest.model)]
+    config = config_of(manifest)
+    sizes = [weight.size for weight in family_of(config).weights(config)]
     mapped = sum(entry.bytes for entry in manifest.weights.files) if manifest.weights else 0
-    text, vision = manifest.model.text, manifest.model.vision
+    text, vision = config.text, config.vision
     tokens = max(max(len(case.prompt.token_ids) for case in cases) + steps, MOST_TOKENS)
     patches = max(len(case.prompt.patches) for case in cases)
     per_token = text.num_layers * (12 * text.hidden_size + 4 * text.intermediate_size + 4 * text.kv_dim)
@@ -137,7 +138,8 @@ def ge_memory(manifest: Manifest, cases: Sequence[Case], steps: int) -> int:
 
 def onnx_memory(manifest: Manifest, cases: Sequence[Case], steps: int) -> int:
     """Bytes of both models together: transformers' in fp32, and ours as stored, once mapped and once laid out."""
-    values = sum(parameter.size for parameter in parameters(manifest.model))
+    config = config_of(manifest)
+    values = sum(weight.size for weight in family_of(config).weights(config))
     data = sum(graph.data.bytes for graph in manifest.onnx.graphs) if manifest.onnx else 0
-    logits = 2 * len(cases) * (1 + steps) * manifest.model.text.vocab_size
+    logits = 2 * len(cases) * (1 + steps) * config.text.vocab_size
     return 4 * (values + logits) + 2 * data

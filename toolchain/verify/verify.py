@@ -12,6 +12,7 @@ from ...artifacts.schema import dump_json
 from ...artifacts.staging import Staging, amend
 from ...artifacts.store import Artifact, open_artifact
 from ...runtime.loader import open_processor
+from ...runtime.models import config_of
 from ...runtime.text.prompt import Processor
 from ..host.memory import available_bytes
 from ..progress import StepProgress, no_steps
@@ -142,7 +143,7 @@ def check_same_model(artifact: Artifact, against: Path) -> None:
         raise ConfigError(f"{against}: no config.json there; --against wants the folder of the original checkpoint")
     with open_checkpoint(against) as checkpoint:
         there = checkpoint.config
-    differences = list(_differences("", artifact.manifest.model, there))
+    differences = list(_differences("", config_of(artifact.manifest), there))
     if differences:
         raise ArtifactError(
             f"{artifact.path}: was not made from {against}, whose config.json differs: {', '.join(differences[:6])}; "
