@@ -7,7 +7,6 @@ from typing import Annotated
 import typer
 
 from ...artifacts.errors import ConfigError, TargetError
-from ..build.onnx import DEFAULT_WEIGHTS
 from .console import fail
 from .errors import FAILED
 from .options import Artifact, Dtype, Json, NoSync, OptionalArtifact, Src, TrustedKeys
@@ -74,7 +73,7 @@ def compile(
     *,
     mode: Mode = "dynamo",
     given: GivenTarget,
-    weights: Weights = DEFAULT_WEIGHTS,
+    weights: Weights = "int8",
     standard_only: StandardOnly = False,
     config: Annotated[
         Path | None,
