@@ -40,7 +40,7 @@ class Subject:
 
 
 @dataclass(frozen=True)
-class Part:
+class VerifiedPart:
     """A kind of graphs that artifacts have: what is verified of it, and where report and verdict go."""
 
     subject: Callable[[Artifact], Subject]
@@ -90,8 +90,8 @@ def onnx_subject(artifact: Artifact) -> Subject:
 
 
 PARTS = {
-    "ge": Part(ge_subject, "reports/verify.json", Manifest.with_verdict),
-    "onnx": Part(onnx_subject, "reports/verify-onnx.json", Manifest.with_onnx_verdict),
+    "ge": VerifiedPart(ge_subject, "reports/verify.json", Manifest.with_verdict),
+    "onnx": VerifiedPart(onnx_subject, "reports/verify-onnx.json", Manifest.with_onnx_verdict),
 }
 
 

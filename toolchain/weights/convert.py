@@ -25,7 +25,7 @@ from ..progress import BytesProgress, no_bytes
 from .folding import fold_bias, fold_weight
 from .notes import config_notes
 from .source import Checkpoint, SourceTensor, numpy_dtype, open_checkpoint
-from .stream import Piece, computed, load, padded, write_shard
+from .stream import ShardPiece, computed, load, padded, write_shard
 
 if TYPE_CHECKING:
     from .processor import ProcessorFiles
@@ -146,12 +146,12 @@ def plan_conversion(src: Path, dtype: str | None = None, *, shard_bytes: int = S
         yield Plan(checkpoint, processor, chosen, folding, shards, _fingerprint(checkpoint, chosen, folding, shards))
 
 
-def _pieces(plan: Plan, weight: Weight) -> Iterator[Piece]:
+def _pieces(plan: Plan, weight: Weight) -> Iterator[ShardPiece]:
     dtype = stored_dtype(weight, plan.dtype)
     for part in weight.parts:
         source = plan.checkpoint.tensors[part.name]
         make = _maker(plan, weight, source, (part.rows, *weight.shape[1:]), dtype)
-        yield Piece(source, dtype, functools.partial(computed, make, source, dtype) if make else None)
+        yield ShardPiece(source, dtype, functools.partial(computed, make, source, dtype) if make else None)
 
 
 def _maker(
