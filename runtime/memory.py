@@ -2,11 +2,11 @@
 
 from dataclasses import dataclass
 
+from ..artifacts.dtypes import DTYPES
 from ..artifacts.errors import TargetError
 from ..artifacts.manifest import GePart, Manifest
 from ..artifacts.parameters import FP32, parameters
 
-ITEM_BYTES = {"bf16": 2, "fp16": 2, "fp32": 4}
 # High-bandwidth memory of one device, by prefix of the SoC name (Huawei's product pages); others are not known here.
 _DEVICE_BYTES = {
     "Ascend910B4": 32 << 30,
@@ -36,7 +36,7 @@ def device_memory(manifest: Manifest, part: GePart) -> DeviceMemory:
 
 def memory_for(manifest: Manifest, dtype: str, max_length: int, batches: tuple[int, ...]) -> DeviceMemory:
     """What graphs compiled for these need on one device."""
-    item = ITEM_BYTES[dtype]
+    item = DTYPES[dtype].bytes
     weights = sum(p.size * (4 if p.dtype == FP32 else item) for p in parameters(manifest.model))
     text = manifest.model.text
     cache = text.num_layers * 2 * max_length * text.kv_dim * item * max(batches)

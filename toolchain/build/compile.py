@@ -7,14 +7,16 @@ from typing import TYPE_CHECKING
 
 from ...artifacts.ge.binding import CONSTANT, LENGTHS, PARAMETER, Binding
 from ...artifacts.config import ModelConfig, model_config_from_hf
+from ...artifacts.dtypes import BY_TORCH, stored_name
 from ...artifacts.errors import ArtifactError, ConfigError, TargetError
 from ...artifacts.manifest import DTYPES, OPERATORS, VISUAL_ATTENTION, FileEntry, GePart, Graph, Manifest, OperatorNote, Tensor, empty_manifest
 from ...artifacts.parameters import FP32, parameters
-from ...artifacts.safetensors import GRAPH_DTYPE_NAMES, header_bytes
+from ...artifacts.safetensors import header_bytes
 from ...artifacts.schema import parse_json
 from ...artifacts.soc import DEFAULT_SOC
 from ...artifacts.staging import Staging, stage
 from ...artifacts.host.vendor import no_lost_interrupt
+from ...runtime.dtypes import torch_dtype
 from ..models.form import Form
 
 if TYPE_CHECKING:
@@ -242,10 +244,9 @@ def _trace_all(config: ModelConfig, options: CompileOptions, dtype: str) -> list
     from ...exporters.torchair.trace import trace
     from ..models.signatures import CACHES, Signature, empty_model, signatures
 
-    torch_dtype = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[dtype]
     # on the emulated NPU these pages are never touched: a 72B model costs no memory
     length = cache_length(options.max_length, config)
-    model = empty_model(config, length, options.form, torch_dtype).to_empty(device="npu")
+    model = empty_model(config, length, options.form, torch_dtype(dtype)).to_empty(device="npu")
     model.requires_grad_(False)
 
     def pending(signature: Signature) -> _PendingGraph:
@@ -265,7 +266,7 @@ def _trace_all(config: ModelConfig, options: CompileOptions, dtype: str) -> list
 
         return _PendingGraph(signature.name, run)
 
-    return [pending(signature) for signature in signatures(model, config, torch_dtype, length, options.batches, "npu")]
+    return [pending(signature) for signature in signatures(model, config, torch_dtype(dtype), length, options.batches, "npu")]
 
 
 def _stage_graph(
@@ -327,10 +328,8 @@ def _stage_constants(staging: Staging, config: ModelConfig, options: CompileOpti
 
     from ..models.constants import constant_tables
 
-    torch_dtype = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[dtype]
-    tables = constant_tables(config, cache_length(options.max_length, config), torch_dtype, options.form)
-    named = {torch.bool: "bool", torch.int64: "int64"}
-    names = {name: named.get(table.dtype, dtype) for name, table in tables.items()}
-    header = header_bytes((name, GRAPH_DTYPE_NAMES[names[name]], tuple(t.shape)) for name, t in tables.items())
+    tables = constant_tables(config, cache_length(options.max_length, config), torch_dtype(dtype), options.form)
+    dtypes = {name: BY_TORCH[str(table.dtype).removeprefix("torch.")].name for name, table in tables.items()}
+    header = header_bytes((name, stored_name(dtypes[name]), tuple(t.shape)) for name, t in tables.items())
     body = b"".join(table.view(torch.uint8).numpy().tobytes() for table in tables.values())
     return staging.add(f"{FOLDER}/constants.safetensors", header + body)

@@ -25,7 +25,7 @@ def _value(expression: Any, look: Lookup) -> Any:
         return expression[1:-1] if quoted else look(expression)
     if isinstance(expression, int):
         return expression
-    if not isinstance(expression, list) or not expression or expression[0] not in _FORMS:
+    if not isinstance(expression, (list, tuple)) or not expression or expression[0] not in _FORMS:
         raise ArtifactError(f"the rules of check: no condition: {expression!r:.80}")
     return _FORMS[expression[0]](look, *expression[1:])
 

@@ -13,6 +13,7 @@ from ...artifacts.parameters import parameters
 from ...artifacts.schema import dump_json
 from ...artifacts.staging import stage
 from ...artifacts.store import Artifact, onnx_part, open_artifact
+from ...runtime.dtypes import torch_dtype
 from ...runtime.loader import open_processor
 from ...runtime.pictures.vision import segment_ends, vision_positions
 from ...runtime.requests.generate import Timings, prefill_prompt
@@ -114,9 +115,8 @@ def _run(
     total = 2 + 2 * len(cases) + steps
     progress("loading transformers' model", 0, total)
     # the weights that were exported are the artifact's: rounded to its dtype
-    dtypes = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
     weights = artifact.manifest.weights
-    reference = open_reference(against, dtypes[weights.dtype if weights else "fp32"])
+    reference = open_reference(against, torch_dtype(weights.dtype if weights else "fp32"))
     checks: list[InputCheck] = []
     known: list[tuple[Case, Expected]] = []
     for done, case in enumerate(cases, start=1):

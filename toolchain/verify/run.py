@@ -13,8 +13,8 @@ from ...artifacts.manifest import GePart
 from ...artifacts.store import Artifact
 from ...runtime.backends.base import Step
 from ...runtime.backends.ge.bound import Cache
-from ...runtime.backends.ge.operators import TORCH_DTYPES
 from ...runtime.backends.reference import ReferenceBackend
+from ...runtime.dtypes import torch_dtype
 from ...runtime.pictures.vision import segment_ends, vision_positions
 from .cases import Case
 from .landmarks import KEYS, OUTPUT, Landmark, aligned, find_landmarks, original_modules
@@ -70,7 +70,7 @@ class Run:
         self._progress = progress
         self._done, self._total = 0, calls_in_all(len(cases), self.part.batches)
         self._tell("loading transformers' model")
-        self.reference = open_reference(against, TORCH_DTYPES[self.part.dtype])
+        self.reference = open_reference(against, torch_dtype(self.part.dtype))
         self._tell("loading the artifact")
         self.backend = ReferenceBackend(artifact)
 
@@ -184,7 +184,7 @@ class Run:
         self._progress(f"transformers in {self.part.dtype}", self._total, self._total)
         cases = {each.case.name: each for each in known}
         failing = {each.case for each in comparisons if not each.passed}
-        self.reference.compute_in(TORCH_DTYPES[self.part.dtype])
+        self.reference.compute_in(torch_dtype(self.part.dtype))
         half = {
             name: self.reference.run(cases[name].inputs, self.steps, _expected(cases[name]).tokens) for name in failing
         }
@@ -244,7 +244,7 @@ class Run:
         rounded = None
         if self.part.dtype != "fp32":
             rounded = Watch(modules, call)
-            self.reference.compute_in(TORCH_DTYPES[self.part.dtype])
+            self.reference.compute_in(torch_dtype(self.part.dtype))
             self.reference.run(each.inputs, steps, tokens, rounded)
             self.reference.compute_in(torch.float32)
         ours = self._observe(each, failed, landmarks)

@@ -14,11 +14,12 @@ from typing import Any
 from blake3 import blake3
 
 from ...artifacts.config import ModelConfig
+from ...artifacts.dtypes import BY_SAFETENSORS, stored_name, torch_name
 from ...artifacts.errors import ArtifactError, ConfigError, TargetError
 from ...artifacts.integrity import OpenedFile
 from ...artifacts.manifest import DTYPES, FileEntry, Folding, Manifest, WeightsPart, empty_manifest
 from ...artifacts.parameters import FP32, Parameter
-from ...artifacts.safetensors import DTYPE_NAMES, ITEM_BYTES, header_bytes
+from ...artifacts.safetensors import header_bytes
 from ...artifacts.schema import dump_json, from_plain, shown
 from ...artifacts.staging import Staging, require_disk, stage
 from .folding import fold_bias, fold_weight
@@ -29,7 +30,7 @@ from .source import Checkpoint, numpy_dtype, open_checkpoint
 from .stream import Piece, computed, load, write_shard
 
 SHARD_BYTES = 2 << 30
-_TORCH_DTYPES = {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32"}
+_TORCH_DTYPES = {torch_name(dtype): dtype for dtype in DTYPES}
 # raised when the bytes that one source gives change: a killed run of an older version is not resumed
 _CONVERSION = 1
 
@@ -94,7 +95,7 @@ def source_dtype(config: dict[str, Any]) -> str:
 
 def stored_dtype(parameter: Parameter, dtype: str) -> str:
     """The safetensors dtype of a parameter in an artifact of `dtype`."""
-    return DTYPE_NAMES["fp32" if parameter.dtype == FP32 else dtype]
+    return stored_name("fp32" if parameter.dtype == FP32 else dtype)
 
 
 def _shards(checkpoint: Checkpoint, dtype: str, shard_bytes: int) -> tuple[Shard, ...]:
@@ -102,7 +103,7 @@ def _shards(checkpoint: Checkpoint, dtype: str, shard_bytes: int) -> tuple[Shard
     groups: list[list[Rule]] = [[]]
     size = 0
     for rule in checkpoint.rules:
-        tensor_bytes = rule.parameter.size * ITEM_BYTES[stored_dtype(rule.parameter, dtype)]
+        tensor_bytes = rule.parameter.size * BY_SAFETENSORS[stored_dtype(rule.parameter, dtype)].bytes
         if groups[-1] and size + tensor_bytes > shard_bytes:
             groups.append([])
             size = 0
@@ -112,7 +113,7 @@ def _shards(checkpoint: Checkpoint, dtype: str, shard_bytes: int) -> tuple[Shard
     for number, rules in enumerate(groups, start=1):
         layout = [(r.parameter.name, stored_dtype(r.parameter, dtype), r.parameter.shape) for r in rules]
         header = header_bytes(layout)
-        data = sum(r.parameter.size * ITEM_BYTES[stored_dtype(r.parameter, dtype)] for r in rules)
+        data = sum(r.parameter.size * BY_SAFETENSORS[stored_dtype(r.parameter, dtype)].bytes for r in rules)
         path = f"weights/model-{number:05}-of-{len(groups):05}.safetensors"
         shards.append(Shard(path, tuple(rules), header, len(header) + data))
     return tuple(shards)
@@ -163,7 +164,7 @@ def _pieces(plan: Plan, rule: Rule) -> Iterator[Piece]:
 
 
 def _folded(plan: Plan, source: Any) -> Any:
-    return fold_weight(load(source), plan.folding, numpy_dtype(DTYPE_NAMES[plan.dtype]))
+    return fold_weight(load(source), plan.folding, numpy_dtype(stored_name(plan.dtype)))
 
 
 def _finished(staging: Staging, plan: Plan) -> dict[str, FileEntry]:

@@ -13,19 +13,18 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from ....artifacts.dtypes import BY_SAFETENSORS
 from ....artifacts.errors import ArtifactError, RequestError, TargetError
 from ....artifacts.ge.binding import CACHE, CONSTANT, LENGTHS, PARAMETER, Binding, BoundInput, binding_from_bytes
 from ....artifacts.ge.ops import MOST_PACKED, MOST_PATCHES
 from ....artifacts.manifest import FileEntry
 from ....artifacts.parameters import FP32, parameters
-from ....artifacts.safetensors import GRAPH_DTYPE_NAMES, read_header
+from ....artifacts.safetensors import read_header
 from ....artifacts.store import Artifact, ge_part
+from ...dtypes import torch_dtype
 from ...pictures.segments import Piece, Run, pieces, plan_packed, plan_runs, rows_of
 from ..base import Backend, Embeds, Ints, Step
 from .checks import check_binding
-from .operators import TORCH_DTYPES
-
-_SAFETENSORS_DTYPES = {stored: name for name, stored in GRAPH_DTYPE_NAMES.items()}
 
 
 @dataclass(frozen=True)
@@ -47,10 +46,11 @@ def mapped_tensors(artifact: Artifact, entry: FileEntry, check: bool) -> dict[st
     mapping = artifact.map(entry, check=check)
     found = {}
     for info in read_header(memoryview(mapping), where):
-        if info.dtype not in _SAFETENSORS_DTYPES:
+        dtype = BY_SAFETENSORS[info.dtype]
+        if dtype.proto is None:
             raise ArtifactError(f"{where}: tensor {info.name} is {info.dtype}, which no graph takes")
         raw = mapped_bytes(mapping, info.begin, info.end - info.begin)
-        found[info.name] = raw.view(TORCH_DTYPES[_SAFETENSORS_DTYPES[info.dtype]]).view(info.shape)
+        found[info.name] = raw.view(torch_dtype(dtype.name)).view(info.shape)
     return found
 
 
@@ -82,7 +82,7 @@ def load_weights(artifact: Artifact, check: bool) -> dict[str, Tensor]:
             found[name] = tensor
     for wanted in wanted_tensors:
         tensor = found.get(wanted.name)  # type: ignore[assignment]
-        dtype = TORCH_DTYPES["fp32" if wanted.dtype == FP32 else part.dtype]
+        dtype = torch_dtype("fp32" if wanted.dtype == FP32 else part.dtype)
         if tensor is None or tuple(tensor.shape) != wanted.shape or tensor.dtype != dtype:
             got = "nothing" if tensor is None else f"{list(tensor.shape)} {tensor.dtype}"
             raise ArtifactError(
@@ -108,7 +108,7 @@ class BoundGraph:
         for i, bound in enumerate(binding.inputs):
             if bound.kind in (PARAMETER, CONSTANT):
                 tensor = tensors.get(bound.name)
-                dtype = TORCH_DTYPES.get(bound.dtype)
+                dtype = torch_dtype(bound.dtype)
                 if tensor is None or tuple(tensor.shape) != bound.shape or tensor.dtype != dtype:
                     got = "nothing" if tensor is None else f"{list(tensor.shape)} {tensor.dtype}"
                     raise ArtifactError(
@@ -149,7 +149,7 @@ class BoundGraph:
         return [
             torch.empty(
                 [1 if size == -1 else size for size in bound.shape],
-                dtype=TORCH_DTYPES[bound.dtype],
+                dtype=torch_dtype(bound.dtype),
                 device="cpu" if bound.host else device,
             )
             if fixed is None
@@ -178,7 +178,7 @@ class ModelBackend(Backend):
         self.max_length = part.max_length
         self._model = artifact.manifest.model
         self._where = str(artifact.path)
-        self._dtype = TORCH_DTYPES[part.dtype]
+        self._dtype = torch_dtype(part.dtype)
         self.max_rows = max(part.batches)
         self._by_head = any(output.name == "rope_rows" for graph in part.graphs for output in graph.outputs)
         # The recipe's operators multiply what the mask hides by zero, and zero times a stray NaN is NaN: its caches

@@ -3,8 +3,9 @@
 from ....artifacts.config import ModelConfig
 from ....artifacts.errors import ArtifactError
 from ....artifacts.ge.binding import CACHE, Binding
-from ....artifacts.ge.graph import GeGraph, written_by
+from ....artifacts.ge.graph import GeGraph
 from ....artifacts.manifest import GePart
+from ...ops.graphs import written_by
 
 # what the runtime reads of a graph's outputs
 _OUTPUTS = {
