@@ -31,7 +31,7 @@ def test_the_numbers_are_those_of_torchair_and_of_onnx() -> None:
     for row in OF_GRAPHS:
         name = names.get(row.name, row.name.upper())
         assert Proto.Value(f"DT_{name}") == row.proto
-        assert getattr(Ge, f"DT_{name}").value == row.ge
+        assert getattr(Ge, f"DT_{name}") == row.ge
     for number, row in BY_ONNX.items():
         assert onnx.TensorProto.DataType.Value(names.get(row.name, row.name.upper())) == number
 
