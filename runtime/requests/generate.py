@@ -12,7 +12,6 @@ import numpy as np
 from ...artifacts.errors import ArtifactError, RequestError, ToolchainError
 from ..backends.base import Backend, Ints, Step
 from ..phases import Phases
-from ..pictures.vision import segment_ends, vision_positions
 from ..text.prompt import Processor, Prompt
 from ..text.stream import StopStrings
 from .sampling import Sampler, check_logits
@@ -173,31 +172,32 @@ class Row:
 
 
 def prefill_prompt(
-    backend: Backend, cache: Any, row: int, prompt: Prompt, merge_size: int, timings: Timings, start: int = 0
+    backend: Backend, cache: Any, row: int, prompt: Prompt, processor: Processor, timings: Timings, start: int = 0
 ) -> Step:
     """Run the visual graph, where there are pictures, and the prompt, into one row of the cache.
 
     start: how many tokens the row holds already; it must not stand inside a picture.
     """
-    merged = np.cumsum(prompt.grids.prod(1)) // merge_size**2
+    merged = np.cumsum(prompt.grids.prod(1)) // processor.settings.merge_size**2
     first = int(np.searchsorted(merged, np.searchsorted(prompt.vision_slots, start), side="right"))
     grids, embeds = prompt.grids[first:], None
     if len(grids):
         patches = prompt.patches[-int(grids.prod(1).sum()) :]
-        embeds = backend.visual(patches, vision_positions(grids, merge_size), segment_ends(grids))
+        embeds = backend.embed(processor.inputs, patches, grids)
         timings.mark("visual")
     slots = prompt.vision_slots[prompt.vision_slots >= start] - start
+    slots = embeds.placed(slots) if embeds else slots
     step = backend.prefill(cache, row, start, prompt.token_ids[start:], prompt.positions[:, start:], embeds, slots)
     timings.mark("prefill")
     return step
 
 
 def generate_rows(
-    backend: Backend, cache: Any, rows: Sequence[Row], merge_size: int, timings: Timings
+    backend: Backend, cache: Any, rows: Sequence[Row], processor: Processor, timings: Timings
 ) -> Iterator[list[Token]]:
     """Answer the rows: yields, step by step, the tokens of the rows that have not ended. Ends when all have."""
     firsts = [
-        prefill_prompt(backend, cache, i, row.prompt, merge_size, timings, row.cached_tokens)
+        prefill_prompt(backend, cache, i, row.prompt, processor, timings, row.cached_tokens)
         for i, row in enumerate(rows)
     ]
     if all(row.settings.takes_largest_logit for row in rows):

@@ -9,16 +9,17 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ...artifacts.config import ModelConfig
 from ...artifacts.errors import ArtifactError, RequestError
 from ...artifacts.schema import parse_json
+from ..models import family_of
+from ..models.base import Picture
+from ..models.config import ModelConfig
 from ..pictures.images import ImageSource
 from ..pictures.items import DEFAULT_VISION, VisionOptions, item_patches
 from ..pictures.video import VideoSource
 from ..pictures.vision import image_settings_from_hf
 from ..requests.defaults import GenerationDefaults, generation_defaults_from_hf
 from .messages import Kind, Message, VisionItem, given_items, vision_items, without_sources
-from .positions import rope_positions
 from .stream import TextStream
 from .template import ChatTemplate, Renderer
 from .tokenizer import open_tokenizer, refuse
@@ -87,6 +88,7 @@ class Processor:
                 raise ArtifactError(f"{name} is missing from the processor files; convert again")
         self.tokenizer = open_tokenizer(files["tokenizer.json"])
         self.config = config
+        self.inputs = family_of(config).inputs(config)
         self.settings = image_settings_from_hf(files["preprocessor_config.json"])
         vision = config.vision
         got = (self.settings.patch_size, self.settings.temporal_patch_size, self.settings.merge_size)
@@ -182,8 +184,8 @@ class Processor:
         grids = np.array([grid for _, grid in cut], dtype=np.int64).reshape(-1, 3)
         kinds = tuple(item.kind for item in ordered)
         token_ids, slots = self._token_ids(text, grids)
-        is_image = np.array([kind == "image" for kind in kinds], dtype=bool)
-        positions, delta = rope_positions(token_ids, grids[is_image], grids[~is_image], self.config)
+        pictures = [Picture(item.kind, grid) for item, (_, grid) in zip(ordered, cut, strict=True)]
+        positions, delta = self.inputs.positions(token_ids, pictures)
         patches = [part for part, _ in cut] or [np.empty((0, self.settings.patch_dim), dtype=np.uint8)]
         return Prompt(
             text=text,

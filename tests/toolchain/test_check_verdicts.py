@@ -18,6 +18,7 @@ from qwen2vl_tc.artifacts.cann import cann_release
 from qwen2vl_tc.artifacts.ge.binding import binding_from_bytes
 from qwen2vl_tc.artifacts.ge.graph import read_graph
 from qwen2vl_tc.artifacts.store import ge_part, open_artifact
+from qwen2vl_tc.runtime.models import config_of, graphs_of
 from qwen2vl_tc.runtime.ops import OPERATORS, known
 from qwen2vl_tc.runtime.ops.base import TensorSpec
 from qwen2vl_tc.runtime.ops.rule import BLOCKING
@@ -215,12 +216,14 @@ def sizes_of(graph: str) -> Iterator[tuple[str, Lengths]]:
 def attentions(path: Path) -> Iterator[tuple[str, Attention, NodeFacts]]:
     """The attention nodes of every graph of an artifact, at every size of `sizes_of`."""
     with open_artifact(path) as artifact:
-        for graph in ge_part(artifact.manifest, path).graphs:
+        config, part = config_of(artifact.manifest), ge_part(artifact.manifest, path)
+        specs_of = graphs_of(config, part)
+        for graph in part.graphs:
             binding = binding_from_bytes(artifact.read(graph.binding), graph.name)
             parsed = read_graph(artifact.read(graph.graph), graph.name)
             about = graph_facts(parsed, binding)
             for title, lengths in sizes_of(graph.name):
-                specs = propagate(parsed, input_specs(binding, lengths), graph.name)
+                specs = propagate(parsed, input_specs(binding, specs_of[graph.name], config, lengths), graph.name)
                 for each in live_nodes(parsed):
                     if known(each.op).attention:
                         facts = node_facts(each, specs, frozenset(), about)

@@ -3,8 +3,8 @@
 from collections.abc import Iterable
 
 from ...artifacts.cann import RELEASES
-from ...artifacts.config import ModelConfig
 from ...artifacts.errors import TargetError
+from ...runtime.models.config import ModelConfig
 from ...runtime.ops import OPERATORS
 from ...runtime.ops.base import TensorSpec
 from ...runtime.ops.rule import BLOCKING, Rule

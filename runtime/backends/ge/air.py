@@ -13,7 +13,7 @@ from ....artifacts.ge.ops import FILE_CONSTANT
 from ....artifacts.manifest import AirGraph, FileEntry
 from ....artifacts.store import Artifact, ge_part
 from ...dtypes import torch_dtype
-from .bound import mapped_bytes
+from ..weights import mapped_bytes
 from .executor import Executor
 
 

@@ -5,8 +5,9 @@ batch [F, S, ...], so that no mask is needed: rows of one length are one run and
 row's true length, rows of other lengths may join, padded to the longest.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -87,6 +88,21 @@ class Piece:
     begin: int
     count: int
     to: int
+
+
+@dataclass(frozen=True, eq=False)
+class VisualCall:
+    """One call of the visual graph: arguments and lengths by the names of its GraphSpec, and where the rows of its
+    output belong among all embeddings."""
+
+    arguments: Mapping[str, NDArray[Any]]
+    lengths: Mapping[str, list[int]]
+    pieces: tuple[Piece, ...]
+
+
+def rows_in(calls: Sequence[VisualCall]) -> int:
+    """Embeddings that the calls make together."""
+    return sum(piece.count for call in calls for piece in call.pieces)
 
 
 def rows_of(
