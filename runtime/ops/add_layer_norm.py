@@ -44,13 +44,7 @@ OPERATOR = Operator(
         Rule(
             "ALN-01",
             "1 to 8 axes, none empty; gamma and beta have the last axis",
-            [
-                "and",
-                ["le", "in.x1.rank", 8],
-                ["gt", "in.x1.size", 0],
-                ["eq", "in.gamma.dim-1", "in.x1.dim-1"],
-                ["eq", "in.beta.dim-1", "in.x1.dim-1"],
-            ],
+            "(and (le in.x1.rank 8) (gt in.x1.size 0) (eq in.gamma.dim-1 in.x1.dim-1) (eq in.beta.dim-1 in.x1.dim-1))",
             "give gamma and beta the dtype and last axis of x1",
             nn("9.1.0", "norm/add_layer_norm/op_host/add_layer_norm_tiling.cpp"),
         ),

@@ -46,7 +46,7 @@ OPERATOR = Operator(
         Rule(
             "RN-02",
             "gamma has the last axis, and no axis is empty",
-            ["and", ["eq", "in.gamma.dim-1", "in.x1.dim-1"], ["gt", "in.x1.size", 0]],
+            "(and (eq in.gamma.dim-1 in.x1.dim-1) (gt in.x1.size 0))",
             "give gamma the last axis and dtype of x1",
             nn("9.1.0", "norm/add_rms_norm/op_host/add_rms_norm_tiling.cpp"),
         ),

@@ -30,7 +30,7 @@ OPERATOR = Operator(
         Rule(
             "ACM-01",
             "value is of the dtype of x: fp32 beside bf16 or fp16 is for another chip",
-            ["eq", "in.value.dtype", "in.input_data.dtype"],
+            "(eq in.value.dtype in.input_data.dtype)",
             "write value in the dtype of x",
             math("8.5.0", "math/addcmul/op_host/addcmul_def.cpp"),
             releases=since("8.1"),

@@ -24,14 +24,14 @@ from .base import Call, Eager, Operator, Shape, TensorSpec
 from .kernel import Outputs, Tensor, attribute, refused
 from .rule import Rule, Source, cann_8_1, ge, listed, rows, since, transformer, until
 
-TND = ["eq", "layout", "'TND'"]
-BSH = ["eq", "layout", "'BSH'"]
-ALL_HEADS = ["or", ["eq", "kv_heads", 0], ["eq", "kv_heads", "heads"]]
+TND = "(eq layout 'TND')"
+BSH = "(eq layout 'BSH')"
+ALL_HEADS = "(or (eq kv_heads 0) (eq kv_heads heads))"
 TILING = transformer("9.1.0", "attention/fused_infer_attention_score/op_host/fused_infer_attention_score_tiling.cpp")
 PROMPT_TILING = transformer("9.1.0", "attention/prompt_flash_attention/op_host/prompt_flash_attention_tiling.cpp")
 PROMPT_TILING_8_5 = transformer("8.5.0", "attention/prompt_flash_attention/op_host/prompt_flash_attention_tiling.cpp")
 DECODE_CHECKS = transformer("9.1.0", "attention/incre_flash_attention/op_host/incre_flash_attention_tiling_check.cpp")
-MASK_DTYPES = ["in", "in.atten_mask.dtype", ["bool", "int8", "uint8"]]
+MASK_DTYPES = "(in in.atten_mask.dtype bool int8 uint8)"
 
 EAGER = Eager(
     schema=(
@@ -119,7 +119,7 @@ OPERATOR = Operator(
         Rule(
             "FIA-01",
             "TND is not among the layouts of this release",
-            ["not", TND],
+            f"(not {TND})",
             "use BSH, one run per picture size",
             cann_8_1("op_proto/inc/fusion_ops.h"),
             releases=until("8.1"),
@@ -127,7 +127,7 @@ OPERATOR = Operator(
         Rule(
             "FIA-02",
             "TND without a separate rope takes only q/k head_dim 192 (value 128 or 192)",
-            ["eq", "d", 192],
+            "(eq d 192)",
             "BSH",
             Source(
                 "yueliang13/cann-ops-adv-vllm",
@@ -141,46 +141,36 @@ OPERATOR = Operator(
             "FIA-03",
             "TND, same number of heads for k/v, bf16 or inner_precise 0: goes to the "
             "PromptFlashAttention branch, which takes head_dim 64, 128 or 192 only",
-            ["in", "d", [64, 128, 192]],
+            "(in d 64 128 192)",
             "use BSH",
             PROMPT_TILING_8_5,
-            applies=[
-                "and",
-                TND,
-                ALL_HEADS,
-                ["not", ["and", ["eq", "in.query.dtype", "'fp16'"], ["eq", "attr.inner_precise", 1]]],
-            ],
+            applies=f"(and {TND} {ALL_HEADS} (not (and (eq in.query.dtype 'fp16') (eq attr.inner_precise 1))))",
             releases=("8.5",),
         ),
         Rule(
             "FIA-04",
             "TND on the same branch: at most 4096 sequences",
-            ["le", "in.actual_seq_lengths.dim0", 4096],
+            "(le in.actual_seq_lengths.dim0 4096)",
             "use BSH",
             PROMPT_TILING_8_5,
-            applies=["and", TND, ALL_HEADS],
+            applies=f"(and {TND} {ALL_HEADS})",
             releases=("8.5",),
         ),
         Rule(
             "FIA-05",
             "TND without mask, sparse 0/3/4, no paged cache, no rope inputs: split-fuse tiling takes "
             "equal q/k/v head_dim up to 256",
-            [
-                "and",
-                ["le", "d", 256],
-                ["eq", "d", "d_v"],
-                ["in", "attr.sparse_mode", [0, 3, 4]],
-                ["not", ["and", ["eq", "in.query.dtype", "'bf16'"], ["eq", "attr.inner_precise", 1]]],
-            ],
+            "(and (le d 256) (eq d d_v) (in attr.sparse_mode 0 3 4) (not (and (eq in.query.dtype 'bf16') "
+            "(eq attr.inner_precise 1))))",
             "use BSH",
             TILING,
-            applies=["and", TND, ALL_HEADS, ["not", "in.atten_mask.fed"]],
+            applies=f"(and {TND} {ALL_HEADS} (not in.atten_mask.fed))",
             releases=since("9.0"),
         ),
         Rule(
             "FIA-06",
             "the TND tiling divides num_heads by num_key_value_heads as written: 0, the default, is a division by zero",
-            ["gt", "kv_heads", 0],
+            "(gt kv_heads 0)",
             "write num_key_value_heads",
             transformer("9.1.0", "attention/fused_infer_attention_score/op_host/flash_attention_infer_tiling.h"),
             applies=TND,
@@ -190,7 +180,7 @@ OPERATOR = Operator(
         Rule(
             "FIA-07",
             "TND needs both length inputs, at least one element each, running sums",
-            ["and", "in.actual_seq_lengths.fed", "in.actual_seq_lengths_kv.fed"],
+            "(and in.actual_seq_lengths.fed in.actual_seq_lengths_kv.fed)",
             "feed both lengths",
             TILING,
             applies=TND,
@@ -200,24 +190,24 @@ OPERATOR = Operator(
             "FIA-08",
             "TND with a mask and sparse 0 is not taken by split-fuse for equal head counts and falls to "
             "the 64/128/192 rule",
-            ["in", "d", [64, 128, 192]],
+            "(in d 64 128 192)",
             "feed no mask, or use BSH",
             TILING,
-            applies=["and", TND, ALL_HEADS, "in.atten_mask.fed", ["eq", "attr.sparse_mode", 0]],
+            applies=f"(and {TND} {ALL_HEADS} in.atten_mask.fed (eq attr.sparse_mode 0))",
             releases=since("9.0"),
         ),
         Rule(
             "FIA-10",
             "BSH: head_dim is a multiple of 16 and at most 512",
-            ["and", ["mult", "d", 16], ["le", "d", 512]],
+            "(and (mult d 16) (le d 512))",
             "use a model whose heads are a multiple of 16 wide",
             PROMPT_TILING,
-            applies=["and", BSH, ["gt", "q_s", 1]],
+            applies=f"(and {BSH} (gt q_s 1))",
         ),
         Rule(
             "FIA-11",
             "BSH: batch up to 65,536, up to 256 heads, heads x head_dim below 65,535",
-            ["and", ["le", "b", 65536], ["le", "heads", 256], ["lt", ["mul", "heads", "d"], 65535]],
+            "(and (le b 65536) (le heads 256) (lt (mul heads d) 65535))",
             "decode fewer rows at once",
             PROMPT_TILING,
             applies=BSH,
@@ -225,77 +215,58 @@ OPERATOR = Operator(
         Rule(
             "FIA-12",
             "query heads are a multiple of the key heads, at most 64 of them to one",
-            ["and", ["mult", "heads", "kv_heads"], ["le", ["div", "heads", "kv_heads"], 64]],
+            "(and (mult heads kv_heads) (le (div heads kv_heads) 64))",
             "no form of these heads is taken",
             DECODE_CHECKS,
-            applies=["gt", "kv_heads", 0],
+            applies="(gt kv_heads 0)",
         ),
         Rule(
             "FIA-13",
             "sparse 2, 3 and 4 take the compressed mask of 2048 x 2048 only, bool, int8 or uint8",
-            [
-                "and",
-                "in.atten_mask.fed",
-                ["eq", "in.atten_mask.dim-1", 2048],
-                ["eq", "in.atten_mask.dim-2", 2048],
-                MASK_DTYPES,
-            ],
+            f"(and in.atten_mask.fed (eq in.atten_mask.dim-1 2048) (eq in.atten_mask.dim-2 2048) {MASK_DTYPES})",
             "feed the compressed mask of 2048 x 2048 as bool",
             transformer(
                 "8.5.0",
                 "attention/fused_infer_attention_score/op_host/arch32/fused_infer_attention_score_tiling_check_feature.cpp",
             ),
-            applies=["and", ["in", "attr.sparse_mode", [2, 3, 4]], ["gt", "q_s", 1]],
+            applies="(and (in attr.sparse_mode 2 3 4) (gt q_s 1))",
         ),
         Rule(
             "FIA-14",
             "one query token: sparse mode 2, 3 or 4 with a mask is not taken",
-            ["in", "attr.sparse_mode", [0, 1]],
+            "(in attr.sparse_mode 0 1)",
             "never run prefill with one token",
             transformer(
                 "9.1.0",
                 "attention/fused_infer_attention_score/op_host/arch22/fused_infer_attention_score_tiling_check_feature.cpp",
             ),
-            applies=["and", ["eq", "q_s", 1], ["not", TND]],
+            applies=f"(and (eq q_s 1) (not {TND}))",
             releases=since("8.5"),
         ),
         Rule(
             "FIA-15",
             "the lengths of queries and of keys are one for all rows, or at least one a row",
-            [
-                "and",
-                ["or", ["eq", "in.actual_seq_lengths_kv.dim0", 1], ["ge", "in.actual_seq_lengths_kv.dim0", "b"]],
-                [
-                    "or",
-                    ["not", "in.actual_seq_lengths.fed"],
-                    ["eq", "in.actual_seq_lengths.dim0", 1],
-                    ["ge", "in.actual_seq_lengths.dim0", "b"],
-                ],
-            ],
+            "(and (or (eq in.actual_seq_lengths_kv.dim0 1) (ge in.actual_seq_lengths_kv.dim0 b)) (or "
+            "(not in.actual_seq_lengths.fed) (eq in.actual_seq_lengths.dim0 1) (ge in.actual_seq_lengths.dim0 b)))",
             "feed one length a row",
             transformer(
                 "8.5.0",
                 "attention/fused_infer_attention_score/op_host/arch32/fused_infer_attention_score_tiling_check_single_para.cpp",
             ),
-            applies=["and", BSH, "in.actual_seq_lengths_kv.fed"],
+            applies=f"(and {BSH} in.actual_seq_lengths_kv.fed)",
         ),
         Rule(
             "FIA-16",
             "one query token per row, batch up to 65,536, key head_dim up to 512",
-            ["and", ["le", "b", 65536], ["le", "d", 512]],
+            "(and (le b 65536) (le d 512))",
             "decode fewer rows at once",
             DECODE_CHECKS,
-            applies=["and", BSH, ["eq", "q_s", 1]],
+            applies=f"(and {BSH} (eq q_s 1))",
         ),
         Rule(
             "FIA-17",
             "query, key and value are of one dtype, bf16 or fp16",
-            [
-                "and",
-                ["eq", "in.query.dtype", "in.key0.dtype"],
-                ["eq", "in.query.dtype", "in.value0.dtype"],
-                ["in", "in.query.dtype", ["bf16", "fp16"]],
-            ],
+            "(and (eq in.query.dtype in.key0.dtype) (eq in.query.dtype in.value0.dtype) (in in.query.dtype bf16 fp16))",
             "compile with --dtype bf16 or fp16",
             transformer(
                 "9.1.0",
@@ -307,7 +278,7 @@ OPERATOR = Operator(
             "FIA-20",
             "a description of an unfed input that this library lacks counts when inputs are mapped, and "
             "maps by position only if the counts agree",
-            ["not", ["hasdesc", "learnable_sink", "q_start_idx", "kv_start_idx"]],
+            "(not (hasdesc learnable_sink q_start_idx kv_start_idx))",
             "compile with the pass that drops unfed inputs",
             ge("8.5.0", "compiler/engines/nn_engine/opskernel/ops_store/ops_kernel_common.cc"),
             releases=until("8.3"),
@@ -316,7 +287,7 @@ OPERATOR = Operator(
         Rule(
             "FIA-22",
             "the newest interface documents head_dim 64, 128 and 192 for TND; the code behind it takes up to 256",
-            ["in", "d", [64, 128, 192]],
+            "(in d 64 128 192)",
             "none needed: the code takes it",
             transformer("9.1.0", "attention/fused_infer_attention_score/docs/aclnnFusedInferAttentionScoreV4.md"),
             applies=TND,
@@ -334,7 +305,7 @@ OPERATOR = Operator(
         Rule(
             "FIA-19",
             "the layout is BSH or TND: no rule here covers another",
-            ["in", "layout", ["BSH", "TND"]],
+            "(in layout BSH TND)",
             "use BSH",
             TILING,
             severity="unproven",
@@ -343,7 +314,7 @@ OPERATOR = Operator(
             "FIA-23",
             "the code that checks this operator was first published with 8.5: of earlier releases there "
             "is documentation alone",
-            ["false"],
+            "(false)",
             "use CANN 8.5 or newer",
             transformer(
                 "8.5.0", "attention/fused_infer_attention_score/op_host/fused_infer_attention_score_tiling.cpp"

@@ -36,7 +36,7 @@ OPERATOR = Operator(
         Rule(
             "GA-01",
             "the axis is one constant",
-            ["and", "in.axis.const", ["le", "in.axis.rank", 1]],
+            "(and in.axis.const (le in.axis.rank 1))",
             "write the axis as a constant",
             LIBRARY,
             releases=since("8.1"),

@@ -30,7 +30,7 @@ OPERATOR = Operator(
         Rule(
             "GELU-01",
             "approximate is 'tanh' or 'none', or absent",
-            ["or", ["not", ["hasattr", "approximate"]], ["in", "attr.approximate", ["tanh", "none"]]],
+            "(or (not (hasattr approximate)) (in attr.approximate tanh none))",
             "write tanh or none",
             LIBRARY,
         ),

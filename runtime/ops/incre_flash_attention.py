@@ -50,19 +50,14 @@ OPERATOR = Operator(
         Rule(
             "IFA-01",
             "one query token a row, at most 64 query heads to a key head, at most 256 rows",
-            [
-                "and",
-                ["eq", "q_s", 1],
-                ["le", "b", 256],
-                ["or", ["eq", "kv_heads", 0], ["le", ["div", "heads", "kv_heads"], 64]],
-            ],
+            "(and (eq q_s 1) (le b 256) (or (eq kv_heads 0) (le (div heads kv_heads) 64)))",
             "decode fewer rows at once",
             TILING_CHECKS,
         ),
         Rule(
             "IFA-02",
             "actual_seq_lengths has 1 element or batch",
-            ["or", ["eq", "in.actual_seq_lengths.dim0", 1], ["ge", "in.actual_seq_lengths.dim0", "b"]],
+            "(or (eq in.actual_seq_lengths.dim0 1) (ge in.actual_seq_lengths.dim0 b))",
             "feed one length a row",
             TILING_CHECKS,
             applies="in.actual_seq_lengths.fed",

@@ -28,7 +28,7 @@ OPERATOR = Operator(
         Rule(
             "LN-01",
             "normalized_shape is int32 in the library of every release, and the engine has no rule from int64 to int32",
-            ["eq", "in.normalized_shape.dtype", "'int32'"],
+            "(eq in.normalized_shape.dtype 'int32')",
             "write the Const as int32",
             nn("9.1.0", "norm/layer_norm_v4/op_host/layer_norm_v4_def.cpp"),
             severity="unproven",
@@ -36,12 +36,7 @@ OPERATOR = Operator(
         Rule(
             "LN-02",
             "gamma and beta have the normalised axis, and no axis is empty",
-            [
-                "and",
-                ["eq", "in.gamma.dim-1", "in.x.dim-1"],
-                ["eq", "in.beta.dim-1", "in.x.dim-1"],
-                ["gt", "in.x.size", 0],
-            ],
+            "(and (eq in.gamma.dim-1 in.x.dim-1) (eq in.beta.dim-1 in.x.dim-1) (gt in.x.size 0))",
             "give gamma and beta the normalised shape",
             nn("9.1.0", "norm/layer_norm_v4/op_host/layer_norm_v4_infershape.cpp"),
         ),

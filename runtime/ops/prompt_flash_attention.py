@@ -70,29 +70,27 @@ OPERATOR = Operator(
     attention=True,
     defaults={"num_key_value_heads": 0, "input_layout": "BSH", "sparse_mode": FULL, "inner_precise": 1},
     rules=(
-        Rule(
-            "PFA-01", "the layout is BSH, BSND or BNSD", ["in", "layout", ["BSH", "BSND", "BNSD"]], "use BSH", LIBRARY
-        ),
+        Rule("PFA-01", "the layout is BSH, BSND or BNSD", "(in layout BSH BSND BNSD)", "use BSH", LIBRARY),
         Rule(
             "PFA-02",
             "head_dim is a multiple of 16 and at most 512",
-            ["and", ["mult", "d", 16], ["le", "d", 512]],
+            "(and (mult d 16) (le d 512))",
             "use a model whose heads are a multiple of 16 wide",
             TILING,
-            applies=["not", ["eq", "layout", "'TND'"]],
+            applies="(not (eq layout 'TND'))",
         ),
         Rule(
             "PFA-03",
             "sparse 0: the mask covers at least the query rows and the key rows; leading dimension 1 or batch",
-            ["and", ["ge", "in.atten_mask.dim-2", "q_s"], ["ge", "in.atten_mask.dim-1", "kv_s"]],
+            "(and (ge in.atten_mask.dim-2 q_s) (ge in.atten_mask.dim-1 kv_s))",
             "feed a mask as large as the queries and keys",
             TILING,
-            applies=["and", "in.atten_mask.fed", ["in", "attr.sparse_mode", [0, 1]]],
+            applies="(and in.atten_mask.fed (in attr.sparse_mode 0 1))",
         ),
         Rule(
             "PFA-04",
             "batch up to 65,536, heads up to 256, heads x head_dim below 65,535",
-            ["and", ["le", "b", 65536], ["le", "heads", 256], ["lt", ["mul", "heads", "d"], 65535]],
+            "(and (le b 65536) (le heads 256) (lt (mul heads d) 65535))",
             "run fewer rows at once",
             TILING,
         ),
@@ -100,7 +98,7 @@ OPERATOR = Operator(
             "PFA-05",
             "a dense mask has a byte for every query and key: beyond 2**31 of them neither memory nor "
             "32-bit sizes are safe",
-            ["lt", ["mul", "in.atten_mask.dim-1", "in.atten_mask.dim-2"], 2147483648],
+            "(lt (mul in.atten_mask.dim-1 in.atten_mask.dim-2) 2147483648)",
             "use a form without a dense mask",
             TILING,
             applies="in.atten_mask.fed",
@@ -109,24 +107,12 @@ OPERATOR = Operator(
         Rule(
             "PFA-08",
             "the lengths of queries and of keys are one for all rows, or at least one a row",
-            [
-                "and",
-                [
-                    "or",
-                    ["not", "in.actual_seq_lengths.fed"],
-                    ["eq", "in.actual_seq_lengths.dim0", 1],
-                    ["ge", "in.actual_seq_lengths.dim0", "b"],
-                ],
-                [
-                    "or",
-                    ["not", "in.actual_seq_lengths_kv.fed"],
-                    ["eq", "in.actual_seq_lengths_kv.dim0", 1],
-                    ["ge", "in.actual_seq_lengths_kv.dim0", "b"],
-                ],
-            ],
+            "(and (or (not in.actual_seq_lengths.fed) (eq in.actual_seq_lengths.dim0 1) "
+            "(ge in.actual_seq_lengths.dim0 b)) (or (not in.actual_seq_lengths_kv.fed) "
+            "(eq in.actual_seq_lengths_kv.dim0 1) (ge in.actual_seq_lengths_kv.dim0 b)))",
             "feed one length a row",
             transformer("8.5.0", "attention/prompt_flash_attention/op_host/prompt_flash_attention_tiling.cpp"),
-            applies=["or", "in.actual_seq_lengths.fed", "in.actual_seq_lengths_kv.fed"],
+            applies="(or in.actual_seq_lengths.fed in.actual_seq_lengths_kv.fed)",
         ),
         listed("PromptFlashAttention", "query key value 0", rows("T T T T", "bf16 fp16")),
     ),

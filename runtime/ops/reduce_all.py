@@ -22,7 +22,7 @@ OPERATOR = Operator(
         Rule(
             "RA-01",
             "x is bool; axes are int32 or int64 of rank 0 or 1",
-            ["le", "in.axes.rank", 1],
+            "(le in.axes.rank 1)",
             "write the axes as one list",
             math("8.5.0", "math/reduce_all/op_host/op_api/reduce_all.cpp"),
             releases=since("8.1"),

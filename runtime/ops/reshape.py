@@ -37,7 +37,7 @@ OPERATOR = Operator(
         Rule(
             "RS-01",
             "the shape constant has at most one -1",
-            ["le", ["minus1", "in.shape"], 1],
+            "(le (minus1 in.shape) 1)",
             "compute the shape, or keep one free size",
             ge("9.1.0", "graph_metadef/register/shape_inference.cc"),
         ),

@@ -28,7 +28,7 @@ OPERATOR = Operator(
         Rule(
             "RN-01",
             "gamma has the last axis, and no axis is empty",
-            ["and", ["eq", "in.gamma.dim-1", "in.x.dim-1"], ["gt", "in.x.size", 0]],
+            "(and (eq in.gamma.dim-1 in.x.dim-1) (gt in.x.size 0))",
             "give gamma the last axis of x",
             nn("9.1.0", "norm/rms_norm/op_host/rms_norm_def.cpp"),
         ),

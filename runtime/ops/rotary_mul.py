@@ -29,7 +29,7 @@ OPERATOR = Operator(
             "ROT-01",
             "the last axis is a multiple of 64 on this chip; otherwise a kernel may leave columns "
             "unturned, without a message",
-            ["mult", "in.x.dim-1", 64],
+            "(mult in.x.dim-1 64)",
             "RotaryPositionEmbedding mode 0 (x, cos, sin)",
             cann_8_1("op_proto/inc/nn_other.h"),
             severity="wrong",
@@ -37,21 +37,15 @@ OPERATOR = Operator(
         Rule(
             "ROT-02",
             "the first and the third axis are below 1000",
-            ["and", ["lt", "in.x.dim0", 1000], ["lt", "in.x.dim2", 1000]],
+            "(and (lt in.x.dim0 1000) (lt in.x.dim2 1000))",
             "use RotaryPositionEmbedding mode 0",
             cann_8_1("op_proto/inc/nn_other.h"),
         ),
         Rule(
             "ROT-03",
             "x, r1 and r2 have rank 4 and one last axis",
-            [
-                "and",
-                ["eq", "in.r1.dim-1", "in.x.dim-1"],
-                ["eq", "in.r2.dim-1", "in.x.dim-1"],
-                ["eq", "in.x.rank", 4],
-                ["eq", "in.r1.rank", 4],
-                ["eq", "in.r2.rank", 4],
-            ],
+            "(and (eq in.r1.dim-1 in.x.dim-1) (eq in.r2.dim-1 in.x.dim-1) (eq in.x.rank 4) (eq in.r1.rank 4) "
+            "(eq in.r2.rank 4))",
             "give the tables the dtype and rank of x",
             cann_8_1("op_impl/ai_core/tbe/impl/dynamic/rotary_mul.py"),
         ),

@@ -1,6 +1,6 @@
 """What CANN's releases ask of an operator: rules as data, each with the source that says so.
 
-A condition is a small prefix list over the facts of a node; `toolchain.check.predicate` has its language and
+A condition is a small prefix expression over the facts of a node; `toolchain.check.predicate` has its language and
 `toolchain.check.facts` the facts.
 """
 
@@ -37,7 +37,7 @@ class Rule:
     require: Any
     fix: str
     source: Source
-    applies: Any = ("true",)
+    applies: Any = "(true)"
     releases: tuple[str, ...] = RELEASES
     severity: str = "refused"
     inserts: str | None = None
@@ -45,7 +45,7 @@ class Rule:
     @property
     def lists(self) -> bool:
         """Whether it says with which dtypes the operator is in the releases' library."""
-        return bool(self.require) and self.require[0] == "row"
+        return isinstance(self.require, tuple) and self.require[0] == "row"
 
 
 def since(release: str) -> tuple[str, ...]:
@@ -93,7 +93,7 @@ def listed(op: str, tensors: str, rows: Iterable[str], source: Source = LIBRARY,
     facts = [f"out.{name}.dtype" if name.isdigit() else f"in.{name}.dtype" for name in names]
     shown = ", ".join(f"output {name}" if name.isdigit() else name for name in names)
     fix = "feed dtypes that are listed together"
-    require = ["row", facts, list(rows)]
+    require = ("row", facts, list(rows))
     return Rule(f"LIB-{op}", f"{op} {said}: {shown}", require, fix, source, releases=since("8.1"))
 
 

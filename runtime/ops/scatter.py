@@ -52,15 +52,8 @@ OPERATOR = Operator(
         Rule(
             "SC-01",
             "reduce is 'update'; var and updates have one rank, 2 to 8; indices have rank 1 or 2",
-            [
-                "and",
-                ["eq", "attr.reduce", "'update'"],
-                ["eq", "in.var.rank", "in.updates.rank"],
-                ["ge", "in.var.rank", 2],
-                ["le", "in.var.rank", 8],
-                ["ge", "in.indices.rank", 1],
-                ["le", "in.indices.rank", 2],
-            ],
+            "(and (eq attr.reduce 'update') (eq in.var.rank in.updates.rank) (ge in.var.rank 2) (le in.var.rank 8) "
+            "(ge in.indices.rank 1) (le in.indices.rank 2))",
             "feed the indices as int32 or int64 of rank 1 or 2",
             cann_8_1("op_impl/ai_core/tbe/impl/dynamic/scatter.py"),
         ),

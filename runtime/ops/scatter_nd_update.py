@@ -38,7 +38,7 @@ OPERATOR = Operator(
         Rule(
             "SC-03",
             "the last axis of indices is at most the rank of var",
-            ["le", "in.indices.dim-1", "in.var.rank"],
+            "(le in.indices.dim-1 in.var.rank)",
             "feed the indices as int32 or int64",
             nn("9.1.0", "index/scatter_nd_update/op_host/scatter_nd_update_def.cpp"),
         ),

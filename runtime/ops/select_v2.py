@@ -28,7 +28,7 @@ OPERATOR = Operator(
         Rule(
             "SEL-01",
             "the condition is bool, and the operands broadcast",
-            ["and", ["eq", "in.condition.dtype", "'bool'"], ["le", "in.condition.rank", 8]],
+            "(and (eq in.condition.dtype 'bool') (le in.condition.rank 8))",
             "feed a bool condition",
             math("8.5.0", "math/select/op_api/select.cpp"),
             releases=since("8.1"),

@@ -27,7 +27,7 @@ OPERATOR = Operator(
         Rule(
             "SP-01",
             "the sizes and the axis are constants",
-            ["and", "in.size_splits.const", "in.split_dim.const"],
+            "(and in.size_splits.const in.split_dim.const)",
             "write both as constants",
             LIBRARY,
             releases=since("8.1"),

@@ -33,7 +33,7 @@ OPERATOR = Operator(
         Rule(
             "SWI-01",
             "the axis that is split is even",
-            ["mult", "in.x.dim-1", 2],
+            "(mult in.x.dim-1 2)",
             "split an even axis",
             nn("9.1.0", "activation/swi_glu/op_host/swi_glu_infershape.cpp"),
         ),

@@ -15,15 +15,16 @@ from qwen2vl_tc.artifacts.ge.graph import GeGraph, read_graph
 from qwen2vl_tc.artifacts.ge.proto import message_class
 from qwen2vl_tc.runtime import ops
 from qwen2vl_tc.runtime.backends.ge.executor import Executor
+from qwen2vl_tc.runtime.models.base import Argument, GraphSpec
 from qwen2vl_tc.runtime.ops import OPERATORS, computed, known
-from qwen2vl_tc.runtime.ops.base import DEVICE, LAYOUT, SHAPE
+from qwen2vl_tc.runtime.ops.base import DEVICE, LAYOUT, SHAPE, TensorSpec
 from qwen2vl_tc.runtime.ops.graphs import count_kinds
 from qwen2vl_tc.runtime.ops.rule import BLOCKING, REMARKS
 from qwen2vl_tc.toolchain.check.check import violations
 from qwen2vl_tc.toolchain.check.facts import graph_facts
 from qwen2vl_tc.toolchain.check.rules import GRAPH_RULES, missing_from
 from qwen2vl_tc.toolchain.eager import npu_ops
-from qwen2vl_tc.toolchain.inspect.cost import Lengths, graph_cost, input_specs
+from qwen2vl_tc.toolchain.inspect.cost import Lengths, graph_cost
 from qwen2vl_tc.toolchain.inspect.shapes import propagate
 
 LENGTHS = Lengths(patches=4, segments=(4,), tokens=2, image_tokens=1)
@@ -48,7 +49,7 @@ OPERATOR = Operator(
     run=run,
     eager=Eager("npu_sigmoid_of_a_test(Tensor input) -> Tensor", ("input",)),
     rules=(
-        Rule("SIG-01", "no axis is empty", ["gt", "in.x.size", 0], "feed values", LIBRARY),
+        Rule("SIG-01", "no axis is empty", "(gt in.x.size 0)", "feed values", LIBRARY),
         listed("Sigmoid", "x 0", rows("T T", "bf16 fp16 fp32")),
     ),
 )
@@ -115,13 +116,14 @@ def test_a_file_more_is_an_operator_more_to_all_that_reads_the_table(
     assert Executor(graph, "here").run([x])[0].equal(x.sigmoid())
     bound = BoundInput(ARGUMENT, "x", None, "bf16", (4, 8), host=False, frozen=False)
     binding = Binding("visual", (bound,), (BoundOutput("embeds", "bf16"),), {}, {})
-    cost = graph_cost(graph, binding, LENGTHS, None, "here")
+    inputs = [TensorSpec("bf16", (4, 8))]
+    spec = GraphSpec("gate", "visual", "forward", (Argument("x", "bf16", (4, 8)),), (Argument("y", "bf16", (4, 8)),))
+    cost = graph_cost(graph, binding, spec, inputs, LENGTHS, None, "here")
     assert (cost.flops, cost.moved_bytes) == (0, 2 * 4 * 8 * 2)
     assert count_kinds(node.op for node in graph.nodes)["device"] == 1
     facts = graph_facts(graph, binding)
-    assert list(violations(graph, propagate(graph, input_specs(binding, LENGTHS), "here"), facts)) == []
-    empty = [type(spec)(spec.dtype, (0, 8)) for spec in input_specs(binding, LENGTHS)]
-    (violated,) = violations(graph, propagate(graph, empty, "here"), facts)
+    assert list(violations(graph, propagate(graph, inputs, "here"), facts)) == []
+    (violated,) = violations(graph, propagate(graph, [TensorSpec("bf16", (0, 8))], "here"), facts)
     assert violated[0].id == "SIG-01"
     assert missing_from("Sigmoid") == ("8.0",)
     operator = OPERATORS["Sigmoid"]

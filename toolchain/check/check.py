@@ -173,7 +173,7 @@ def _add_unknown(found: dict[str, Violation], nodes: list[Node]) -> None:
 
 
 def _unproven(rule: str, reason: str, fix: str) -> Rule:
-    return Rule(rule, reason, ["true"], fix, Source("", "", ""), severity="unproven")
+    return Rule(rule, reason, "(true)", fix, Source("", "", ""), severity="unproven")
 
 
 def _add(

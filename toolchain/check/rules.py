@@ -12,7 +12,7 @@ GRAPH_RULES = (
         "GR-02",
         "the tiling option has an effect only on a graph of fixed sizes whose attention is registered "
         "for tiling on the device",
-        ["and", "graph.static", ["not", ["hasop", "PromptFlashAttention"]]],
+        "(and graph.static (not (hasop PromptFlashAttention)))",
         "ask for it on decode graphs only",
         ge("9.1.0", "compiler/graph/partition/dynamic_shape_partition.cc"),
         applies="graph.tiling_schedule",
