@@ -6,11 +6,11 @@ from typing import Any
 from ...artifacts.errors import ArtifactError, ConfigError
 from ...artifacts.manifest import GePart, Manifest
 from ...artifacts.schema import dump_json, from_plain, parse_json, shown
-from . import qwen2_vl
+from . import qwen2_5_vl, qwen2_vl
 from .base import Family, GraphOptions, GraphSpec
 from .config import ModelConfig
 
-FAMILIES: dict[str, Family] = {family.name: family for family in (qwen2_vl.FAMILY,)}
+FAMILIES: dict[str, Family] = {family.name: family for family in (qwen2_vl.FAMILY, qwen2_5_vl.FAMILY)}
 
 
 def family_of(model: Any) -> Family:

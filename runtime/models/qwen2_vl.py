@@ -141,7 +141,7 @@ class SegmentInputs:
             runs = plan_packed(ends, limits.most, limits.packed)
         for run in runs:
             taken, places = rows_of(run, ends, patches, positions)
-            yield _call(run, taken, places, limits.attention, tuple(pieces(run, ends, merge)))
+            yield _call(run, taken, places, limits.attention, pieces(run, ends, merge))
 
     def order(self, grids: NDArray[np.int64]) -> None:
         """The visual graph's rows are in the order of the placeholders."""

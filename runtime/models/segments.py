@@ -5,7 +5,7 @@ batch [F, S, ...], so that no mask is needed: rows of one length are one run and
 row's true length, rows of other lengths may join, padded to the longest.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -126,18 +126,22 @@ def rows_of(
     return taken, places
 
 
-def pieces(run: Run, segment_ends: Sequence[int], merge_size: int) -> Iterator[Piece]:
-    """Where a run's rows of output [F * S / merge_size**2, H] belong among all embeddings; neighbours are one piece."""
+def pieces(run: Run, segment_ends: Sequence[int], merge_size: int) -> tuple[Piece, ...]:
+    """Where a run's rows of output [F * S / merge_size**2, H] belong among all embeddings."""
     merge = merge_size**2
-    open_piece: Piece | None = None
-    for row, (segment, length) in enumerate(zip(run.segments, run.lengths, strict=True)):
-        begin, to, count = row * run.length // merge, (segment_ends[segment] - length) // merge, length // merge
-        if open_piece is not None:
-            done = open_piece.count
-            if (begin, to) == (open_piece.begin + done, open_piece.to + done):
-                open_piece = Piece(open_piece.begin, done + count, open_piece.to)
-                continue
-            yield open_piece
-        open_piece = Piece(begin, count, to)
-    if open_piece is not None:
-        yield open_piece
+    return joined(
+        (row * run.length // merge, length // merge, (segment_ends[segment] - length) // merge)
+        for row, (segment, length) in enumerate(zip(run.segments, run.lengths, strict=True))
+    )
+
+
+def joined(parts: Iterable[tuple[int, int, int]]) -> tuple[Piece, ...]:
+    """Pieces of (begin, count, to), of which neighbours are one."""
+    made: list[Piece] = []
+    for begin, count, to in parts:
+        last = made[-1] if made else None
+        if last is not None and (begin, to) == (last.begin + last.count, last.to + last.count):
+            made[-1] = Piece(last.begin, last.count + count, last.to)
+        else:
+            made.append(Piece(begin, count, to))
+    return tuple(made)

@@ -126,6 +126,50 @@ def tiny_config(
     return {**config, **overrides}
 
 
+# hidden, intermediate, layers, heads, kv heads, vocabulary, tied
+_PUBLISHED_2_5 = {
+    "3b": (2048, 11008, 36, 16, 2, 151936, True),
+    "7b": (3584, 18944, 28, 28, 4, 152064, False),
+    "32b": (5120, 27648, 64, 40, 8, 152064, False),
+    "72b": (8192, 29568, 80, 64, 8, 152064, False),
+}
+
+
+def published_2_5(size: str) -> dict[str, Any]:
+    """The config.json of the published Qwen2.5-VL "3b", "7b", "32b" or "72b"."""
+    vision = {"hidden_size": 1280, "intermediate_size": 3456 if size == "72b" else 3420}
+    return windowed_config(_config(*_PUBLISHED_2_5[size], vision={}), **vision)
+
+
+def windowed_config(config: dict[str, Any], **vision: Any) -> dict[str, Any]:
+    """A Qwen2.5-VL with the text model of a flat config; `vision` replaces single fields of the published tower, whose
+    window_size, depth, heads and blocks with full attention are left out as the published files do."""
+    tower = {
+        "in_chans": 3,
+        "out_hidden_size": config["hidden_size"],
+        "spatial_patch_size": 14,
+        "tokens_per_second": 2,
+        **vision,
+    }
+    names = {"architectures": ["Qwen2_5_VLForConditionalGeneration"], "model_type": "qwen2_5_vl"}
+    rope = {**config["rope_scaling"], "type": "default", "rope_type": "default"}
+    return {**config, **names, "rope_scaling": rope, "vision_config": tower}
+
+
+def tiny_windowed(**changes: Any) -> dict[str, Any]:
+    """A Qwen2.5-VL that runs in milliseconds, with windows of 2 x 2 merge windows; see tiny_config for changes."""
+    small = {
+        "depth": 4,
+        "hidden_size": 32,
+        "intermediate_size": 44,
+        "num_heads": 2,
+        "window_size": 56,
+        "fullatt_block_indexes": [1, 3],
+    }
+    vision = changes.pop("vision", {})
+    return windowed_config(tiny_config(**changes), **{**small, **vision})
+
+
 def nested_config(config: dict[str, Any], dtype: str = "bf16") -> dict[str, Any]:
     """The flat config.json in the form that transformers >= 4.52 saves: text_config, and rope inside it."""
     outer = ("architectures", "model_type", "vision_config", "tie_word_embeddings")
@@ -139,8 +183,8 @@ def nested_config(config: dict[str, Any], dtype: str = "bf16") -> dict[str, Any]
         "mrope_section": section,
         "rope_theta": text.pop("rope_theta"),
     }
-    text |= {"model_type": "qwen2_vl_text", "dtype": torch_name(dtype)}
-    vision = {**config["vision_config"], "model_type": "qwen2_vl_vision"}
+    text |= {"model_type": f"{config['model_type']}_text", "dtype": torch_name(dtype)}
+    vision = {**config["vision_config"], "model_type": f"{config['model_type']}_vision"}
     vision["in_channels"] = vision.pop("in_chans", 3)
     vision.pop("spatial_patch_size", None)
     kept = {key: config[key] for key in (*outer, *tokens) if key in config}

@@ -113,10 +113,13 @@ class Segments:
 
     batch: (F, S), rows and patches in each, padding included, with `lengths` the true ones; or None, for segments
     packed end to end with `lengths` their cumulative ends (HF's cu_seqlens without the leading 0).
+    keys: where padding stands among a segment's patches, which of all patches are its keys, [F, longest], the first
+    `lengths` of each row; all its patches are queries.
     """
 
     batch: tuple[int, int] | None
     lengths: list[int]
+    keys: Tensor | None = None
 
 
 class SegmentAttention(nn.Module):
@@ -136,10 +139,17 @@ class SegmentAttention(nn.Module):
         q, k, v = self.qkv(x).split([self.width, self.width, self.width], -1)
         q, k = (torch.ops.npu.npu_rotary_mul(t.view(1, -1, self.heads, self.head_dim), cos, sin) for t in (q, k))
         shape = (*segments.batch, self.width) if segments.batch else (-1, self.heads, self.head_dim)
+        if segments.keys is None:
+            k, v = k.view(shape), v.view(shape)
+        else:
+            rows = segments.keys.view(-1)
+            k, v = (t.view(-1, self.width).index_select(0, rows).view(*segments.keys.shape, -1) for t in (k, v))
         out = torch.ops.npu.npu_fused_infer_attention_score(
-            *(t.view(shape) for t in (q, k, v)),
+            q.view(shape),
+            k,
+            v,
             # of the query, too: what lies behind a row's length costs nothing and comes out as zeros
-            actual_seq_lengths=segments.lengths,
+            actual_seq_lengths=segments.lengths if segments.keys is None else None,
             actual_seq_lengths_kv=segments.lengths,
             num_heads=self.heads,
             # as many as heads, and written all the same: CANN's tiling of TND divides by the attribute
