@@ -13,8 +13,7 @@ from ..artifacts.store import Artifact
 from .backends.base import Backend
 from .integrity import WeightCheck
 from .pictures.images import ImageSource
-from .pictures.items import DEFAULT_VISION, VisionOptions
-from .pictures.video import VideoSource
+from .pictures.request import DEFAULT_VISION, VideoSource, VisionOptions
 from .requests.conversation import Conversation
 from .requests.generate import Generation, Row, Timings, Token, generate_rows, run_out, texts
 from .requests.settings import Settings, settings_for

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from ...artifacts.errors import MissingDependencyError, RequestError
 from .images import check_area
 from .orientation import upright
-from .video import FramesMissing
+from .reader import FramesMissing
 
 if TYPE_CHECKING:
     import av
@@ -52,7 +52,7 @@ class _Packet:
 
 
 class AvReader:
-    """A video file. See runtime.video.VideoReader.
+    """A video file. See VideoReader.
 
     Raises RequestError for what is no video, and MissingDependencyError without PyAV.
     """

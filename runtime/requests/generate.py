@@ -12,6 +12,7 @@ import numpy as np
 from ...artifacts.errors import ArtifactError, RequestError, ToolchainError
 from ..backends.base import Backend, Ints, Step
 from ..phases import Phases
+from ..pictures.patches import joined_grids, joined_patches
 from ..pictures.vision import segment_ends, vision_positions
 from ..text.prompt import Processor, Prompt
 from ..text.stream import StopStrings
@@ -179,12 +180,11 @@ def prefill_prompt(
 
     start: how many tokens the row holds already; it must not stand inside a picture.
     """
-    merged = np.cumsum(prompt.grids.prod(1)) // merge_size**2
-    first = int(np.searchsorted(merged, np.searchsorted(prompt.vision_slots, start), side="right"))
-    grids, embeds = prompt.grids[first:], None
-    if len(grids):
-        patches = prompt.patches[-int(grids.prod(1).sum()) :]
-        embeds = backend.visual(patches, vision_positions(grids, merge_size), segment_ends(grids))
+    pictures = [each for each, (first, _) in zip(prompt.pictures, prompt.spans, strict=True) if first >= start]
+    embeds = None
+    if pictures:
+        grids = joined_grids(pictures)
+        embeds = backend.visual(joined_patches(pictures), vision_positions(grids, merge_size), segment_ends(grids))
         timings.mark("visual")
     slots = prompt.vision_slots[prompt.vision_slots >= start] - start
     step = backend.prefill(cache, row, start, prompt.token_ids[start:], prompt.positions[:, start:], embeds, slots)

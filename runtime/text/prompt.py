@@ -13,11 +13,12 @@ from ...artifacts.config import ModelConfig
 from ...artifacts.errors import ArtifactError, RequestError
 from ...artifacts.schema import parse_json
 from ..pictures.images import ImageSource
-from ..pictures.items import DEFAULT_VISION, VisionOptions, item_patches
-from ..pictures.video import VideoSource
+from ..pictures.items import cut_item
+from ..pictures.patches import Kind, Patches, Picture, joined_grids, joined_patches
+from ..pictures.request import DEFAULT_VISION, VideoSource, VisionItem, VisionOptions
 from ..pictures.vision import image_settings_from_hf
 from ..requests.defaults import GenerationDefaults, generation_defaults_from_hf
-from .messages import Kind, Message, VisionItem, given_items, vision_items, without_sources
+from .messages import Message, given_items, vision_items, without_sources
 from .positions import rope_positions
 from .stream import TextStream
 from .template import ChatTemplate, Renderer
@@ -29,47 +30,35 @@ _TEMPLATE_TOKENS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_tok
 
 
 @dataclass(frozen=True, eq=False)
-class CutPicture:
-    """A picture or clip that is patches already: uint8 [t * h * w, patch_dim]. May stand in a message as its source."""
-
-    patches: NDArray[np.uint8]
-    grid: tuple[int, int, int]
-
-    def same(self, other: "CutPicture") -> bool:
-        return self.grid == other.grid and np.array_equal(self.patches, other.patches)
-
-
-@dataclass(frozen=True, eq=False)
 class Prompt:
     """One request, ready for the graphs.
 
-    token_ids int64 [tokens]: every placeholder repeated once per merged patch. patches uint8 [n, patch_dim] and grids
-    int64 [pictures and clips, 3] (t, h, w): in order of appearance, whose kinds are vision_kinds. vision_slots int64
-    [merged patches]: which token_ids the rows of the visual output replace, in order. positions int64 [3, tokens] and
-    delta: see rope_positions. text: what was tokenised, placeholders not repeated.
+    token_ids int64 [tokens]: every placeholder repeated once per merged patch. pictures: in order of appearance; spans:
+    the first token of each, and the one behind its last. positions int64 [3, tokens] and delta: see rope_positions.
+    text: what was tokenised, placeholders not repeated.
     """
 
     text: str
     token_ids: NDArray[np.int64]
-    patches: NDArray[np.uint8]
-    grids: NDArray[np.int64]
-    vision_kinds: tuple[Kind, ...]
-    vision_slots: NDArray[np.int64]
+    pictures: tuple[Picture, ...]
+    spans: tuple[tuple[int, int], ...]
     positions: NDArray[np.int64]
     delta: int
 
-    def pictures(self) -> list[CutPicture]:
-        """The pictures and clips, in order of appearance."""
-        ends = np.cumsum(self.grids.prod(1))
-        parts = np.split(self.patches, ends[:-1]) if len(ends) else []
-        return [CutPicture(part, tuple(grid)) for part, grid in zip(parts, self.grids.tolist(), strict=True)]
+    @property
+    def patches(self) -> Patches:
+        """uint8 [n, patch_dim]: those of all pictures."""
+        return joined_patches(self.pictures)
 
-    def picture_spans(self, merge_size: int) -> list[tuple[int, int]]:
-        """First token of each picture or clip, and the one behind its last."""
-        ends = np.cumsum(self.grids.prod(1)) // merge_size**2
-        starts = np.concatenate([np.zeros(1, np.int64), ends[:-1]]) if len(ends) else ends
-        slots = self.vision_slots
-        return [(int(slots[a]), int(slots[b - 1]) + 1) for a, b in zip(starts, ends, strict=True)]
+    @property
+    def grids(self) -> NDArray[np.int64]:
+        """int64 [pictures and clips, 3]: their (t, h, w)."""
+        return joined_grids(self.pictures)
+
+    @property
+    def vision_slots(self) -> NDArray[np.int64]:
+        """int64 [merged patches]: which token_ids the rows of the visual output replace, in order."""
+        return np.concatenate([np.empty(0, np.int64), *(np.arange(*span) for span in self.spans)])
 
 
 class Processor:
@@ -177,24 +166,11 @@ class Processor:
                 add_vision_id=add_vision_id,
                 **self._template_variables,
             )
-        ordered = self._in_order(text, items)
-        cut = [self._patches(item, vision) for item in ordered]
-        grids = np.array([grid for _, grid in cut], dtype=np.int64).reshape(-1, 3)
-        kinds = tuple(item.kind for item in ordered)
-        token_ids, slots = self._token_ids(text, grids)
-        is_image = np.array([kind == "image" for kind in kinds], dtype=bool)
-        positions, delta = rope_positions(token_ids, grids[is_image], grids[~is_image], self.config)
-        patches = [part for part, _ in cut] or [np.empty((0, self.settings.patch_dim), dtype=np.uint8)]
-        return Prompt(
-            text=text,
-            token_ids=token_ids,
-            patches=np.concatenate(patches) if len(patches) > 1 else patches[0],
-            grids=grids,
-            vision_kinds=kinds,
-            vision_slots=slots,
-            positions=positions,
-            delta=delta,
-        )
+        pictures = tuple(cut_item(item, self.settings, vision) for item in self._in_order(text, items))
+        token_ids, spans = self._token_ids(text, pictures)
+        grids = {kind: [each.grid for each in pictures if each.kind == kind] for kind in ("image", "video")}
+        positions, delta = rope_positions(token_ids, grids["image"], grids["video"], self.config)
+        return Prompt(text, token_ids, pictures, spans, positions, delta)
 
     def _token_text(self, token_id: int) -> str:
         text = self.tokenizer.id_to_token(token_id)
@@ -218,13 +194,10 @@ class Processor:
         queues = {kind: iter(queue) for kind, queue in waiting.items()}
         return [next(queues[kind]) for kind in wanted]
 
-    def _patches(self, item: VisionItem, options: VisionOptions) -> tuple[NDArray[np.uint8], tuple[int, int, int]]:
-        if isinstance(item.source, CutPicture):
-            return item.source.patches, item.source.grid
-        return item_patches(item, self.settings, options)
-
-    def _token_ids(self, text: str, grids: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-        """Token ids with repeated placeholders, and where those stand."""
+    def _token_ids(
+        self, text: str, pictures: Sequence[Picture]
+    ) -> tuple[NDArray[np.int64], tuple[tuple[int, int], ...]]:
+        """Token ids with repeated placeholders, and where those of each picture begin and end."""
         # transformers leaves the post-processor out where the template already wrote the token it would add
         bos = self._template_variables.get("bos_token")
         try:
@@ -242,13 +215,14 @@ class Processor:
             )
         placeholder_ids = [self.config.image_token_id, self.config.video_token_id]
         slots = np.flatnonzero(np.isin(ids, placeholder_ids))
-        if len(slots) != len(grids):
-            raise ArtifactError(f"tokenizer.json: {len(grids)} placeholders in the text became {len(slots)} tokens")
+        if len(slots) != len(pictures):
+            raise ArtifactError(f"tokenizer.json: {len(pictures)} placeholders in the text became {len(slots)} tokens")
         # repeating ids equals tokenising repeated placeholders, which never merge with what is beside them
         repeats = np.ones(ids.size, dtype=np.int64)
-        repeats[slots] = grids.prod(axis=1) // self.settings.merge_size**2
-        ids = np.repeat(ids, repeats)
-        return ids, np.flatnonzero(np.isin(ids, placeholder_ids))
+        repeats[slots] = [each.tokens(self.settings.merge_size) for each in pictures]
+        ends = np.cumsum(repeats)[slots].tolist()
+        starts = [end - count for end, count in zip(ends, repeats[slots].tolist(), strict=True)]
+        return np.repeat(ids, repeats), tuple(zip(starts, ends, strict=True))
 
 
 def _template_variables(tokenizer_config: Mapping[str, Any]) -> dict[str, str]:

@@ -15,7 +15,7 @@ from PIL import Image
 
 from qwen2vl_tc.artifacts.errors import ArtifactError, RequestError
 from qwen2vl_tc.runtime import Model, load
-from qwen2vl_tc.runtime.pictures.items import VisionOptions
+from qwen2vl_tc.runtime.pictures.request import VisionOptions
 from qwen2vl_tc.runtime.requests.generate import Row, Token
 
 QUESTION = [{"role": "user", "content": "Say something."}]

@@ -13,7 +13,7 @@ from .values import chat_messages, check_sources, requests_file, vision_options
 
 if TYPE_CHECKING:
     from ...runtime import Model
-    from ...runtime.pictures.items import VisionOptions
+    from ...runtime.pictures.request import VisionOptions
 
 GENERATE_EXAMPLES = examples(
     "qwen2vl-tc generate qwen2-vl-7b.artifact --image cat.jpg --prompt 'What is this?'",

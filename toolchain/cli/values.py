@@ -9,7 +9,7 @@ from ...artifacts.cann import RELEASES, cann_release
 from ...artifacts.errors import ArtifactError, ConfigError, RequestError, TargetError
 
 if TYPE_CHECKING:
-    from ...runtime.pictures.items import VisionOptions
+    from ...runtime.pictures.request import VisionOptions
 
 MODES = ("dynamo", "onnx", "air")
 DUMPS = ("pbtxt",)
@@ -86,7 +86,7 @@ def vision_options(
     min_pixels: int | None, max_pixels: int | None, video_sampling: str, picture_modes: str, allow_http: bool
 ) -> "VisionOptions":
     """Raises RequestError for an unknown sampling or modes, and for bounds that make no sense."""
-    from ...runtime.pictures.items import VisionOptions
+    from ...runtime.pictures.request import VisionOptions
     from ...runtime.pictures.sources import HttpLimits
 
     http = HttpLimits(allowed=allow_http)
