@@ -17,14 +17,12 @@ from ..pictures.items import cut_item
 from ..pictures.patches import Kind, Patches, Picture, joined_grids, joined_patches
 from ..pictures.request import DEFAULT_VISION, VideoSource, VisionItem, VisionOptions
 from ..pictures.vision import image_settings_from_hf
-from ..requests.defaults import GenerationDefaults, generation_defaults_from_hf
+from ..requests.defaults import generation_defaults_from_hf
 from .messages import Message, given_items, vision_items, without_sources
 from .positions import rope_positions
 from .stream import TextStream
 from .template import ChatTemplate, Renderer
 from .tokenizer import open_tokenizer, refuse
-
-__all__ = ["GenerationDefaults", "Message", "Processor", "Prompt"]
 
 _TEMPLATE_TOKENS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 
@@ -90,7 +88,7 @@ class Processor:
             self._token_text(config.video_token_id): "video",
         }
         known_ends = (self.tokenizer.token_to_id(token) for token in ("<|im_end|>", "<|endoftext|>"))
-        self.generation: GenerationDefaults = generation_defaults_from_hf(
+        self.generation = generation_defaults_from_hf(
             files.get("generation_config.json"),
             tuple(i for i in known_ends if i is not None),
             config.text.vocab_size,

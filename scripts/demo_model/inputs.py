@@ -19,7 +19,7 @@ class HfInputs:
 
     def __init__(self, processor: Processor) -> None:
         self._config = processor.config
-        self._pad = processor.generation.pad_token_id
+        self._pad = processor.tokenizer.token_to_id("<|endoftext|>")
         self._head = processor.tokenizer.encode("<|im_start|>assistant\n").ids
         self._end = processor.tokenizer.token_to_id("<|im_end|>")
         settings = preprocessor_config(processor.config)

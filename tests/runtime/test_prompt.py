@@ -335,8 +335,8 @@ def test_the_published_generation_config_is_read_as_it_is(processor, files):
     defaults = processor.generation
     assert defaults.eos_token_ids == processor.eos_token_ids == tuple(plain["eos_token_id"])
     assert (defaults.do_sample, defaults.top_k, defaults.top_p) == (True, 1, 0.001)
-    assert (defaults.temperature, defaults.pad_token_id) == (0.01, plain["pad_token_id"])
-    assert (defaults.repetition_penalty, defaults.max_new_tokens) == (1.0, None)
+    assert defaults.temperature == 0.01
+    assert (defaults.repetition_penalty, defaults.default_new_tokens) == (1.0, None)
 
 
 def test_without_a_generation_config_answers_end_at_the_tokenizers_ends(files):
