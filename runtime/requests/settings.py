@@ -33,9 +33,10 @@ class Setting:
             return isinstance(value, bool) and self.kind is bool
         if self.kind is int:
             return isinstance(value, Integral) and int(value) >= self.least
+        number: Any = value if isinstance(value, Real) else math.nan
         # neither NaN, nor infinite, nor an integer that no float holds
-        is_number = isinstance(value, Real) and bool(abs(value) <= sys.float_info.max)
-        return is_number and (self.file_least <= value if of_file else self.above < value) and bool(value <= self.most)
+        fits = abs(number) <= sys.float_info.max and number <= self.most
+        return bool(fits and (self.file_least <= number if of_file else self.above < number))
 
     def expected(self, of_file: bool = False) -> str:
         """What an error says was expected."""
