@@ -2,7 +2,7 @@
 
 from .loader import load
 from .model import Model
+from .requests.answer import Generation, Token
 from .requests.conversation import Conversation
-from .requests.generate import Generation, Token
 
 __all__ = ["Conversation", "Generation", "Model", "Token", "load"]

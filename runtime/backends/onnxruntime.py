@@ -46,7 +46,7 @@ _NO_MEMORY = re.compile(r"bad_?alloc|bad allocation|Failed to allocate memory|[O
 
 
 @dataclass(eq=False)
-class Cache:
+class OnnxCache:
     """A key and a value array a layer, by the name of the model's input, and the bindings that were made of them.
 
     Shapes: [rows, kv_heads, max_length, head_dim]; [rows, max_length, kv_dim] in models of standard operators only.
@@ -65,6 +65,7 @@ class OnnxBackend(Backend):
     max_rows = _MAX_ROWS
 
     def __init__(self, artifact: Artifact) -> None:
+        super().__init__()
         self._part = onnx_part(artifact.manifest, artifact.path)
         self.max_length = self._part.max_length
         # The standard attention multiplies what lies behind a row's length by zero, and zero times a stray NaN is NaN.
@@ -84,7 +85,7 @@ class OnnxBackend(Backend):
             self._visual, self._text = made
         self.loading.mark("graphs")
 
-    def allocate(self, rows: int) -> Cache:
+    def allocate(self, rows: int) -> OnnxCache:
         if not 1 <= rows <= self.max_rows:
             raise RequestError(f"{rows} rows: this backend takes 1 to {self.max_rows} at once")
         text, length = self._model.text, self.max_length
@@ -100,7 +101,7 @@ class OnnxBackend(Backend):
         with contextlib.suppress(OSError):
             memory.madvise(mmap.MADV_NOHUGEPAGE)
         arrays = (np.frombuffer(memory, np.float32, size, 4 * size * i).reshape(shape) for i in range(len(names)))
-        return Cache(rows, dict(zip(names, arrays, strict=True)))
+        return OnnxCache(rows, dict(zip(names, arrays, strict=True)))
 
     def visual(self, patches: NDArray[np.uint8], positions: Ints, segment_ends: list[int]) -> Embeds:
         merge = self._model.vision.spatial_merge_size
@@ -111,15 +112,22 @@ class OnnxBackend(Backend):
             taken, places = rows_of(run, segment_ends, patches, positions)
             with _failures(f"{self._where}: the visual model fails on {len(run.segments)} x {run.length} patches"):
                 (made,) = self._visual.run(["embeds"], {"patches": taken, "positions": places})
-            found = list(pieces(run, segment_ends, merge))
-            if found == [Piece(0, count, 0)]:
+            parts = list(pieces(run, segment_ends, merge))
+            if parts == [Piece(0, count, 0)]:
                 return Embeds(made, count)
-            for piece in found:
+            for piece in parts:
                 embeds[piece.to : piece.to + piece.count] = made[piece.begin : piece.begin + piece.count]
         return Embeds(embeds, count)
 
     def prefill(
-        self, cache: Cache, row: int, start: int, token_ids: Ints, positions: Ints, embeds: Embeds | None, index: Ints
+        self,
+        cache: OnnxCache,
+        row: int,
+        start: int,
+        token_ids: Ints,
+        positions: Ints,
+        embeds: Embeds | None,
+        index: Ints,
     ) -> Step:
         step = None
         for begin in range(0, len(token_ids), _PREFILL_TOKENS):
@@ -137,10 +145,10 @@ class OnnxBackend(Backend):
             raise RequestError("a prompt needs at least one token")
         return step
 
-    def begin(self, cache: Cache, tokens: Ints | Step, cache_index: Ints, positions: Ints) -> Step:
+    def begin(self, cache: OnnxCache, tokens: Ints | Step, cache_index: Ints, positions: Ints) -> Step:
         return Step(self.tokens(tokens) if isinstance(tokens, Step) else tokens, None, cache_index, positions)
 
-    def decode(self, cache: Cache, step: Step, kv_lengths: list[int]) -> Step:
+    def decode(self, cache: OnnxCache, step: Step, kv_lengths: list[int]) -> Step:
         rows = len(kv_lengths)
         positions = np.broadcast_to(step.positions[None, :, None], (3, rows, 1))
         made = self._run(cache, (0, rows), step.next_token[:, None], positions, kv_lengths, None)
@@ -148,7 +156,7 @@ class OnnxBackend(Backend):
 
     def _run(
         self,
-        cache: Cache,
+        cache: OnnxCache,
         rows: tuple[int, int],
         token_ids: Ints,
         positions: Ints,
@@ -184,7 +192,7 @@ class OnnxBackend(Backend):
             self._text.run_with_iobinding(binding)
         return Step(outputs["next_token"], outputs["logits"])
 
-    def _binding(self, cache: Cache, first: int, count: int, longest: int) -> Any:
+    def _binding(self, cache: OnnxCache, first: int, count: int, longest: int) -> Any:
         """A binding of rows of the cache, as input and as output; made once."""
         length = self.max_length
         if self._part.standard_only and count == 1:
@@ -242,8 +250,8 @@ def import_onnxruntime() -> Any:
             f"onnxruntime cannot be imported: {error}; pip install --force-reinstall 'onnxruntime>={least}'"
         ) from error
 
-    found = re.match(r"(\d+)\.(\d+)", onnxruntime.__version__)
-    if found and tuple(map(int, found.groups())) < LEAST_VERSION:
+    version = re.match(r"(\d+)\.(\d+)", onnxruntime.__version__)
+    if version and tuple(map(int, version.groups())) < LEAST_VERSION:
         raise MissingDependencyError(
             f"onnxruntime {onnxruntime.__version__} is too old, these models need {least}; pip install "
             f"'onnxruntime>={least}'"

@@ -14,7 +14,8 @@ from ..pictures.patches import Picture
 from ..pictures.request import DEFAULT_VISION, VideoSource, VisionOptions
 from ..text.messages import Message, given_items
 from ..text.prompt import Prompt
-from .generate import Generation, Row, Timings, Token, run_out, texts
+from .answer import Generation, Row, Timings, Token
+from .generate import run_out, texts
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -99,9 +100,9 @@ class Conversation:
         content: list[dict[str, Any]] = [{"type": item.kind, item.kind: item.source} for item in items]
         messages: list[Message] = [*self.messages, {"role": "user", "content": [*content, said]}]
         prompt = model.processor.prepare(messages, vision=self._vision)
-        found = model.settings(settings)
+        asked = model.settings(settings)
         try:
-            row = model.row(prompt, found)
+            row = model.row(prompt, asked)
         except RequestError as error:
             if not self.messages:
                 raise

@@ -3,7 +3,6 @@
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -99,25 +98,28 @@ class Processor:
         self._template_variables = _template_variables(plain)
         self._template_source = _template_source(files, plain)
         self._renderer = renderer
+        self._template: ChatTemplate | None = None
 
     @property
     def eos_token_ids(self) -> tuple[int, ...]:
         """Any of these ends an answer."""
         return self.generation.eos_token_ids
 
-    @cached_property
+    @property
     def template(self) -> ChatTemplate:
         """Compiled at first use: loading a model needs no template."""
-        name, source = self._template_source
-        if source is None:
-            raise ArtifactError(
-                "no chat template in the processor files; add chat_template.json, or give the prompt as text"
-            )
-        return ChatTemplate(source, name, renderer=self._renderer)
+        if self._template is None:
+            name, source = self._template_source
+            if source is None:
+                raise ArtifactError(
+                    "no chat template in the processor files; add chat_template.json, or give the prompt as text"
+                )
+            self._template = ChatTemplate(source, name, renderer=self._renderer)
+        return self._template
 
     def close(self) -> None:
         """End the process that renders the chat template."""
-        for each in (self._renderer, self.__dict__.get("template")):
+        for each in (self._renderer, self._template):
             if each is not None:
                 each.close()
 
@@ -225,14 +227,10 @@ class Processor:
 
 def _template_variables(tokenizer_config: Mapping[str, Any]) -> dict[str, str]:
     """The special tokens that transformers hands to a template."""
-    found = {}
-    for name in _TEMPLATE_TOKENS:
-        value = tokenizer_config.get(name)
-        # saved either as text or as an AddedToken
-        value = value.get("content") if isinstance(value, dict) else value
-        if isinstance(value, str):
-            found[name] = value
-    return found
+    values = ((name, tokenizer_config.get(name)) for name in _TEMPLATE_TOKENS)
+    # saved either as text or as an AddedToken
+    texts = ((name, value.get("content") if isinstance(value, dict) else value) for name, value in values)
+    return {name: text for name, text in texts if isinstance(text, str)}
 
 
 def _template_source(files: Mapping[str, bytes], tokenizer_config: Mapping[str, Any]) -> tuple[str, str | None]:

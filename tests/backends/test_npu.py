@@ -21,7 +21,8 @@ from qwen2vl_tc.runtime import Model, load, loader
 from qwen2vl_tc.runtime.backends import npu
 from qwen2vl_tc.runtime.backends.ge import operators
 from qwen2vl_tc.runtime.memory import device_memory
-from qwen2vl_tc.runtime.requests.generate import Timings, Token, generate_rows
+from qwen2vl_tc.runtime.requests.answer import Timings, Token
+from qwen2vl_tc.runtime.requests.generate import generate_rows
 from qwen2vl_tc.toolchain.host.execute_mode import engine
 
 

@@ -20,7 +20,8 @@ from qwen2vl_tc.artifacts.integrity import hash_bytes
 from qwen2vl_tc.runtime import Model, load
 from qwen2vl_tc.runtime.backends.onnxruntime import _products_saturate
 from qwen2vl_tc.runtime.pictures.vision import segment_ends, vision_positions
-from qwen2vl_tc.runtime.requests.generate import Timings, prefill_prompt
+from qwen2vl_tc.runtime.requests.answer import Timings
+from qwen2vl_tc.runtime.requests.generate import prefill_prompt
 from qwen2vl_tc.runtime.text.prompt import Prompt
 from qwen2vl_tc.toolchain.cli.main import app
 from qwen2vl_tc.toolchain.verify.cases import Case

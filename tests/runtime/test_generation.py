@@ -16,7 +16,7 @@ from PIL import Image
 from qwen2vl_tc.artifacts.errors import ArtifactError, RequestError
 from qwen2vl_tc.runtime import Model, load
 from qwen2vl_tc.runtime.pictures.request import VisionOptions
-from qwen2vl_tc.runtime.requests.generate import Row, Token
+from qwen2vl_tc.runtime.requests.answer import Row, Token
 
 QUESTION = [{"role": "user", "content": "Say something."}]
 OTHER = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "And what about the cat?"}]

@@ -15,7 +15,8 @@ from ...artifacts.staging import stage
 from ...artifacts.store import Artifact, onnx_part, open_artifact
 from ...runtime.loader import open_processor
 from ...runtime.pictures.vision import segment_ends, vision_positions
-from ...runtime.requests.generate import Timings, prefill_prompt
+from ...runtime.requests.answer import Timings
+from ...runtime.requests.generate import prefill_prompt
 from .cases import Case
 from .report import (
     TOLERANCES,
