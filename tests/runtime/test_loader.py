@@ -57,7 +57,7 @@ PACKAGES |= {"mpmath", "torchgen", "tqdm", "typing_extensions"}
 OF_ONNXRUNTIME = {"onnxruntime", "flatbuffers", "packaging"}
 NOT_OF_TORCH = ("torch._dynamo", "torch._inductor", "torch.onnx", "sympy")
 KERNELS = ("operators", "kernel", "attention", "indexing", "norms", "pointwise", "shapes")
-GE = ("bound", "checks", "graph", "proto", *KERNELS)
+GE = ("bound", "checks", *KERNELS)
 BACKENDS = {
     "reference": {"base", "ge", "reference", *(f"ge.{name}" for name in (*GE, "executor"))},
     "npu": {"base", "ge", "npu", *(f"ge.{name}" for name in GE)},

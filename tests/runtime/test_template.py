@@ -349,7 +349,7 @@ def test_the_time_limit_holds_whatever_the_owner_does_with_its_signal(held_back)
     code = f"""
 import signal
 {held_back}
-from qwen2vl_tc.runtime import template
+from qwen2vl_tc.runtime.text import template
 template.ChatTemplate({ENDLESS!r}, limits=template.Limits(seconds=0.2)).render([])
 """
     owner = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
