@@ -11,13 +11,8 @@ if TYPE_CHECKING:
 
 __all__ = ["Conversation", "Generation", "Model", "Token", "load"]
 
-_PLACES = {
-    "Conversation": "requests.conversation",
-    "Generation": "requests.answer",
-    "Model": "model",
-    "Token": "requests.answer",
-    "load": "loader",
-}
+_PLACES = {"Conversation": "requests.conversation", "Generation": "requests.answer", "Model": "model"}
+_PLACES |= {"Token": "requests.answer", "load": "loader"}
 
 
 def __getattr__(name: str) -> Any:

@@ -46,7 +46,7 @@ _NO_MEMORY = re.compile(r"bad_?alloc|bad allocation|Failed to allocate memory|[O
 
 
 @dataclass(eq=False)
-class OnnxCache:
+class KvCache:
     """A key and a value array a layer, by the name of the model's input, and the bindings that were made of them.
 
     Shapes: [rows, kv_heads, max_length, head_dim]; [rows, max_length, kv_dim] in models of standard operators only.
@@ -85,7 +85,7 @@ class OnnxBackend(Backend):
             self._visual, self._text = made
         self.loading.mark("graphs")
 
-    def allocate(self, rows: int) -> OnnxCache:
+    def allocate(self, rows: int) -> KvCache:
         if not 1 <= rows <= self.max_rows:
             raise RequestError(f"{rows} rows: this backend takes 1 to {self.max_rows} at once")
         text, length = self._model.text, self.max_length
@@ -101,7 +101,7 @@ class OnnxBackend(Backend):
         with contextlib.suppress(OSError):
             memory.madvise(mmap.MADV_NOHUGEPAGE)
         arrays = (np.frombuffer(memory, np.float32, size, 4 * size * i).reshape(shape) for i in range(len(names)))
-        return OnnxCache(rows, dict(zip(names, arrays, strict=True)))
+        return KvCache(rows, dict(zip(names, arrays, strict=True)))
 
     def visual(self, patches: NDArray[np.uint8], positions: Ints, segment_ends: list[int]) -> Embeds:
         merge = self._model.vision.spatial_merge_size
@@ -120,14 +120,7 @@ class OnnxBackend(Backend):
         return Embeds(embeds, count)
 
     def prefill(
-        self,
-        cache: OnnxCache,
-        row: int,
-        start: int,
-        token_ids: Ints,
-        positions: Ints,
-        embeds: Embeds | None,
-        index: Ints,
+        self, cache: KvCache, row: int, start: int, token_ids: Ints, positions: Ints, embeds: Embeds | None, index: Ints
     ) -> Step:
         step = None
         for begin in range(0, len(token_ids), _PREFILL_TOKENS):
@@ -145,10 +138,10 @@ class OnnxBackend(Backend):
             raise RequestError("a prompt needs at least one token")
         return step
 
-    def begin(self, cache: OnnxCache, tokens: Ints | Step, cache_index: Ints, positions: Ints) -> Step:
+    def begin(self, cache: KvCache, tokens: Ints | Step, cache_index: Ints, positions: Ints) -> Step:
         return Step(self.tokens(tokens) if isinstance(tokens, Step) else tokens, None, cache_index, positions)
 
-    def decode(self, cache: OnnxCache, step: Step, kv_lengths: list[int]) -> Step:
+    def decode(self, cache: KvCache, step: Step, kv_lengths: list[int]) -> Step:
         rows = len(kv_lengths)
         positions = np.broadcast_to(step.positions[None, :, None], (3, rows, 1))
         made = self._run(cache, (0, rows), step.next_token[:, None], positions, kv_lengths, None)
@@ -156,7 +149,7 @@ class OnnxBackend(Backend):
 
     def _run(
         self,
-        cache: OnnxCache,
+        cache: KvCache,
         rows: tuple[int, int],
         token_ids: Ints,
         positions: Ints,
@@ -192,7 +185,7 @@ class OnnxBackend(Backend):
             self._text.run_with_iobinding(binding)
         return Step(outputs["next_token"], outputs["logits"])
 
-    def _binding(self, cache: OnnxCache, first: int, count: int, longest: int) -> Any:
+    def _binding(self, cache: KvCache, first: int, count: int, longest: int) -> Any:
         """A binding of rows of the cache, as input and as output; made once."""
         length = self.max_length
         if self._part.standard_only and count == 1:
