@@ -102,10 +102,8 @@ def image_patches(
 
     A picture is a clip of temporal_patch_size equal frames. Raises RequestError (see image_size).
     """
-    height, width = image_size(image.height, image.width, wanted or SizeRequest(), settings)
-    cut = PatchGrid(1, height, width, settings)
-    cut.write(0, image)
-    return cut.patches, cut.grid
+    size = wanted or SizeRequest()
+    return clip_patches((image,), 1, lambda height, width: image_size(height, width, size, settings), settings)
 
 
 def clip_patches(

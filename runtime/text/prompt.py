@@ -101,11 +101,6 @@ class Processor:
         self._template: ChatTemplate | None = None
 
     @property
-    def eos_token_ids(self) -> tuple[int, ...]:
-        """Any of these ends an answer."""
-        return self.generation.eos_token_ids
-
-    @property
     def template(self) -> ChatTemplate:
         """Compiled at first use: loading a model needs no template."""
         if self._template is None:

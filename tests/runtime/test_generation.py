@@ -301,7 +301,9 @@ def test_a_kept_answer_gives_the_logits_of_a_fresh_prompt(
     small = VisionOptions(min_pixels=56 * 56, max_pixels=56 * 56)
     chat = model.chat(vision=small)
     with monkeypatch.context() as patch:
-        first = chat.send("Hello", **said, **forced(model, patch, [*answer, model.processor.eos_token_ids[0]]))
+        first = chat.send(
+            "Hello", **said, **forced(model, patch, [*answer, model.processor.generation.eos_token_ids[0]])
+        )
     kept = first_logits(model, lambda: chat.send("Go on.", max_new_tokens=1), monkeypatch)
     assert chat._cached.token_ids.size
     whole = first_logits(model, lambda: fresh(model, chat.messages[:-1], max_new_tokens=1), monkeypatch)

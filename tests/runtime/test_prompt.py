@@ -333,7 +333,7 @@ def test_a_tokenizer_without_the_models_placeholders_is_refused(files):
 def test_the_published_generation_config_is_read_as_it_is(processor, files):
     plain = json.loads(files["generation_config.json"])
     defaults = processor.generation
-    assert defaults.eos_token_ids == processor.eos_token_ids == tuple(plain["eos_token_id"])
+    assert defaults.eos_token_ids == tuple(plain["eos_token_id"])
     assert (defaults.do_sample, defaults.top_k, defaults.top_p) == (True, 1, 0.001)
     assert defaults.temperature == 0.01
     assert (defaults.repetition_penalty, defaults.default_new_tokens) == (1.0, None)
@@ -342,7 +342,7 @@ def test_the_published_generation_config_is_read_as_it_is(processor, files):
 def test_without_a_generation_config_answers_end_at_the_tokenizers_ends(files):
     bare = Processor({name: data for name, data in files.items() if name != "generation_config.json"}, CONFIG)
     ends = [bare.tokenizer.token_to_id(token) for token in ("<|im_end|>", "<|endoftext|>")]
-    assert list(bare.eos_token_ids) == ends
+    assert list(bare.generation.eos_token_ids) == ends
     assert not bare.generation.do_sample
 
 
@@ -378,7 +378,7 @@ def test_generation_settings_that_cannot_be_honoured_are_refused(files, plain):
 
 
 def test_generated_ids_come_back_as_text(processor):
-    ids = [*processor.prepare("the cat 日本").token_ids.tolist(), processor.eos_token_ids[0]]
+    ids = [*processor.prepare("the cat 日本").token_ids.tolist(), processor.generation.eos_token_ids[0]]
     assert processor.decode(ids) == "the cat 日本"
     stream = processor.stream()
     assert "".join(stream.feed(i) for i in ids) + stream.flush() == "the cat 日本"
