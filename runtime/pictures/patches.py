@@ -1,6 +1,6 @@
 """Pixels to patches: resized pictures and frames cut into uint8 patches in the model's merge-window order."""
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Literal
 
@@ -40,17 +40,6 @@ class Picture:
     def same(self, other: "Picture") -> bool:
         facts, others = ((p.kind, p.grid, p.seconds_per_grid) for p in (self, other))
         return facts == others and np.array_equal(self.patches, other.patches)
-
-
-def joined_patches(pictures: Sequence[Picture]) -> Patches:
-    """uint8 [n, patch_dim]: the patches of all pictures; a lone picture's are not copied."""
-    parts = [each.patches for each in pictures] or [np.empty((0, 0), np.uint8)]
-    return parts[0] if len(parts) == 1 else np.concatenate(parts)
-
-
-def joined_grids(pictures: Sequence[Picture]) -> NDArray[np.int64]:
-    """int64 [pictures and clips, 3]."""
-    return np.array([each.grid for each in pictures], np.int64).reshape(-1, 3)
 
 
 class PatchGrid:

@@ -10,7 +10,6 @@ import numpy as np
 
 from ...artifacts.errors import ToolchainError
 from ..backends.base import Backend, Ints, Step
-from ..pictures.patches import joined_grids, joined_patches
 from ..pictures.vision import segment_ends, vision_positions
 from ..text.prompt import Prompt
 from .answer import Row, Timings, Token
@@ -23,14 +22,11 @@ def prefill_prompt(
 
     start: how many tokens the row holds already; it must not stand inside a picture.
     """
-    pictures = [each for each, (first, _) in zip(prompt.pictures, prompt.spans, strict=True) if first >= start]
-    embeds = None
-    if pictures:
-        grids = joined_grids(pictures)
-        embeds = backend.visual(joined_patches(pictures), vision_positions(grids, merge_size), segment_ends(grids))
+    left, embeds = prompt.after(start), None
+    if left.pictures:
+        embeds = backend.visual(left.patches, vision_positions(left.grids, merge_size), segment_ends(left.grids))
         timings.mark("visual")
-    slots = prompt.vision_slots[prompt.vision_slots >= start] - start
-    step = backend.prefill(cache, row, start, prompt.token_ids[start:], prompt.positions[:, start:], embeds, slots)
+    step = backend.prefill(cache, row, start, left.token_ids, left.positions, embeds, left.vision_slots)
     timings.mark("prefill")
     return step
 

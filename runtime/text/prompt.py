@@ -2,7 +2,7 @@
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -13,7 +13,7 @@ from ...artifacts.errors import ArtifactError, RequestError
 from ...artifacts.schema import parse_json
 from ..pictures.images import ImageSource
 from ..pictures.items import cut_item
-from ..pictures.patches import Kind, Patches, Picture, joined_grids, joined_patches
+from ..pictures.patches import Kind, Patches, Picture
 from ..pictures.request import DEFAULT_VISION, VideoSource, VisionItem, VisionOptions
 from ..pictures.vision import image_settings_from_hf
 from ..requests.defaults import generation_defaults_from_hf
@@ -44,18 +44,27 @@ class Prompt:
 
     @property
     def patches(self) -> Patches:
-        """uint8 [n, patch_dim]: those of all pictures."""
-        return joined_patches(self.pictures)
+        """uint8 [n, patch_dim]: those of all pictures; a lone one's are not copied."""
+        parts = [each.patches for each in self.pictures] or [np.empty((0, 0), np.uint8)]
+        return parts[0] if len(parts) == 1 else np.concatenate(parts)
 
     @property
     def grids(self) -> NDArray[np.int64]:
         """int64 [pictures and clips, 3]: their (t, h, w)."""
-        return joined_grids(self.pictures)
+        return np.array([each.grid for each in self.pictures], np.int64).reshape(-1, 3)
 
     @property
     def vision_slots(self) -> NDArray[np.int64]:
         """int64 [merged patches]: which token_ids the rows of the visual output replace, in order."""
         return np.concatenate([np.empty(0, np.int64), *(np.arange(*span) for span in self.spans)])
+
+    def after(self, start: int) -> "Prompt":
+        """What is left behind the first `start` tokens, which must not end inside a picture."""
+        left = [i for i, (first, _) in enumerate(self.spans) if first >= start]
+        pictures = tuple(self.pictures[i] for i in left)
+        spans = tuple((self.spans[i][0] - start, self.spans[i][1] - start) for i in left)
+        positions = self.positions[:, start:]
+        return replace(self, token_ids=self.token_ids[start:], pictures=pictures, spans=spans, positions=positions)
 
 
 class Processor:
@@ -109,14 +118,14 @@ class Processor:
                 raise ArtifactError(
                     "no chat template in the processor files; add chat_template.json, or give the prompt as text"
                 )
+            self._renderer = self._renderer or Renderer()
             self._template = ChatTemplate(source, name, renderer=self._renderer)
         return self._template
 
     def close(self) -> None:
         """End the process that renders the chat template."""
-        for each in (self._renderer, self._template):
-            if each is not None:
-                each.close()
+        if self._renderer is not None:
+            self._renderer.close()
 
     def stream(self, skip_special_tokens: bool = True) -> TextStream:
         """A new decoder of generated ids."""

@@ -194,10 +194,6 @@ class ChatTemplate:
             )
         return self._ask(plain)
 
-    def close(self) -> None:
-        """End the process that renders."""
-        self._renderer.close()
-
     def _ask(self, values: str | None) -> str:
         reply = self._renderer.ask(self._source, values)
         if "text" in reply:
