@@ -16,6 +16,7 @@ from .backends.base import Backend
 from .integrity import WeightCheck
 from .memory import check_fits, soc_memory
 from .model import Model
+from .models import config_of
 from .phases import PhaseTimes
 from .text.prompt import Processor
 from .text.template import Renderer
@@ -93,7 +94,7 @@ def open_processor(artifact: Artifact, renderer: Renderer | None = None) -> Proc
     if strange := [e.path for e in artifact.manifest.processor if e.path.rpartition("/")[0] + "/" != prefix]:
         raise ArtifactError(f"{artifact.path}: processor file {strange[0]} is not in {prefix}; convert again")
     files = {entry.path.removeprefix(prefix): artifact.read(entry) for entry in artifact.manifest.processor}
-    return Processor(files, artifact.manifest.model, renderer)
+    return Processor(files, config_of(artifact.manifest), renderer)
 
 
 @contextmanager

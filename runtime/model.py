@@ -204,7 +204,7 @@ class Model:
 
     def settings(self, given: "GivenSettings") -> Settings:
         """A request's settings, completed from the checkpoint's own. Raises RequestError."""
-        return settings_for(self.processor.generation, self.manifest.model.text.vocab_size, given)
+        return settings_for(self.processor.generation, self.processor.config.text.vocab_size, given)
 
     def row(self, prompt: Prompt, settings: Settings, number: int = 0) -> Row:
         """A request ready to run; `number` is its own among others. Raises RequestError when it does not fit the KV
@@ -223,8 +223,7 @@ class Model:
                     self._check_usable()
                     first = running is None
                     if running is None:
-                        merge_size = self.processor.config.vision.spatial_merge_size
-                        running = generate_rows(self.backend, cache, rows, merge_size, timings)
+                        running = generate_rows(self.backend, cache, rows, self.processor, timings)
                     try:
                         step = next(running, None)
                     except Exception:

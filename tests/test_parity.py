@@ -12,7 +12,6 @@ from PIL import Image
 from typer.testing import CliRunner
 
 from qwen2vl_tc.runtime import Model, load
-from qwen2vl_tc.runtime.pictures.vision import segment_ends, vision_positions
 from qwen2vl_tc.runtime.requests.answer import Timings
 from qwen2vl_tc.runtime.requests.generate import prefill_prompt
 from qwen2vl_tc.runtime.text.prompt import Prompt
@@ -120,7 +119,7 @@ def our_logits(model: Model, prompt: Prompt, tokens: list[int]) -> list[np.ndarr
     """Logits of the prompt's last position and of every teacher-forced token."""
     backend = model.backend
     cache = backend.allocate(1)
-    step = prefill_prompt(backend, cache, 0, prompt, model.processor.config.vision.spatial_merge_size, Timings())
+    step = prefill_prompt(backend, cache, 0, prompt, model.processor, Timings())
     found = [backend.logits(step)[0]]
     for i, token in enumerate(tokens):
         at = np.array([len(prompt.token_ids) + i], np.int64)
@@ -130,11 +129,8 @@ def our_logits(model: Model, prompt: Prompt, tokens: list[int]) -> list[np.ndarr
 
 
 def visual_output(model: Model, prompt: Prompt) -> np.ndarray:
-    merge = model.processor.config.vision.spatial_merge_size
-    positions = vision_positions(prompt.grids, merge)
-    embeds = model.backend.visual(prompt.patches, positions, segment_ends(prompt.grids))
-    result: np.ndarray = embeds.tensor.float().numpy()
-    return result
+    embeds = model.backend.embed(model.processor.inputs, prompt.patches, prompt.grids)
+    return embeds.in_order(embeds.tensor.float().numpy())
 
 
 def generated(artifact: Path, pictures: list[Image.Image], folder: Path, mode: str) -> list[int]:
@@ -204,7 +200,7 @@ def test_a_prompt_continues_from_a_kept_cache_like_a_fresh_one(build: Any, mode:
     model = load(artifact, engine(mode))
     backend = model.backend
     prompt = model.processor.prepare(messages([]))
-    whole = backend.logits(prefill_prompt(backend, backend.allocate(1), 0, prompt, 2, Timings()))
+    whole = backend.logits(prefill_prompt(backend, backend.allocate(1), 0, prompt, model.processor, Timings()))
     # splits that leave one token, many, and all but one for the second part
     for cut in (len(prompt.token_ids) - 1, len(prompt.token_ids) // 2, 1):
         cache = backend.allocate(1)

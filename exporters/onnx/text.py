@@ -6,8 +6,8 @@ D head_dim, KV num_kv_heads x D, L cache length, V vocabulary.
 
 import numpy as np
 
-from ...artifacts.config import TextConfig
 from ...artifacts.onnx_ops import MICROSOFT
+from ...runtime.models.config import TextConfig
 from .graph import Graph
 from .linear import TABLE_BITS, Linears
 from .rotary import frequencies, rotary_tables

@@ -6,8 +6,8 @@ other lengths are another call. Shapes: B segments, N patches in each, E embed_d
 
 import numpy as np
 
-from ...artifacts.config import VisionConfig
 from ...artifacts.onnx_ops import MICROSOFT
+from ...runtime.models.config import VisionConfig
 from .graph import Graph
 from .linear import Linears
 from .rotary import frequencies, rotary_tables

@@ -24,6 +24,7 @@ from ...artifacts.ge.binding import (
     unknown_options,
 )
 from ...artifacts.manifest import OperatorNote
+from ...runtime.models.base import GraphSpec
 from .converters import register_converters
 
 CONSTANTS_PREFIX = "constants."
@@ -182,19 +183,10 @@ def _output_dtype_name(dtype: int) -> str:
     return names[dtype]
 
 
-def trace(
-    name: str,
-    method: Callable[..., Any],
-    arguments: Mapping[str, Any],
-    outputs: tuple[str, ...],
-    caches: frozenset[str],
-    tiling_schedule: bool = True,
-) -> TracedGraph:
-    """Trace `method(**arguments)` into a GE graph called `name`.
+def trace(spec: GraphSpec, method: Callable[..., Any], arguments: Mapping[str, Any]) -> TracedGraph:
+    """Trace `method(**arguments)` into the GE graph of a spec.
 
     arguments: tensors on the (emulated) NPU, lists of them, or lists of ints; sizes are dynamic unless marked static.
-    caches names the list arguments that are written in place. outputs names what the method returns, in order.
-    tiling_schedule: compute tiling on the device, off the host's path; not every operator allows it.
     Raises TargetError when torchair cannot express the method as one graph over its parameters and arguments.
     """
     import torch
@@ -202,7 +194,9 @@ def trace(
     from torchair.npu_fx_compiler import _compile_graph_with_aot, _get_merged_decompositions, get_compiler
 
     register_converters()
-    config = _compiler_config(tiling_schedule)
+    name, outputs = spec.name, [output.name for output in spec.outputs]
+    # tiling on the device takes a static graph
+    config = _compiler_config(tiling_schedule=spec.static)
     bypassed: set[OperatorNote] = set()
     taken: list[tuple[Any, list[str]]] = []
 
@@ -234,6 +228,7 @@ def trace(
     concrete, sources = taken[0]
     with _tracing_patches(set()):
         local, global_options = concrete._normalize_ge_option()
+    caches = frozenset(argument.name for argument in spec.arguments if argument.kind == "cache")
     inputs = _bind_inputs(concrete, sources, caches, local)
     model = _named_model(concrete.graph, name)
     graph = model.graph[0]
@@ -252,7 +247,7 @@ def trace(
         raise TargetError(
             f"{name}: this torchair sets the options {', '.join(unknown)}, which the runtime does not know"
         )
-    return TracedGraph(name, model, open_length_lists(model, binding), notes)
+    return TracedGraph(name, model, open_length_lists(model, binding, spec), notes)
 
 
 def _gist(error: Exception) -> str:
@@ -271,15 +266,16 @@ def _named_model(graph: Any, name: str) -> Any:
     return model
 
 
-def open_length_lists(model: Any, binding: Binding) -> Binding:
-    """Let the visual graph's list of segments have any length.
+def open_length_lists(model: Any, binding: Binding, spec: GraphSpec) -> Binding:
+    """Let a list of integers have any length where the spec leaves it free.
 
     torchair bakes the list's length into the one host input that carries it, though no operator depends on it; with a
-    dimension of -1 the number of pictures and frames is free.
+    dimension of -1 it is free.
     """
     inputs = list(binding.inputs)
+    free = {argument.name for argument in spec.arguments if argument.kind == "lengths" and argument.free}
     for i, bound in enumerate(inputs):
-        if bound.kind == LENGTHS and bound.name in ("segment_lengths", "segment_ends"):
+        if bound.name in free:
             op = _data_op(model.graph[0], i)
             for desc in (*op.input_desc, *op.output_desc):
                 desc.shape.dim[:] = [-1]

@@ -1,12 +1,15 @@
 """What the generation loop asks of an engine. Tensors on the engine's device are opaque to the loop."""
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from ..models.base import Inputs, VisualLimits
+from ..models.segments import VisualCall
 from ..phases import PhaseTimes
 
 Ints = NDArray[np.int64]
@@ -32,10 +35,24 @@ class Step:
 
 @dataclass(frozen=True)
 class Embeds:
-    """Embeddings of pictures on the device: [count, hidden_size]."""
+    """Embeddings of pictures on the device: [count, hidden_size]. order: which placeholder each row is for, counted
+    over the pictures; None where they are in order."""
 
     tensor: Any
     count: int
+    order: Ints | None = None
+
+    def placed(self, slots: Ints) -> Ints:
+        """The placeholder's place for each row, of places [count] in order."""
+        return slots if self.order is None else slots[self.order]
+
+    def in_order(self, rows: NDArray[Any]) -> NDArray[Any]:
+        """The embeddings on the host, [count, hidden_size], in the order of the placeholders."""
+        if self.order is None:
+            return rows
+        ordered = np.empty_like(rows)
+        ordered[self.order] = rows
+        return ordered
 
 
 class Backend(ABC):
@@ -71,9 +88,17 @@ class Backend(ABC):
         """Rows of the cache that `allocate` gives for so many: what it was compiled for may be more."""
         return rows
 
+    # how the visual graph takes patches
+    visual_limits: VisualLimits
+
+    def embed(self, inputs: Inputs, patches: NDArray[np.uint8], grids: Ints) -> Embeds:
+        """Embeddings of pictures: patches [n, patch_dim] in merge-window order, grids [pictures, 3]."""
+        tensor = self.visual(list(inputs.visual(patches, grids, self.visual_limits)))
+        return Embeds(tensor, int(tensor.shape[0]), inputs.order(grids))
+
     @abstractmethod
-    def visual(self, patches: NDArray[np.uint8], positions: Ints, segment_ends: list[int]) -> Embeds:
-        """patches [n, patch_dim], positions [2, n], cumulative segment ends: the merged patches' embeddings."""
+    def visual(self, calls: Sequence[VisualCall]) -> Any:
+        """Run the visual graph: embeddings [count, hidden_size], where the calls' pieces say."""
 
     @abstractmethod
     def prefill(

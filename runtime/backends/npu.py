@@ -26,9 +26,10 @@ from ...artifacts.store import Artifact, ge_part
 from ..memory import check_fits, check_free
 from ..phases import PhaseTimes
 from .base import Embeds, Ints, Step
-from .ge.bound import Cache, GeBackend
+from .ge.bound import GeBackend
 from .ge.checks import check_graph
 from .ge.operators import operator
+from .model import KvCache
 
 # Greedy steps that may be in flight before the host reads the oldest token: enough to hide the read, few enough
 # that a finished answer wastes little.
@@ -114,11 +115,11 @@ class NpuBackend(GeBackend):
         return list(self._graphs[name].run(inputs))
 
     def prefill(
-        self, cache: Cache, row: int, start: int, token_ids: Ints, positions: Ints, embeds: Embeds | None, index: Ints
+        self, cache: KvCache, row: int, start: int, token_ids: Ints, positions: Ints, embeds: Embeds | None, index: Ints
     ) -> Step:
         return self._sent(super().prefill(cache, row, start, token_ids, positions, embeds, index))
 
-    def decode(self, cache: Cache, step: Step, kv_lengths: list[int]) -> Step:
+    def decode(self, cache: KvCache, step: Step, kv_lengths: list[int]) -> Step:
         return self._sent(super().decode(cache, step, kv_lengths))
 
     def _sent(self, step: Step) -> NpuStep:

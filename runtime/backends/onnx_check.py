@@ -11,11 +11,11 @@ from typing import Any
 
 import numpy as np
 
-from ...artifacts.config import ModelConfig
 from ...artifacts.errors import ArtifactError
 from ...artifacts.manifest import OnnxGraph, Tensor
 from ...artifacts.onnx_ops import DTYPE_BITS, DTYPES, FLOAT, INLINE_BYTES, MICROSOFT, OPERATORS, SIZE, STANDARD
-from ...artifacts.parameters import parameters
+from ..models import family_of
+from ..models.config import ModelConfig
 from .onnx_proto import parse_model
 
 _NAMES = {number: name for name, number in DTYPES.items()}
@@ -70,7 +70,7 @@ class _Check:
         self.graph, self.config, self.standard_only = graph, config, standard_only
         text, vision = config.text, config.vision
         prefix = "visual." if graph.name == "visual" else ("model.", "lm_head.")
-        self.shapes = {p.name: p.shape for p in parameters(config) if p.name.startswith(prefix)}
+        self.shapes = {p.name: p.shape for p in family_of(config).weights(config) if p.name.startswith(prefix)}
         self.heads = {vision.num_heads} if graph.name == "visual" else {text.num_heads, text.num_kv_heads}
         self.layers = vision.depth if graph.name == "visual" else text.num_layers
         self.widest = max(max(shape) for shape in self.shapes.values())

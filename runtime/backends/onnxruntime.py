@@ -23,7 +23,9 @@ from numpy.typing import NDArray
 from ...artifacts.errors import ArtifactError, MissingDependencyError, RequestError, TargetError
 from ...artifacts.manifest import OnnxGraph, OnnxPart
 from ...artifacts.store import Artifact, onnx_part
-from ..pictures.segments import Piece, pieces, plan_runs, rows_of
+from ..models import config_of
+from ..models.base import VisualLimits
+from ..models.segments import Piece, VisualCall, rows_in
 from .base import Backend, Embeds, Ints, Step
 from .onnx_check import check_model
 
@@ -70,7 +72,9 @@ class OnnxBackend(Backend):
         self.max_length = self._part.max_length
         # The standard attention multiplies what lies behind a row's length by zero, and zero times a stray NaN is NaN.
         self.reuses_caches = not self._part.standard_only
-        self._model = artifact.manifest.model
+        self._model = config_of(artifact.manifest)
+        # this model takes no lengths: rows of one length only
+        self.visual_limits = VisualLimits("equal", _VISUAL_PATCHES)
         self._where = str(artifact.path)
         runtime = import_onnxruntime()
         self.loading.mark("imports")
@@ -103,21 +107,19 @@ class OnnxBackend(Backend):
         arrays = (np.frombuffer(memory, np.float32, size, 4 * size * i).reshape(shape) for i in range(len(names)))
         return KvCache(rows, dict(zip(names, arrays, strict=True)))
 
-    def visual(self, patches: NDArray[np.uint8], positions: Ints, segment_ends: list[int]) -> Embeds:
-        merge = self._model.vision.spatial_merge_size
-        count = len(patches) // merge**2
+    def visual(self, calls: Sequence[VisualCall]) -> NDArray[np.float32]:
+        count = rows_in(calls)
         embeds = np.empty((count, self._model.vision.hidden_size), np.float32)
-        # this model takes no lengths: rows of one length only
-        for run in plan_runs(segment_ends, _VISUAL_PATCHES, pads=False):
-            taken, places = rows_of(run, segment_ends, patches, positions)
-            with _failures(f"{self._where}: the visual model fails on {len(run.segments)} x {run.length} patches"):
-                (made,) = self._visual.run(["embeds"], {"patches": taken, "positions": places})
-            parts = list(pieces(run, segment_ends, merge))
-            if parts == [Piece(0, count, 0)]:
-                return Embeds(made, count)
-            for piece in parts:
+        for call in calls:
+            shape = list(call.arguments["patches"].shape[:2])
+            with _failures(f"{self._where}: the visual model fails on {shape[0]} x {shape[1]} patches"):
+                (made,) = self._visual.run(["embeds"], call.arguments)
+            if call.pieces == (Piece(0, count, 0),):
+                whole: NDArray[np.float32] = made
+                return whole
+            for piece in call.pieces:
                 embeds[piece.to : piece.to + piece.count] = made[piece.begin : piece.begin + piece.count]
-        return Embeds(embeds, count)
+        return embeds
 
     def prefill(
         self, cache: KvCache, row: int, start: int, token_ids: Ints, positions: Ints, embeds: Embeds | None, index: Ints
@@ -293,7 +295,7 @@ def _open(runtime: Any, artifact: Artifact, graph: OnnxGraph, part: OnnxPart) ->
     """A session of one model. Raises ArtifactError where a file is altered, replaced or refused."""
     path, options = artifact.path / graph.model.path, session_options(runtime)
     model, data = artifact.read(graph.model), artifact.path / graph.data.path
-    check_model(model, graph, artifact.manifest.model, part.standard_only, str(path))
+    check_model(model, graph, config_of(artifact.manifest), part.standard_only, str(path))
     # bytes: a path need not be UTF-8, and a str must be
     options.add_session_config_entry("session.model_external_initializers_file_folder_path", os.fsencode(data.parent))
     with _failures(f"{path}: onnxruntime {runtime.__version__} refuses it"):

@@ -20,25 +20,25 @@ MAX_PATCH_BYTES = 1 << 31
 
 
 @dataclass(frozen=True, eq=False)
-class Picture:
+class CutPicture:
     """A picture or clip that was cut: all that later stages know of it. May stand in a message as its source.
 
-    patches uint8 [t * h * w, patch_dim]; grid (t, h, w) counts them. seconds_per_grid: from one temporal patch of a
+    patches uint8 [t * h * w, patch_dim]; grid (t, h, w) counts them. seconds: from one temporal patch of a
     clip to the next, temporal_patch_size over the rate of its frames (transformers' second_per_grid_ts).
     """
 
     kind: Kind
     patches: Patches
     grid: Grid
-    seconds_per_grid: float | None = None
+    seconds: float = 1.0
 
     def tokens(self, merge_size: int) -> int:
         """How many tokens of a prompt it takes: one a merge window."""
         t, h, w = self.grid
         return t * h * w // merge_size**2
 
-    def same(self, other: "Picture") -> bool:
-        facts, others = ((p.kind, p.grid, p.seconds_per_grid) for p in (self, other))
+    def same(self, other: "CutPicture") -> bool:
+        facts, others = ((p.kind, p.grid, p.seconds) for p in (self, other))
         return facts == others and np.array_equal(self.patches, other.patches)
 
 

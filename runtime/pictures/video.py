@@ -13,7 +13,7 @@ from PIL import Image
 from ...artifacts.errors import RequestError
 from .frames import DEFAULT_FPS, FrameRequest, check_frames, sample_frames
 from .images import load_image
-from .patches import Picture, clip_patches
+from .patches import CutPicture, clip_patches
 from .reader import FramesMissing
 from .request import VideoSource, VisionOptions
 from .resize import SizeRequest, frame_size, image_size
@@ -26,7 +26,7 @@ _LIST_RATES = ("sample_fps", "fps")
 
 def cut_video(
     source: VideoSource, frames: FrameRequest, size: SizeRequest, settings: ImageSettings, options: VisionOptions
-) -> Picture:
+) -> CutPicture:
     """The patches of a video file or a list of frames.
 
     A file: a path, file:// URL, data: URI, bytes or, where `options` allow it, an http(s) URL. A list of frames, or an
@@ -34,10 +34,10 @@ def cut_video(
     """
     multiple = settings.temporal_patch_size
 
-    def cut(shown: Iterable[Image.Image | NDArray[np.uint8]], count: int, fps: float) -> Picture:
+    def cut(shown: Iterable[Image.Image | NDArray[np.uint8]], count: int, fps: float) -> CutPicture:
         # odd counts are filled up before the budget of pixels is shared
         sized = _size_rule(-(-count // multiple) * multiple, size, settings, options.video_sampling)
-        return Picture("video", *clip_patches(shown, count, sized, settings), seconds_per_grid=multiple / fps)
+        return CutPicture("video", *clip_patches(shown, count, sized, settings), seconds=multiple / fps)
 
     if not isinstance(source, str | bytes | os.PathLike):
         fps = _listed_rate(source, frames)

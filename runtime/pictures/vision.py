@@ -1,13 +1,9 @@
-"""What the vision tower is given besides pixels: the settings of its patches, and each patch's position and segment."""
+"""How pictures become patches: the settings that a checkpoint states."""
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
-from numpy.typing import ArrayLike, NDArray
-
-from ...artifacts.errors import ArtifactError, RequestError
+from ...artifacts.errors import ArtifactError
 from ...artifacts.schema import parse_json, shown
 
 _BICUBIC = 3  # PIL.Image.Resampling.BICUBIC, without importing PIL for a number
@@ -81,39 +77,3 @@ def image_settings_from_hf(data: bytes, where: str = "preprocessor_config.json")
     if settings.min_pixels > settings.max_pixels:
         raise ArtifactError(f"{where}: min_pixels {settings.min_pixels} is above max_pixels {settings.max_pixels}")
     return settings
-
-
-def as_grids(grids: ArrayLike, merge_size: int) -> NDArray[np.int64]:
-    """Check and return grids as int64 [pictures and clips, 3]; each row (t, h, w) counts patches.
-
-    Raises RequestError when a size is not positive or a merge window does not fit.
-    """
-    rows = np.asarray(grids, dtype=np.int64).reshape(-1, 3)
-    for row in rows.tolist():
-        if min(row) <= 0 or row[1] % merge_size or row[2] % merge_size:
-            raise RequestError(f"grid {row}: expected positive t, h, w with h and w multiples of {merge_size}")
-    return rows
-
-
-def _window_order(height: int, width: int, merge_size: int) -> Iterator[NDArray[np.int64]]:
-    for index in np.indices((height, width), dtype=np.int64):
-        windows = index.reshape(height // merge_size, merge_size, width // merge_size, merge_size)
-        yield windows.swapaxes(1, 2).ravel()
-
-
-def vision_positions(grids: ArrayLike, merge_size: int) -> NDArray[np.int64]:
-    """Row and column of every patch, [2, n], in the order of the patches (transformers' get_vision_position_ids)."""
-    parts = [
-        np.tile(np.stack([*_window_order(h, w, merge_size)]), t) for t, h, w in as_grids(grids, merge_size).tolist()
-    ]
-    return np.concatenate(parts, axis=1) if parts else np.empty((2, 0), dtype=np.int64)
-
-
-def segment_ends(grids: ArrayLike) -> list[int]:
-    """Where each attention segment ends: cumulative patches, one segment per picture or per temporal patch of a clip.
-
-    transformers' get_vision_cu_seqlens without its leading 0.
-    """
-    rows = as_grids(grids, 1)
-    ends: list[int] = np.cumsum(np.repeat(rows[:, 1] * rows[:, 2], rows[:, 0])).tolist()
-    return ends

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from ...artifacts.errors import RequestError, ToolchainError
 from ..pictures.images import ImageSource
-from ..pictures.patches import Picture
+from ..pictures.patches import CutPicture
 from ..pictures.request import DEFAULT_VISION, VideoSource, VisionOptions
 from ..text.messages import Message, given_items
 from ..text.prompt import Prompt
@@ -29,7 +29,7 @@ class _Cached:
     """What the KV cache holds: token ids [n], and the pictures among them, in order; these settle all positions."""
 
     token_ids: NDArray[np.int64]
-    pictures: tuple[Picture, ...]
+    pictures: tuple[CutPicture, ...]
 
 
 class Conversation:

@@ -10,13 +10,12 @@ import numpy as np
 
 from ...artifacts.errors import ToolchainError
 from ..backends.base import Backend, Ints, Step
-from ..pictures.vision import segment_ends, vision_positions
-from ..text.prompt import Prompt
+from ..text.prompt import Processor, Prompt
 from .answer import Row, Timings, Token
 
 
 def prefill_prompt(
-    backend: Backend, cache: Any, row: int, prompt: Prompt, merge_size: int, timings: Timings, start: int = 0
+    backend: Backend, cache: Any, row: int, prompt: Prompt, processor: Processor, timings: Timings, start: int = 0
 ) -> Step:
     """Run the visual graph, where there are pictures, and the prompt, into one row of the cache.
 
@@ -24,19 +23,20 @@ def prefill_prompt(
     """
     left, embeds = prompt.after(start), None
     if left.pictures:
-        embeds = backend.visual(left.patches, vision_positions(left.grids, merge_size), segment_ends(left.grids))
+        embeds = backend.embed(processor.inputs, left.patches, left.grids)
         timings.mark("visual")
-    step = backend.prefill(cache, row, start, left.token_ids, left.positions, embeds, left.vision_slots)
+    slots = embeds.placed(left.vision_slots) if embeds else left.vision_slots
+    step = backend.prefill(cache, row, start, left.token_ids, left.positions, embeds, slots)
     timings.mark("prefill")
     return step
 
 
 def generate_rows(
-    backend: Backend, cache: Any, rows: Sequence[Row], merge_size: int, timings: Timings
+    backend: Backend, cache: Any, rows: Sequence[Row], processor: Processor, timings: Timings
 ) -> Iterator[list[Token]]:
     """Answer the rows: yields, step by step, the tokens of the rows that have not ended. Ends when all have."""
     firsts = [
-        prefill_prompt(backend, cache, i, row.prompt, merge_size, timings, row.cached_tokens)
+        prefill_prompt(backend, cache, i, row.prompt, processor, timings, row.cached_tokens)
         for i, row in enumerate(rows)
     ]
     if all(row.settings.takes_largest_logit for row in rows):

@@ -8,17 +8,18 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ...artifacts.config import ModelConfig
 from ...artifacts.errors import ArtifactError, RequestError
 from ...artifacts.schema import parse_json
+from ..models import family_of
+from ..models.base import Picture
+from ..models.config import ModelConfig
 from ..pictures.images import ImageSource
 from ..pictures.items import cut_item
-from ..pictures.patches import Kind, Patches, Picture
+from ..pictures.patches import CutPicture, Kind, Patches
 from ..pictures.request import DEFAULT_VISION, VideoSource, VisionItem, VisionOptions
 from ..pictures.vision import image_settings_from_hf
 from ..requests.defaults import generation_defaults_from_hf
 from .messages import Message, given_items, vision_items, without_sources
-from .positions import rope_positions
 from .stream import TextStream
 from .template import ChatTemplate, Renderer
 from .tokenizer import open_tokenizer, refuse
@@ -37,7 +38,7 @@ class Prompt:
 
     text: str
     token_ids: NDArray[np.int64]
-    pictures: tuple[Picture, ...]
+    pictures: tuple[CutPicture, ...]
     spans: tuple[tuple[int, int], ...]
     positions: NDArray[np.int64]
     delta: int
@@ -82,6 +83,7 @@ class Processor:
                 raise ArtifactError(f"{name} is missing from the processor files; convert again")
         self.tokenizer = open_tokenizer(files["tokenizer.json"])
         self.config = config
+        self.inputs = family_of(config).inputs(config)
         self.settings = image_settings_from_hf(files["preprocessor_config.json"])
         vision = config.vision
         got = (self.settings.patch_size, self.settings.temporal_patch_size, self.settings.merge_size)
@@ -172,9 +174,8 @@ class Processor:
             )
         pictures = tuple(cut_item(item, self.settings, vision) for item in self._in_order(text, items))
         token_ids, spans = self._token_ids(text, pictures)
-        grids = {kind: [each.grid for each in pictures if each.kind == kind] for kind in ("image", "video")}
-        positions, delta = rope_positions(token_ids, grids["image"], grids["video"], self.config)
-        return Prompt(text, token_ids, pictures, spans, positions, delta)
+        facts = [Picture(each.kind, each.grid, each.seconds) for each in pictures]
+        return Prompt(text, token_ids, pictures, spans, *self.inputs.positions(token_ids, facts))
 
     def _token_text(self, token_id: int) -> str:
         text = self.tokenizer.id_to_token(token_id)
@@ -199,7 +200,7 @@ class Processor:
         return [next(queues[kind]) for kind in wanted]
 
     def _token_ids(
-        self, text: str, pictures: Sequence[Picture]
+        self, text: str, pictures: Sequence[CutPicture]
     ) -> tuple[NDArray[np.int64], tuple[tuple[int, int], ...]]:
         """Token ids with repeated placeholders, and where those of each picture begin and end."""
         # transformers leaves the post-processor out where the template already wrote the token it would add

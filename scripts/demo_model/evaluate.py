@@ -8,8 +8,8 @@ from typing import Any
 
 import numpy as np
 
-from qwen2vl_tc.artifacts.config import model_config_from_hf
 from qwen2vl_tc.artifacts.schema import parse_json
+from qwen2vl_tc.runtime.models import config_from_hf
 from qwen2vl_tc.runtime.text.prompt import Message, Processor
 from qwen2vl_tc.toolchain.demo.pictures import Turn, conversation, sample, turns
 
@@ -65,7 +65,7 @@ def answer_by_transformers(folder: Path) -> Answer:
 
     model = open_reference(folder, torch.float32).model
     files = {path.name: path.read_bytes() for path in folder.glob("*.json")}
-    processor = Processor(files, model_config_from_hf(parse_json(files["config.json"], "config.json")))
+    processor = Processor(files, config_from_hf(parse_json(files["config.json"], "config.json")))
     inputs = HfInputs(processor)
 
     def answer(messages: Sequence[Message]) -> str:

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy, mse_loss
 
-from qwen2vl_tc.artifacts.config import model_config_from_hf
 from qwen2vl_tc.artifacts.errors import ToolchainError
+from qwen2vl_tc.runtime.models import config_from_hf
 from qwen2vl_tc.runtime.pictures.patches import image_patches
 from qwen2vl_tc.runtime.text.prompt import Processor, Prompt
 from qwen2vl_tc.toolchain.cli.console import result
@@ -161,7 +161,7 @@ def _write_files(folder: Path) -> Processor:
     """Write everything of the checkpoint but its weights; returns what reads it."""
     folder.mkdir(parents=True, exist_ok=True)
     config = model_config()
-    model = model_config_from_hf(config)
+    model = config_from_hf(config)
     write_json(folder / "config.json", config)
     write_tokenizer(folder, config, learned_merges(sentences(), _VOCABULARY))
     write_json(

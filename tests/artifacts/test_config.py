@@ -12,9 +12,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import Qwen2VLConfig
 
-from qwen2vl_tc.artifacts.config import ModelConfig, model_config_from_hf
 from qwen2vl_tc.artifacts.errors import ConfigError
-from qwen2vl_tc.artifacts.hf_fields import TEXT_DEFAULTS, VISION_DEFAULTS, WHOLE_DEFAULTS
+from qwen2vl_tc.runtime.models import config_from_hf
+from qwen2vl_tc.runtime.models.config import ModelConfig
+from qwen2vl_tc.runtime.models.qwen2 import TEXT_DEFAULTS, WHOLE_DEFAULTS
+from qwen2vl_tc.runtime.models.qwen2_vl import VISION_DEFAULTS
 from qwen2vl_tc.toolchain.weights.notes import config_notes
 
 PUBLISHED = [published("2b"), published("7b"), published("72b")]
@@ -27,7 +29,7 @@ def as_transformers(plain: dict[str, Any]) -> ModelConfig:
     text, vision = config.text_config, config.vision_config
     return ModelConfig(
         model_type=config.model_type,
-        text=type(model_config_from_hf(published("7b")).text)(
+        text=type(config_from_hf(published("7b")).text)(
             hidden_size=text.hidden_size,
             intermediate_size=text.intermediate_size,
             num_layers=text.num_hidden_layers,
@@ -41,7 +43,7 @@ def as_transformers(plain: dict[str, Any]) -> ModelConfig:
             tie_word_embeddings=config.tie_word_embeddings,
             max_position_embeddings=text.max_position_embeddings,
         ),
-        vision=type(model_config_from_hf(published("7b")).vision)(
+        vision=type(config_from_hf(published("7b")).vision)(
             depth=vision.depth,
             embed_dim=vision.embed_dim,
             num_heads=vision.num_heads,
@@ -92,7 +94,7 @@ def test_a_field_left_out_has_the_default_of_transformers_class(field: str, layo
                     del each[field]
             wanted = as_transformers(changed)
             try:
-                assert model_config_from_hf(changed) == wanted
+                assert config_from_hf(changed) == wanted
             except ConfigError as error:
                 # a default that contradicts the rest of this shape
                 assert "must" in str(error) or "differs from" in str(error) or "sums to" in str(error), error
@@ -105,9 +107,9 @@ def test_a_field_left_out_has_the_default_of_transformers_class(field: str, layo
 def test_everything_left_out_is_the_default_class() -> None:
     fits = {"model_type": "qwen2_vl", "vision_config": {"hidden_size": 8192}}
     for plain in (fits, {**fits, "text_config": {}}, {**fits, "text_config": None}):
-        assert model_config_from_hf(plain) == as_transformers(plain)
+        assert config_from_hf(plain) == as_transformers(plain)
     plain = {**published("7b"), "vision_config": None}
-    assert model_config_from_hf(plain) == model_config_from_hf(published("7b"))
+    assert config_from_hf(plain) == config_from_hf(published("7b"))
 
 
 def test_what_4_46_saved_of_7b_is_7b() -> None:
@@ -117,13 +119,13 @@ def test_what_4_46_saved_of_7b_is_7b() -> None:
     for name in ("image_token_id", "video_token_id", "vision_start_token_id", "vision_end_token_id"):
         del plain[name]
     plain["rope_scaling"] = {"mrope_section": [16, 24, 24], "rope_type": "default", "type": "default"}
-    assert model_config_from_hf(plain) == model_config_from_hf(published("7b"))
+    assert config_from_hf(plain) == config_from_hf(published("7b"))
 
 
 def test_null_means_one_key_value_head_per_head() -> None:
     plain = tiny_config(num_key_value_heads=None)
-    assert model_config_from_hf(plain) == as_transformers(plain)
-    assert model_config_from_hf(plain).text.num_kv_heads == 4
+    assert config_from_hf(plain) == as_transformers(plain)
+    assert config_from_hf(plain).text.num_kv_heads == 4
 
 
 @pytest.mark.parametrize("outer", [None, False, True])
@@ -135,7 +137,7 @@ def test_tied_as_transformers_ties(outer: bool | None, inner: bool | None) -> No
         plain["tie_word_embeddings"] = outer
     if inner is not None:
         plain["text_config"]["tie_word_embeddings"] = inner
-    assert model_config_from_hf(plain) == as_transformers(plain)
+    assert config_from_hf(plain) == as_transformers(plain)
     assert bool(config_notes(plain)) == ({outer, inner} == {False, True})
 
 
@@ -164,7 +166,7 @@ def test_the_rotary_embedding_is_read_where_transformers_reads_it(
     for name in filter(None, (older, newer, theta)):
         text_of(plain).update(copy.deepcopy(ROPES[name]))
     wanted = as_transformers(plain)
-    assert model_config_from_hf(plain) == wanted
+    assert config_from_hf(plain) == wanted
 
 
 def test_a_rotary_embedding_that_does_not_count_is_named() -> None:
@@ -173,7 +175,7 @@ def test_a_rotary_embedding_that_does_not_count_is_named() -> None:
     plain["rope_parameters"] = {**PLAIN_ROPE, "mrope_section": [8, 28, 28]}
     assert any("rope_parameters says another mrope_section" in note for note in config_notes(plain))
     plain["rope_parameters"] = {**PLAIN_ROPE, "rope_type": "default", "rope_theta": 1e4}
-    assert model_config_from_hf(plain) == as_transformers(plain)
+    assert config_from_hf(plain) == as_transformers(plain)
     assert any("rope_parameters says another rope_theta" in note for note in config_notes(plain))
     plain["rope_theta"] = 1e4
     assert config_notes(plain) == ()
@@ -184,7 +186,7 @@ def test_fields_at_the_top_of_a_nested_config_that_do_not_count_are_named() -> N
     assert config_notes(plain) == ()
     plain |= {"num_hidden_layers": 27, "hidden_size": 3584}
     plain["text_config"]["image_token_id"] = 5
-    assert model_config_from_hf(plain) == as_transformers(plain)
+    assert config_from_hf(plain) == as_transformers(plain)
     said = " ".join(config_notes(plain))
     assert "num_hidden_layers 27 at the top does not count" in said
     assert "image_token_id 5 does not count" in said
@@ -226,7 +228,7 @@ def test_other_rotary_embeddings_are_refused_by_name_wherever_they_stand(
         holder["rope_parameters"], name = holder["rope_parameters"], "rope_scaling"
     holder[name] = {"mrope_section": [16, 24, 24], **scaling}
     with pytest.raises(ConfigError, match=rf"config\.json: .*{name}"):
-        model_config_from_hf(plain)
+        config_from_hf(plain)
 
 
 @pytest.mark.parametrize("nested", [False, True])
@@ -235,7 +237,7 @@ def test_a_scaling_beside_a_plain_rope_scaling_is_not_dropped(nested: bool) -> N
     text_of(plain)["rope_scaling"] = dict(PLAIN_ROPE)
     text_of(plain)["rope_parameters"] = {**PLAIN_ROPE, "rope_type": "yarn", "factor": 4.0}
     with pytest.raises(ConfigError, match=r"rope_parameters\.rope_type is 'yarn', which is not supported"):
-        model_config_from_hf(plain)
+        config_from_hf(plain)
 
 
 def change_text(**values: Any) -> Callable[[dict[str, Any]], None]:
@@ -273,7 +275,7 @@ def test_fields_that_would_change_the_arithmetic_are_refused_by_name(
     plain = layouts(published("7b"))[layout]
     change(plain)
     with pytest.raises(ConfigError, match=said):
-        model_config_from_hf(plain)
+        config_from_hf(plain)
 
 
 WRONG = ["1", "x", [], [1], {}, {"a": 1}, None, True, -1, 0, 0.5, -0.5, 10**30, 1e308, math.nan, math.inf, -math.inf]
@@ -288,7 +290,7 @@ def test_a_value_of_a_wrong_type_or_size_is_an_error_that_names_the_field(field:
         for holder in holders(plain, field):
             holder[field] = value
         try:
-            model_config_from_hf(plain)
+            config_from_hf(plain)
         except ConfigError as error:
             # a section that does not fit is told by its sum and the head's size
             words = (field, field.removeprefix("num_hidden_"), "mrope_section")
@@ -318,7 +320,7 @@ def test_no_config_at_all_raises_anything_else(nested: bool, values: dict[str, A
     holder = plain.get(where, plain)
     holder.update(values)
     try:
-        config = model_config_from_hf(plain)
+        config = config_from_hf(plain)
     except ConfigError:
         return
     json.dumps(config.text.rope_theta)

@@ -10,18 +10,18 @@ from pathlib import Path
 import pytest
 from helpers.synthetic import tiny_config
 
-from qwen2vl_tc.artifacts.config import model_config_from_hf
 from qwen2vl_tc.artifacts.errors import ArtifactError
 from qwen2vl_tc.artifacts.integrity import hash_bytes
 from qwen2vl_tc.artifacts.manifest import FileEntry, empty_manifest
 from qwen2vl_tc.artifacts.store import Artifact, open_artifact
+from qwen2vl_tc.runtime.models import config_from_hf, to_plain
 
 DATA = bytes(range(256)) * 40
 
 
 def artifact_of(folder: Path, *entries: FileEntry) -> Path:
     manifest = dataclasses.replace(
-        empty_manifest("test", model_config_from_hf(tiny_config())), processor=tuple(entries)
+        empty_manifest("test", to_plain(config_from_hf(tiny_config()))), processor=tuple(entries)
     )
     folder.mkdir(exist_ok=True)
     (folder / "manifest.json").write_bytes(manifest.to_bytes())

@@ -9,12 +9,12 @@ import pytest
 from helpers.synthetic import tiny_config
 
 from qwen2vl_tc.artifacts import own
-from qwen2vl_tc.artifacts.config import model_config_from_hf
 from qwen2vl_tc.artifacts.errors import ArtifactError, TargetError
 from qwen2vl_tc.artifacts.manifest import Manifest, empty_manifest
 from qwen2vl_tc.artifacts.own import own_cache, own_folder
 from qwen2vl_tc.artifacts.staging import stage
 from qwen2vl_tc.artifacts.store import open_artifact, read_manifest
+from qwen2vl_tc.runtime.models import config_from_hf, to_plain
 from qwen2vl_tc.toolchain.demo.demo import run_demo
 
 BESIDE = (".a.staging", ".a.resume", ".a.old", ".a.lock")
@@ -22,7 +22,7 @@ BESIDE = (".a.staging", ".a.resume", ".a.old", ".a.lock")
 
 def build(target: Path, name: str = "made") -> Manifest:
     with stage(target, sync=False) as staging:
-        manifest = empty_manifest(name, model_config_from_hf(tiny_config()))
+        manifest = empty_manifest(name, to_plain(config_from_hf(tiny_config())))
         manifest = dataclasses.replace(manifest, processor=(staging.add("processor/file", b"data"),))
         staging.commit(manifest)
     return manifest
@@ -131,7 +131,8 @@ def test_an_artifact_that_becomes_read_only_meanwhile_is_not_exchanged(target: P
     build(target)
     with pytest.raises(ArtifactError, match="is read-only"), stage(target, sync=False) as staging:
         manifest = dataclasses.replace(
-            empty_manifest("new", model_config_from_hf(tiny_config())), processor=(staging.add("processor/file", b"1"),)
+            empty_manifest("new", to_plain(config_from_hf(tiny_config()))),
+            processor=(staging.add("processor/file", b"1"),),
         )
         target.chmod(0o555)
         staging.commit(manifest)
@@ -156,7 +157,7 @@ def test_what_fails_after_the_commit_is_a_warning(
         raise OSError(5, "Input/output error", str(path))
 
     with stage(target, sync=False) as staging:
-        manifest = empty_manifest("new", model_config_from_hf(tiny_config()))
+        manifest = empty_manifest("new", to_plain(config_from_hf(tiny_config())))
         monkeypatch.setattr("qwen2vl_tc.artifacts.staging.own_folder", fails)
         staging.commit(manifest)
         monkeypatch.undo()

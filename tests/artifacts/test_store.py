@@ -13,13 +13,13 @@ import pytest
 from helpers.synthetic import tiny_config
 
 from qwen2vl_tc.artifacts import staging as staging_module
-from qwen2vl_tc.artifacts.config import model_config_from_hf
 from qwen2vl_tc.artifacts.errors import ArtifactError, TargetError, WeightError
 from qwen2vl_tc.artifacts.manifest import FileEntry, Manifest, empty_manifest
 from qwen2vl_tc.artifacts.staging import Staging, stage, staging_path
 from qwen2vl_tc.artifacts.store import leftover, open_artifact, read_manifest
+from qwen2vl_tc.runtime.models import config_from_hf, to_plain
 
-MODEL = model_config_from_hf(tiny_config())
+MODEL = to_plain(config_from_hf(tiny_config()))
 
 
 def fill(staging: Staging, text: str, files: int = 3) -> Manifest:
@@ -226,7 +226,7 @@ KILLED = """
 import os, signal, sys
 from pathlib import Path
 from qwen2vl_tc.artifacts import staging as module
-sys.path.insert(0, {tests!r})
+sys.path[:0] = [{tests!r}, {tests!r} + "/.."]
 from test_store import build
 die = lambda *a, **k: os.kill(os.getpid(), signal.SIGKILL)
 {patch}

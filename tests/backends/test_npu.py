@@ -400,15 +400,15 @@ def test_the_emulated_device_never_counts_as_an_npu(model: Model, artifact: Path
 def test_a_model_too_large_for_one_device_is_refused_by_name(artifact: Path) -> None:
     from helpers.synthetic import published
 
-    from qwen2vl_tc.artifacts.config import model_config_from_hf
     from qwen2vl_tc.artifacts.manifest import empty_manifest
     from qwen2vl_tc.artifacts.store import read_manifest
     from qwen2vl_tc.runtime.memory import check_fits
+    from qwen2vl_tc.runtime.models import config_from_hf, to_plain
 
     part = read_manifest(artifact).ge
     assert part is not None
     part = dataclasses.replace(part, dtype="bf16", max_length=8192, batches=(1,))
-    manifest = empty_manifest("qwen2-vl-72b", model_config_from_hf(published("72b")))
+    manifest = empty_manifest("qwen2-vl-72b", to_plain(config_from_hf(published("72b"))))
     with pytest.raises(TargetError, match=r"qwen2-vl-72b needs 149\.5 GB of device memory .* weights alone do not fit"):
         check_fits(manifest, part, 64 << 30)
-    check_fits(empty_manifest("qwen2-vl-7b", model_config_from_hf(published("7b"))), part, 64 << 30)
+    check_fits(empty_manifest("qwen2-vl-7b", to_plain(config_from_hf(published("7b")))), part, 64 << 30)

@@ -21,6 +21,7 @@ from qwen2vl_tc.artifacts.onnx_ops import OPERATORS
 from qwen2vl_tc.artifacts.store import read_manifest
 from qwen2vl_tc.runtime import load
 from qwen2vl_tc.runtime.backends.onnx_check import check_model
+from qwen2vl_tc.runtime.models import config_of
 from qwen2vl_tc.toolchain.build.onnx import WEIGHTS, OnnxOptions, export_onnx
 from qwen2vl_tc.toolchain.cli.main import app
 
@@ -218,7 +219,7 @@ def test_a_standard_model_may_not_have_other_operators(artifact: Path) -> None:
     assert manifest.onnx
     graph = next(each for each in manifest.onnx.graphs if each.name == "visual")
     with pytest.raises(ArtifactError, match=r"uses the operators of 'com\.microsoft'"):
-        check_model((artifact / graph.model.path).read_bytes(), graph, manifest.model, True, "visual")
+        check_model((artifact / graph.model.path).read_bytes(), graph, config_of(manifest), True, "visual")
 
 
 def test_a_model_that_fails_while_it_runs_is_an_error_of_ours(artifact: Path, tmp_path: Path) -> None:

@@ -19,7 +19,6 @@ from qwen2vl_tc.artifacts.errors import ArtifactError, MissingDependencyError, R
 from qwen2vl_tc.artifacts.integrity import hash_bytes
 from qwen2vl_tc.runtime import Model, load
 from qwen2vl_tc.runtime.backends.onnxruntime import _products_saturate
-from qwen2vl_tc.runtime.pictures.vision import segment_ends, vision_positions
 from qwen2vl_tc.runtime.requests.answer import Timings
 from qwen2vl_tc.runtime.requests.generate import prefill_prompt
 from qwen2vl_tc.runtime.text.prompt import Prompt
@@ -101,7 +100,7 @@ def logits(model: Model, prompt: Prompt, tokens: list[int]) -> list[np.ndarray]:
     """Logits of the prompt's last position and of every teacher-forced token."""
     backend = model.backend
     cache = backend.allocate(1)
-    step = prefill_prompt(backend, cache, 0, prompt, model.processor.config.vision.spatial_merge_size, Timings())
+    step = prefill_prompt(backend, cache, 0, prompt, model.processor, Timings())
     found = [backend.logits(step)[0]]
     for i, token in enumerate(tokens):
         at = np.array([len(prompt.token_ids) + i], np.int64)
@@ -111,9 +110,8 @@ def logits(model: Model, prompt: Prompt, tokens: list[int]) -> list[np.ndarray]:
 
 
 def visual(model: Model, prompt: Prompt) -> np.ndarray:
-    positions = vision_positions(prompt.grids, model.processor.config.vision.spatial_merge_size)
-    result: np.ndarray = model.backend.visual(prompt.patches, positions, segment_ends(prompt.grids)).tensor
-    return result
+    embeds = model.backend.embed(model.processor.inputs, prompt.patches, prompt.grids)
+    return embeds.in_order(embeds.tensor)
 
 
 def oracle(source: Path) -> HfReference:

@@ -9,8 +9,8 @@ from helpers.synthetic import tiny_config
 from typer.testing import CliRunner
 
 from qwen2vl_tc.runtime import load
-from qwen2vl_tc.runtime.pictures.segments import plan_runs
-from qwen2vl_tc.runtime.pictures.vision import segment_ends, vision_positions
+from qwen2vl_tc.runtime.models.positions import segment_ends
+from qwen2vl_tc.runtime.models.segments import plan_runs
 from qwen2vl_tc.toolchain.cli.main import app
 
 # t, h, w: three sizes, of which two are near enough to be padded together, one that comes again, and a clip
@@ -40,7 +40,7 @@ def test_a_picture_alone_and_among_others_has_the_same_embeddings(artifact: Path
             """Of each chosen picture, asked about together."""
             grids = np.array([GRIDS[i] for i in chosen])
             given = np.concatenate([patches[i] for i in chosen])
-            made = model.backend.visual(given, vision_positions(grids, 2), segment_ends(grids))
+            made = model.backend.embed(model.processor.inputs, given, grids)
             tensor = made.tensor
             assert len(tensor) == made.count == len(given) // 4, "no row of padding is handed on"
             return np.split(np.asarray(tensor), np.cumsum([sizes[i] // 4 for i in chosen])[:-1])

@@ -11,6 +11,9 @@ from helpers.synthetic import tiny_config
 from qwen2vl_tc.artifacts.ge.proto import message_class
 from qwen2vl_tc.artifacts.store import read_manifest
 from qwen2vl_tc.exporters.torchair.passes import PASSES, run_passes
+from qwen2vl_tc.runtime.models import config_of
+from qwen2vl_tc.runtime.models.base import GraphOptions
+from qwen2vl_tc.runtime.models.qwen2_vl import graphs
 from qwen2vl_tc.toolchain.build.air import export_air
 
 GRAPHS = ("visual", "prefill", "decode_b1", "decode_b2")
@@ -44,8 +47,7 @@ def torchairs(exported: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[
     from qwen2vl_tc.exporters.torchair.converters import register_converters
     from qwen2vl_tc.exporters.torchair.device import open_device
     from qwen2vl_tc.exporters.torchair.trace import _tracing_patches
-    from qwen2vl_tc.toolchain.models.form import Form
-    from qwen2vl_tc.toolchain.models.signatures import Qwen2VL, signatures
+    from qwen2vl_tc.toolchain.models.build import empty_model, example_arguments
 
     open_device("Ascend910B2")
     register_converters()
@@ -70,16 +72,9 @@ def torchairs(exported: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[
             return (lambda data, options: saved.append(data)) if name == "export" else getattr(real, name)
 
     real = fx2ge._torchair
-    config = read_manifest(exported).model
+    config, options = config_of(read_manifest(exported)), GraphOptions(MAX_LENGTH, batches=(1, 2))
     found = {}
-    default = torch.get_default_dtype()
-    torch.set_default_dtype(torch.bfloat16)
-    try:
-        with torch.device("meta"):
-            model = Qwen2VL(config, MAX_LENGTH, Form())
-    finally:
-        torch.set_default_dtype(default)
-    model = model.to_empty(device="npu").eval().requires_grad_(False)
+    model = empty_model(config, options, "bf16").to_empty(device="npu").eval().requires_grad_(False)
     with pytest.MonkeyPatch.context() as patch, _tracing_patches(set()):
         patch.chdir(tmp_path_factory.mktemp("torchair"))
         patch.setattr(export_utils, "_convert_data_to_const", inputs_first)
@@ -90,15 +85,15 @@ def torchairs(exported: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[
             lambda inputs, names, graph: (True, sum(id(x) in names for x in inputs)),
         )
         patch.setattr(fx2ge, "_torchair", Saving())
-        for signature in signatures(model, config, torch.bfloat16, MAX_LENGTH, (1, 2), "npu"):
+        for spec in graphs(config, options):
             torchair.dynamo_export(
-                model=Method(model, signature.method.__name__),
-                export_path=signature.name,
-                export_name=signature.name,
+                model=Method(model, spec.method),
+                export_path=spec.name,
+                export_name=spec.name,
                 dynamic=True,
-                **signature.arguments,
+                **example_arguments(spec, config, "bf16", "npu"),
             )
-            found[signature.name] = message_class("ModelDef").FromString(saved.pop()).graph[0]
+            found[spec.name] = message_class("ModelDef").FromString(saved.pop()).graph[0]
     return found
 
 

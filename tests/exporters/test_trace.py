@@ -13,9 +13,10 @@ from PIL import Image
 
 from qwen2vl_tc.artifacts.ge.binding import ARGUMENT, CACHE, CONSTANT, LENGTHS, PARAMETER, Binding, binding_from_bytes
 from qwen2vl_tc.artifacts.ge.graph import read_graph
-from qwen2vl_tc.artifacts.parameters import parameters
 from qwen2vl_tc.artifacts.store import open_artifact
 from qwen2vl_tc.runtime import load
+from qwen2vl_tc.runtime.models import config_of
+from qwen2vl_tc.runtime.models.qwen2_vl import weights
 
 
 @pytest.fixture(scope="module")
@@ -30,7 +31,7 @@ def bindings(build: Any) -> dict[str, Binding]:
 def test_the_graphs_bind_every_parameter_and_nothing_else(build: Any, bindings: dict[str, Binding]) -> None:
     _, path = build("two_batches", tiny_config(tie_word_embeddings=True), batches="1,3")
     with open_artifact(path) as artifact:
-        names = [p.name for p in parameters(artifact.manifest.model)]
+        names = [p.name for p in weights(config_of(artifact.manifest))]
     text = [name for name in names if not name.startswith("visual.")]
     visual = [name for name in names if name.startswith("visual.")]
 

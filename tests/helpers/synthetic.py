@@ -6,7 +6,6 @@ the naming or the number of shards, and a bf16 checkpoint holds the rounded valu
 
 import math
 import zlib
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -14,9 +13,12 @@ from typing import Any, BinaryIO
 import ml_dtypes
 import numpy as np
 
-from qwen2vl_tc.artifacts.config import ModelConfig, model_config_from_hf
 from qwen2vl_tc.artifacts.naming import naming
 from qwen2vl_tc.artifacts.safetensors import DTYPE_NAMES, header_bytes
+from qwen2vl_tc.runtime.models import config_from_hf, family_of
+from qwen2vl_tc.runtime.models.base import Role
+from qwen2vl_tc.runtime.models.config import ModelConfig
+from qwen2vl_tc.toolchain.weights.names import new_name
 
 from .synthetic_tokenizer import SPECIAL_TOKENS, write_json, write_tokenizer
 
@@ -125,6 +127,50 @@ def tiny_config(
     return {**config, **overrides}
 
 
+# hidden, intermediate, layers, heads, kv heads, vocabulary, tied
+_PUBLISHED_2_5 = {
+    "3b": (2048, 11008, 36, 16, 2, 151936, True),
+    "7b": (3584, 18944, 28, 28, 4, 152064, False),
+    "32b": (5120, 27648, 64, 40, 8, 152064, False),
+    "72b": (8192, 29568, 80, 64, 8, 152064, False),
+}
+
+
+def published_2_5(size: str) -> dict[str, Any]:
+    """The config.json of the published Qwen2.5-VL "3b", "7b", "32b" or "72b"."""
+    vision = {"hidden_size": 1280, "intermediate_size": 3456 if size == "72b" else 3420}
+    return windowed_config(_config(*_PUBLISHED_2_5[size], vision={}), **vision)
+
+
+def windowed_config(config: dict[str, Any], **vision: Any) -> dict[str, Any]:
+    """A Qwen2.5-VL with the text model of a flat config; `vision` replaces single fields of the published tower, whose
+    window_size, depth, heads and blocks with full attention are left out as the published files do."""
+    tower = {
+        "in_chans": 3,
+        "out_hidden_size": config["hidden_size"],
+        "spatial_patch_size": 14,
+        "tokens_per_second": 2,
+        **vision,
+    }
+    names = {"architectures": ["Qwen2_5_VLForConditionalGeneration"], "model_type": "qwen2_5_vl"}
+    rope = {**config["rope_scaling"], "type": "default", "rope_type": "default"}
+    return {**config, **names, "rope_scaling": rope, "vision_config": tower}
+
+
+def tiny_windowed(**changes: Any) -> dict[str, Any]:
+    """A Qwen2.5-VL that runs in milliseconds, with windows of 2 x 2 merge windows; see tiny_config for changes."""
+    small = {
+        "depth": 4,
+        "hidden_size": 32,
+        "intermediate_size": 44,
+        "num_heads": 2,
+        "window_size": 56,
+        "fullatt_block_indexes": [1, 3],
+    }
+    vision = changes.pop("vision", {})
+    return windowed_config(tiny_config(**changes), **{**small, **vision})
+
+
 def nested_config(config: dict[str, Any], dtype: str = "bf16") -> dict[str, Any]:
     """The flat config.json in the form that transformers >= 4.52 saves: text_config, and rope inside it."""
     outer = ("architectures", "model_type", "vision_config", "tie_word_embeddings")
@@ -138,8 +184,8 @@ def nested_config(config: dict[str, Any], dtype: str = "bf16") -> dict[str, Any]
         "mrope_section": section,
         "rope_theta": text.pop("rope_theta"),
     }
-    text |= {"model_type": "qwen2_vl_text", "dtype": _TORCH_NAMES[dtype]}
-    vision = {**config["vision_config"], "model_type": "qwen2_vl_vision"}
+    text |= {"model_type": f"{config['model_type']}_text", "dtype": _TORCH_NAMES[dtype]}
+    vision = {**config["vision_config"], "model_type": f"{config['model_type']}_vision"}
     vision["in_channels"] = vision.pop("in_chans", 3)
     vision.pop("spatial_patch_size", None)
     kept = {key: config[key] for key in (*outer, *tokens) if key in config}
@@ -156,63 +202,23 @@ class _Tensor:
     mean: float = 0.0
 
 
-def _linear(name: str, outputs: int, *inputs: int, bias: bool = True, gain: float = 1.0) -> Iterator[_Tensor]:
-    yield _Tensor(f"{name}.weight", (outputs, *inputs), gain / math.sqrt(math.prod(inputs)))
-    if bias:
-        yield _Tensor(f"{name}.bias", (outputs,), 0.1)
-
-
-def _norm(name: str, width: int, bias: bool) -> Iterator[_Tensor]:
-    yield _Tensor(f"{name}.weight", (width,), 0.1, mean=1.0)
-    if bias:
-        yield _Tensor(f"{name}.bias", (width,), 0.1)
-
-
-def _tensors(config: ModelConfig) -> Iterator[_Tensor]:
+def _tensors(config: ModelConfig) -> list[_Tensor]:
     """Every tensor of a checkpoint, in the order of the model. Scaled so that logits have a deviation of LOGIT_STD."""
-    vision, text = config.vision, config.text
-    width, patch = vision.embed_dim, vision.patch_size
-    yield from _linear(
-        "visual.patch_embed.proj", width, vision.in_channels, vision.temporal_patch_size, patch, patch, bias=False
-    )
-    for i in range(vision.depth):
-        block = f"visual.blocks.{i}"
-        yield from _norm(f"{block}.norm1", width, bias=True)
-        yield from _norm(f"{block}.norm2", width, bias=True)
-        yield from _linear(f"{block}.attn.qkv", 3 * width, width)
-        yield from _linear(f"{block}.attn.proj", width, width)
-        yield from _linear(f"{block}.mlp.fc1", vision.mlp_dim, width)
-        yield from _linear(f"{block}.mlp.fc2", width, vision.mlp_dim)
-    yield from _norm("visual.merger.ln_q", width, bias=True)
-    yield from _linear("visual.merger.mlp.0", vision.merged_dim, vision.merged_dim)
-    yield from _linear("visual.merger.mlp.2", vision.hidden_size, vision.merged_dim)
-
-    hidden, inner = text.hidden_size, text.intermediate_size
-    head_std = LOGIT_STD / math.sqrt(hidden)
-    embed_std = head_std if text.tie_word_embeddings else 1.0
-    yield _Tensor("model.embed_tokens.weight", (text.vocab_size, hidden), embed_std)
-    for i in range(text.num_layers):
-        layer = f"model.layers.{i}"
-        yield from _norm(f"{layer}.input_layernorm", hidden, bias=False)
-        yield from _linear(f"{layer}.self_attn.q_proj", hidden, hidden)
-        yield from _linear(f"{layer}.self_attn.k_proj", text.kv_dim, hidden)
-        yield from _linear(f"{layer}.self_attn.v_proj", text.kv_dim, hidden)
-        yield from _linear(f"{layer}.self_attn.o_proj", hidden, hidden, bias=False)
-        yield from _norm(f"{layer}.post_attention_layernorm", hidden, bias=False)
-        yield from _linear(f"{layer}.mlp.gate_proj", inner, hidden, bias=False)
-        yield from _linear(f"{layer}.mlp.up_proj", inner, hidden, bias=False)
-        yield from _linear(f"{layer}.mlp.down_proj", hidden, inner, bias=False)
-    yield from _norm("model.norm", hidden, bias=False)
-    if not text.tie_word_embeddings:
-        yield _Tensor("lm_head.weight", (text.vocab_size, hidden), head_std)
-
-
-def _source_name(legacy: str, names: str) -> str:
-    if names == "legacy" or legacy.startswith("lm_head."):
-        return legacy
-    if legacy.startswith("visual."):
-        return f"model.{legacy}"
-    return f"model.language_model.{legacy.removeprefix('model.')}"
+    made: dict[str, _Tensor] = {}
+    head_std = LOGIT_STD / math.sqrt(config.text.hidden_size)
+    stds = {
+        Role.BIAS: 0.1,
+        Role.NORM: 0.1,
+        Role.SHIFT: 0.1,
+        Role.EMBEDDING: head_std if config.text.tie_word_embeddings else 1.0,
+        Role.HEAD: head_std,
+    }
+    for weight in family_of(config).weights(config):
+        for name, shape, _ in weight.parts:
+            std = stds.get(weight.role) or 1 / math.sqrt(math.prod(shape[1:]))
+            # the patch embedding's kernel makes two tensors
+            made.setdefault(name, _Tensor(name, shape, std, float(weight.role is Role.NORM)))
+    return list(made.values())
 
 
 def _fill(file: BinaryIO, tensor: _Tensor, seed: int, dtype: str) -> None:
@@ -263,16 +269,16 @@ def write_checkpoint(
     zeros: leave the data a hole in the file, which takes no disk: for shapes too large to write out.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    model = model_config_from_hf(config)
+    model = config_from_hf(config)
     plain = {**config, "torch_dtype": _TORCH_NAMES[dtype]}
     write_json(folder / "config.json", nested_config(plain, dtype) if layout == "nested" else plain)
-    tensors = list(_tensors(model))
+    tensors = _tensors(model)
     # by name, as save_pretrained does: unlike the model's own order
     parts = _shards(sorted(tensors, key=lambda t: t.name), shards)
     index: dict[str, str] = {}
     for number, part in enumerate(parts, start=1):
         file_name = "model.safetensors" if shards == 1 else f"model-{number:05}-of-{len(parts):05}.safetensors"
-        stored = [(_source_name(t.name, names), t) for t in part]
+        stored = [(new_name(t.name) if names == "new" else t.name, t) for t in part]
         if stored_head and model.text.tie_word_embeddings and number == len(parts):
             embedding = next(t for t in tensors if t.name == "model.embed_tokens.weight")
             stored.append(("lm_head.weight", embedding))

@@ -24,7 +24,6 @@ from qwen2vl_tc.artifacts.errors import (
 from qwen2vl_tc.artifacts.store import Artifact
 from qwen2vl_tc.runtime import Model, load, loader
 from qwen2vl_tc.runtime.backends.base import Backend
-from qwen2vl_tc.runtime.pictures.vision import segment_ends, vision_positions
 from qwen2vl_tc.toolchain.build.compile import CompileOptions, compile_config
 
 QUESTION = [{"role": "user", "content": "Say something."}]
@@ -59,8 +58,8 @@ NOT_OF_TORCH = ("torch._dynamo", "torch._inductor", "torch.onnx", "sympy")
 KERNELS = ("operators", "kernel", "attention", "indexing", "norms", "pointwise", "shapes")
 GE = ("bound", "checks", *KERNELS)
 BACKENDS = {
-    "reference": {"base", "ge", "reference", *(f"ge.{name}" for name in (*GE, "executor"))},
-    "npu": {"base", "ge", "npu", *(f"ge.{name}" for name in GE)},
+    "reference": {"base", "ge", "model", "reference", "weights", *(f"ge.{name}" for name in (*GE, "executor"))},
+    "npu": {"base", "ge", "model", "npu", "weights", *(f"ge.{name}" for name in GE)},
     "onnxruntime": {"base", "onnx_check", "onnx_proto", "onnxruntime"},
 }
 
@@ -272,10 +271,10 @@ def test_an_artifact_that_failed_its_verification_is_not_served(artifact: Path, 
 
 
 def test_a_picture_longer_than_the_rotary_table_is_refused_before_any_compute(model: Model) -> None:
-    grid = [[1, 22, 4098]]
+    grid = np.array([[1, 22, 4098]])
     patches = np.zeros((22 * 4098, 1176), np.uint8)
     with pytest.raises(RequestError, match="a picture is 4098 patches long, the visual graph takes 4096; make it"):
-        model.backend.visual(patches, vision_positions(grid, 2), segment_ends(grid))
+        model.backend.embed(model.processor.inputs, patches, grid)
 
 
 def test_an_observer_sees_every_intermediate_by_graph_and_name(artifact: Path, model: Model) -> None:

@@ -12,11 +12,13 @@ import torch
 from helpers.synthetic import tiny_config
 from transformers.models.qwen2_vl.modeling_qwen2_vl import Qwen2VLModel
 
-from qwen2vl_tc.artifacts.config import ModelConfig, model_config_from_hf
 from qwen2vl_tc.artifacts.errors import RequestError
-from qwen2vl_tc.runtime.text.positions import rope_positions
+from qwen2vl_tc.runtime.models import config_from_hf
+from qwen2vl_tc.runtime.models.base import Picture
+from qwen2vl_tc.runtime.models.config import ModelConfig
+from qwen2vl_tc.runtime.models.positions import rope_positions
 
-CONFIG = model_config_from_hf(tiny_config())
+CONFIG = config_from_hf(tiny_config())
 # get_rope_index of transformers 4.51.3: prompts, each with its positions [3, tokens], or the last of them, and delta
 RECORDED = json.loads((Path(__file__).parents[1] / "data" / "mrope_video.json").read_text())
 Grid = tuple[int, int, int]
@@ -35,6 +37,11 @@ def prompt_of(*parts: int | tuple[str, Grid], config: ModelConfig = CONFIG) -> t
         ids += [token] * (grid[0] * grid[1] * grid[2] // 4)
         grids[kind].append(grid)
     return ids, grids["image"], grids["video"]
+
+
+def positions_of(ids: list[int], images: list[Grid], videos: list[Grid], start: int = 0) -> tuple[np.ndarray, int]:
+    pictures = [Picture(kind, grid) for kind, grids in (("image", images), ("video", videos)) for grid in grids]
+    return rope_positions(ids, pictures, CONFIG, start)
 
 
 def trained(ids: list[int], images: list[Grid], videos: list[Grid]) -> tuple[np.ndarray, int]:
@@ -115,7 +122,7 @@ def test_positions_and_delta_are_those_recorded_of_the_rule_that_checkpoints_wer
         # the two marks around a clip or picture are text
         parts += [part] if isinstance(part, int) else [1, (part[0], tuple(part[1])), 1]
     given = prompt_of(*parts)
-    positions, delta = rope_positions(*given, CONFIG)
+    positions, delta = positions_of(*given)
     assert (positions[:, -1].tolist(), delta) == (case["last"], case["delta"])
     if "positions" in case:
         assert positions.tolist() == case["positions"]
@@ -125,7 +132,7 @@ def test_positions_and_delta_are_those_recorded_of_the_rule_that_checkpoints_wer
 @pytest.mark.parametrize("parts", MIXES.values(), ids=MIXES.keys())
 def test_positions_and_delta_are_those_of_training(parts):
     given = prompt_of(*parts)
-    agree(rope_positions(*given, CONFIG), trained(*given))
+    agree(positions_of(*given), trained(*given))
 
 
 def is_short(part: Any) -> bool:
@@ -137,7 +144,7 @@ def is_short(part: Any) -> bool:
 )
 def test_positions_and_delta_are_those_of_transformers_but_after_long_clips(parts):
     given = prompt_of(*parts)
-    agree(rope_positions(*given, CONFIG), installed(*given))
+    agree(positions_of(*given), installed(*given))
 
 
 def test_random_mixes_have_the_positions_of_training_and_without_long_clips_those_of_transformers():
@@ -150,17 +157,17 @@ def test_random_mixes_have_the_positions_of_training_and_without_long_clips_thos
             parts += [image(1, 2 * h, 2 * w) if random.random() < 0.6 else video(t, 2 * h, 2 * w)]
             parts += [int(random.integers(0, 9))]
         given = prompt_of(*parts)
-        agree(rope_positions(*given, CONFIG), trained(*given))
+        agree(positions_of(*given), trained(*given))
         if all(map(is_short, parts)) and 0 not in parts:
             # it takes clips that touch for one
-            agree(rope_positions(*given, CONFIG), installed(*given))
+            agree(positions_of(*given), installed(*given))
             compared += 1
     assert 50 < compared < 180
 
 
 def test_two_images_without_text_between_them_keep_a_grid_each():
     ids, images, videos = prompt_of(2, image(1, 4, 4), image(1, 2, 6), 1)
-    positions, _ = rope_positions(ids, images, videos, CONFIG)
+    positions, _ = positions_of(ids, images, videos)
     # 2 texts; 2 x 2 from 2 on; 1 x 3 from 4 on; the text after that at 4 + 3
     assert positions[1].tolist() == [0, 1, 2, 2, 3, 3, 4, 4, 4, 7]
     assert positions[2].tolist() == [0, 1, 2, 3, 2, 3, 4, 5, 6, 7]
@@ -172,11 +179,11 @@ def test_two_images_without_text_between_them_keep_a_grid_each():
 )
 def test_a_conversation_continued_from_the_next_position_has_the_positions_of_the_whole(begun, parts):
     first, first_images, first_videos = prompt_of(*begun)
-    _, delta = rope_positions(first, first_images, first_videos, CONFIG)
+    _, delta = positions_of(first, first_images, first_videos)
     following = len(first) + delta
 
     more, more_images, more_videos = prompt_of(*parts)
-    added, added_delta = rope_positions(more, more_images, more_videos, CONFIG, start=following)
+    added, added_delta = positions_of(more, more_images, more_videos, start=following)
 
     whole, _ = trained(first + more, first_images + more_images, first_videos + more_videos)
     np.testing.assert_array_equal(added, whole[:, len(first) :])
@@ -198,9 +205,9 @@ def test_a_conversation_continued_from_the_next_position_has_the_positions_of_th
 )
 def test_placeholders_that_do_not_match_the_pictures_are_refused(ids, images, videos, said):
     with pytest.raises(RequestError, match=said):
-        rope_positions(ids, images, videos, CONFIG)
+        positions_of(ids, images, videos)
 
 
 def test_a_negative_start_is_refused():
     with pytest.raises(RequestError, match="start"):
-        rope_positions([1], [], [], CONFIG, start=-1)
+        positions_of([1], [], [], start=-1)

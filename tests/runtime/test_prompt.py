@@ -12,13 +12,14 @@ from PIL import Image
 from transformers import AutoTokenizer, Qwen2VLProcessor
 from transformers.processing_utils import ProcessorMixin
 
-from qwen2vl_tc.artifacts.config import ModelConfig, model_config_from_hf
 from qwen2vl_tc.artifacts.errors import ArtifactError, RequestError
+from qwen2vl_tc.runtime.models import config_from_hf
+from qwen2vl_tc.runtime.models.config import ModelConfig
 from qwen2vl_tc.runtime.pictures.patches import PatchGrid, image_patches
 from qwen2vl_tc.runtime.text.prompt import Processor
 from qwen2vl_tc.toolchain.verify.hf_processor import default_image_processor
 
-CONFIG = model_config_from_hf(tiny_config())
+CONFIG = config_from_hf(tiny_config())
 
 
 class PicturesOnly(Qwen2VLProcessor):
@@ -325,7 +326,7 @@ def test_a_damaged_file_is_named(files, name, data):
 
 def test_a_tokenizer_without_the_models_placeholders_is_refused(files):
     other = tiny_config(vocab_size=400)
-    config: ModelConfig = model_config_from_hf(other)
+    config: ModelConfig = config_from_hf(other)
     with pytest.raises(ArtifactError, match="placeholder"):
         Processor(files, config)
 
@@ -388,12 +389,12 @@ def test_preparing_a_request_needs_neither_torch_nor_transformers(folder):
     code = """
 import sys
 from pathlib import Path
-from qwen2vl_tc.artifacts.config import model_config_from_hf
+from qwen2vl_tc.runtime.models import config_from_hf
 from qwen2vl_tc.runtime.text.prompt import Processor
 import json
 folder = Path(sys.argv[1])
 files = {path.name: path.read_bytes() for path in folder.glob("*.json")}
-prompt = Processor(files, model_config_from_hf(json.loads(files["config.json"]))).prepare("hello")
+prompt = Processor(files, config_from_hf(json.loads(files["config.json"]))).prepare("hello")
 assert len(prompt.token_ids)
 loaded = {"torch", "torch_npu", "torchvision", "transformers"} & set(sys.modules)
 assert not loaded, loaded

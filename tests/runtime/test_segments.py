@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from qwen2vl_tc.runtime.pictures.segments import pieces, plan_packed, plan_runs, rows_of
+from qwen2vl_tc.runtime.models.segments import pieces, plan_packed, plan_runs, rows_of
 
 SIZES = st.lists(st.integers(1, 40).map(lambda n: 4 * n), min_size=1, max_size=12)
 

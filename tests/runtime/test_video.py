@@ -198,7 +198,7 @@ def test_a_clip_records_the_rate_that_its_frames_were_sampled_at(clips, rule, wa
     clip = cut_video(clips("short.mp4"), FrameRequest(**wanted), SMALL, PUBLISHED, options)
     taken, of = map(int, sampled.split(" of "))
     # transformers: second_per_grid_ts = temporal_patch_size / (len(frames_indices) / total_num_frames * fps)
-    assert clip.seconds_per_grid == pytest.approx(2 / (taken / of * 24))
+    assert clip.seconds == pytest.approx(2 / (taken / of * 24))
     assert clip.kind == "video" and clip.grid[0] == taken // 2
     assert len(opened) == 1
 
@@ -209,7 +209,7 @@ def test_a_clip_records_the_rate_that_its_frames_were_sampled_at(clips, rule, wa
 )
 def test_a_list_of_frames_has_the_rate_that_the_request_says(wanted, seconds):
     frames = [moving_frame(i, 56, 56) for i in range(3)]
-    assert cut_video(frames, FrameRequest(**wanted), SMALL, PUBLISHED, VisionOptions()).seconds_per_grid == seconds
+    assert cut_video(frames, FrameRequest(**wanted), SMALL, PUBLISHED, VisionOptions()).seconds == seconds
     with pytest.raises(RequestError, match="fps is 'fast', expected a number"):
         cut_video(frames, FrameRequest(**dict.fromkeys(wanted or ["fps"], "fast")), SMALL, PUBLISHED, VisionOptions())
 

@@ -9,7 +9,8 @@ from transformers import vision_utils
 from transformers.models.qwen2_vl import image_processing_pil_qwen2_vl as original
 
 from qwen2vl_tc.artifacts.errors import ArtifactError, RequestError
-from qwen2vl_tc.runtime.pictures.vision import image_settings_from_hf, segment_ends, vision_positions
+from qwen2vl_tc.runtime.models.positions import segment_ends, vision_positions
+from qwen2vl_tc.runtime.pictures.vision import image_settings_from_hf
 
 GRIDS = [
     [(1, 2, 2)],

@@ -18,9 +18,9 @@ from qwen2vl_tc.artifacts.manifest import GePart, Manifest
 from qwen2vl_tc.artifacts.schema import from_plain
 from qwen2vl_tc.artifacts.staging import Staging
 from qwen2vl_tc.artifacts.store import open_artifact, read_manifest
-from qwen2vl_tc.toolchain.build.build import build as build_module
+from qwen2vl_tc.toolchain.build import build as build_module
+from qwen2vl_tc.toolchain.verify import verify
 from qwen2vl_tc.toolchain.verify.report import VerifyReport
-from qwen2vl_tc.toolchain.verify.verify import verify
 
 from .conftest import TINY, Run
 

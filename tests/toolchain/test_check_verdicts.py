@@ -19,6 +19,7 @@ from qwen2vl_tc.artifacts.ge.binding import binding_from_bytes
 from qwen2vl_tc.artifacts.ge.graph import read_graph
 from qwen2vl_tc.artifacts.ge.ops import ATTENTIONS
 from qwen2vl_tc.artifacts.store import ge_part, open_artifact
+from qwen2vl_tc.runtime.models import config_of, graphs_of
 from qwen2vl_tc.toolchain.check.facts import NodeFacts, graph_facts, node_facts
 from qwen2vl_tc.toolchain.check.rules import BLOCKING, rule_set
 from qwen2vl_tc.toolchain.check.sizes import pictures, prompt
@@ -213,12 +214,14 @@ def sizes_of(graph: str) -> Iterator[tuple[str, Lengths]]:
 def attentions(path: Path) -> Iterator[tuple[str, Attention, NodeFacts]]:
     """The attention nodes of every graph of an artifact, at every size of `sizes_of`."""
     with open_artifact(path) as artifact:
-        for graph in ge_part(artifact.manifest, path).graphs:
+        config, part = config_of(artifact.manifest), ge_part(artifact.manifest, path)
+        specs_of = graphs_of(config, part)
+        for graph in part.graphs:
             binding = binding_from_bytes(artifact.read(graph.binding), graph.name)
             parsed = read_graph(artifact.read(graph.graph), graph.name)
             about = graph_facts(parsed, binding)
             for title, lengths in sizes_of(graph.name):
-                specs = propagate(parsed, input_specs(binding, lengths), graph.name)
+                specs = propagate(parsed, input_specs(binding, specs_of[graph.name], config, lengths), graph.name)
                 for each in live_nodes(parsed):
                     if each.op in ATTENTIONS:
                         facts = node_facts(each, specs, frozenset(), about)

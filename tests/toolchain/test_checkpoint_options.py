@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 from helpers.synthetic import tiny_config
 
-from qwen2vl_tc.artifacts.config import model_config_from_hf
 from qwen2vl_tc.artifacts.errors import TargetError
 from qwen2vl_tc.artifacts.store import read_manifest
+from qwen2vl_tc.runtime.models import config_from_hf
 from qwen2vl_tc.toolchain.build.compile import CompileOptions, cache_length
 from qwen2vl_tc.toolchain.build.onnx import OnnxOptions
 
@@ -18,7 +18,7 @@ from .conftest import Run
 
 @pytest.mark.parametrize(("most", "length"), [(64, 64), (8192, 8192), (32768, 8192)])
 def test_the_cache_has_8192_positions_or_as_many_as_the_model_was_made_for(most: int, length: int) -> None:
-    config = model_config_from_hf(tiny_config(max_position_embeddings=most))
+    config = config_from_hf(tiny_config(max_position_embeddings=most))
     assert cache_length(None, config) == length
     assert cache_length(most, config) == most
     CompileOptions().check(config)

@@ -15,10 +15,10 @@ import typer
 from helpers.clips import write_clip
 from helpers.synthetic import published, write_checkpoint
 
-from qwen2vl_tc.artifacts.config import model_config_from_hf
 from qwen2vl_tc.artifacts.errors import ArtifactError
 from qwen2vl_tc.artifacts.manifest import empty_manifest
 from qwen2vl_tc.artifacts.store import read_manifest
+from qwen2vl_tc.runtime.models import config_from_hf, to_plain
 from qwen2vl_tc.toolchain.cli import locate
 from qwen2vl_tc.toolchain.cli import output as cli_output
 from qwen2vl_tc.toolchain.cli import values as cli_values
@@ -355,8 +355,8 @@ def test_verify_prints_a_table_or_one_object_and_ends_with_1_when_it_fails(
     run: Run, built: Path, checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from qwen2vl_tc.artifacts.schema import from_plain
+    from qwen2vl_tc.toolchain.verify import verify
     from qwen2vl_tc.toolchain.verify.report import VerifyReport
-    from qwen2vl_tc.toolchain.verify.verify import verify
 
     passed = from_plain(VerifyReport, json.loads((built / "reports/verify.json").read_text()), "report")
     reports = iter([passed, passed, dataclasses.replace(passed, passed=False)])
@@ -374,7 +374,7 @@ def test_a_model_that_one_device_cannot_hold_is_compiled_with_a_warning(
 ) -> None:
     part = read_manifest(built).ge
     assert part is not None
-    large = dataclasses.replace(empty_manifest("72b", model_config_from_hf(published("72b"))), ge=part)
+    large = dataclasses.replace(empty_manifest("72b", to_plain(config_from_hf(published("72b")))), ge=part)
     cli_output.print_compiled(large)
     printed = capsys.readouterr()
     assert "warning: 72b needs 29" in printed.err

@@ -1,6 +1,7 @@
 """The demo model is a real, small checkpoint, and it has learned what the README says."""
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -145,8 +146,7 @@ def test_its_fp32_logits_agree_with_transformers(model: Model, loaded: tuple[Any
         cache = backend.allocate(1)
         length = len(prompt.token_ids)
         assert whole.token_ids[:length].tolist() == prompt.token_ids.tolist()
-        merge = model.processor.config.vision.spatial_merge_size
-        step = prefill_prompt(backend, cache, 0, prompt, merge, Timings())
+        step = prefill_prompt(backend, cache, 0, prompt, model.processor, Timings())
         for at in range(length, len(whole.token_ids)):
             assert np.abs(backend.logits(step)[0] - theirs[at - 1]).max() < FP32_TOLERANCE
             where = np.array([at], np.int64)
@@ -175,5 +175,6 @@ def test_it_holds_what_a_published_checkpoint_holds() -> None:
 def test_what_its_commands_cannot_do_they_say_without_a_traceback(words: list[str], said: str, tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     command = [sys.executable, "-m", "scripts.demo_model", *words]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
     assert done.returncode == 2 and said in done.stderr and "Traceback" not in done.stderr

@@ -22,7 +22,7 @@ from PIL import Image
 from qwen2vl_tc.artifacts.errors import ArtifactError, TargetError
 from qwen2vl_tc.artifacts.store import Artifact, open_artifact, read_manifest
 from qwen2vl_tc.runtime import Model, load, loader
-from qwen2vl_tc.runtime.backends.ge.bound import mapped_bytes
+from qwen2vl_tc.runtime.backends.weights import mapped_bytes
 from qwen2vl_tc.runtime.requests.answer import Timings
 from qwen2vl_tc.runtime.requests.generate import prefill_prompt
 from qwen2vl_tc.toolchain.eager import eager, npu_ops
@@ -35,14 +35,16 @@ QUESTIONS: list[Any] = [
     [{"role": "user", "content": "Say something."}],
     [{"role": "user", "content": [{"type": "image", "image": Image.new("RGB", (56, 56), (90, 0, 0))}] * 2}],
 ]
-GRAPHS = Path(__file__).parents[2] / "toolchain" / "graphs"
+MODELS = Path(__file__).parents[2] / "toolchain" / "models"
 
 
 def steps(model: Model, count: int) -> list[np.ndarray]:
     """Logits of a batch of unequal prompts: of every row's prefill, then of `count` batched decode steps."""
     backend, prompts = model.backend, [model.processor.prepare(question) for question in QUESTIONS]
     cache = backend.allocate(len(prompts))
-    firsts = [prefill_prompt(backend, cache, row, prompt, 2, Timings()) for row, prompt in enumerate(prompts)]
+    firsts = [
+        prefill_prompt(backend, cache, row, prompt, model.processor, Timings()) for row, prompt in enumerate(prompts)
+    ]
     found = [backend.logits(first) for first in firsts]
     lengths = np.array([len(prompt.token_ids) for prompt in prompts])
     positions = lengths + np.array([prompt.delta for prompt in prompts])
@@ -118,7 +120,7 @@ def test_weights_are_the_mapped_ones(built: Path) -> None:
 
 
 def test_every_operator_that_the_modules_call_has_a_cpu_kernel() -> None:
-    called = {name for file in GRAPHS.glob("*.py") for name in re.findall(r"torch\.ops\.npu\.(\w+)", file.read_text())}
+    called = {name for file in MODELS.glob("*.py") for name in re.findall(r"torch\.ops\.npu\.(\w+)", file.read_text())}
     assert called == set(npu_ops.KERNELS)
 
 
@@ -147,7 +149,7 @@ from qwen2vl_tc.artifacts.host.process import prepare_process
 prepare_process()
 from qwen2vl_tc.exporters.torchair.device import open_device
 from qwen2vl_tc.runtime import load
-from qwen2vl_tc.toolchain import npu_ops
+from qwen2vl_tc.toolchain.eager import npu_ops
 from qwen2vl_tc.toolchain.host.execute_mode import engine
 
 def schemas():

@@ -16,7 +16,6 @@ from safetensors.numpy import load as load_tensors
 from safetensors.numpy import save as save_tensors
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from qwen2vl_tc.artifacts.config import model_config_from_hf
 from qwen2vl_tc.artifacts.errors import ArtifactError, TargetError
 from qwen2vl_tc.artifacts.integrity import hash_bytes
 from qwen2vl_tc.artifacts.manifest import OwnError, SelftestPart
@@ -28,6 +27,7 @@ from qwen2vl_tc.runtime import load
 from qwen2vl_tc.runtime.backends.base import Step
 from qwen2vl_tc.runtime.backends.ge import operators
 from qwen2vl_tc.runtime.backends.reference import ReferenceBackend
+from qwen2vl_tc.runtime.models import config_from_hf, config_of
 from qwen2vl_tc.toolchain.selftest import inputs as inputs_module
 from qwen2vl_tc.toolchain.selftest import wide
 from qwen2vl_tc.toolchain.selftest.compare import FLOOR, distance, limit_of
@@ -40,7 +40,7 @@ from qwen2vl_tc.toolchain.verify.verify import VerifyReport, store_report, verif
 
 from .conftest import TINY, Run
 
-CONFIG = model_config_from_hf(TINY)
+CONFIG = config_from_hf(TINY)
 
 
 def silent(step: str, done: int, total: int) -> None:
@@ -56,7 +56,7 @@ def part_of(path: Path) -> SelftestPart:
 def stored(path: Path) -> tuple[Known, bytes]:
     with open_artifact(path) as artifact:
         data = artifact.read(part_of(path).file)
-        return from_bytes(data, artifact.manifest.model, "here"), data
+        return from_bytes(data, config_of(artifact.manifest), "here"), data
 
 
 @pytest.fixture
@@ -133,7 +133,7 @@ def test_weights_are_widened_a_block_at_a_time(build: Any, monkeypatch: pytest.M
     _, path = build("npu", tiny_config(), dtype="bf16", batches="1,3", max_length=2048)
     block = 2048
     with open_artifact(path) as artifact:
-        inputs = make_inputs(artifact.manifest.model, 64)
+        inputs = make_inputs(config_of(artifact.manifest), 64)
         monkeypatch.setattr(operators, "_WIDENED_VALUES", block)
         backend = wide.WideBackend(artifact)
         cache = backend.allocate(1)
@@ -142,7 +142,7 @@ def test_weights_are_widened_a_block_at_a_time(build: Any, monkeypatch: pytest.M
         with Widened() as seen:
             places = script.positions[:, :7]
             backend.prefill(cache, 0, 0, script.token_ids[:7], places, None, np.zeros(0, np.int64))
-        text = artifact.manifest.model.text
+        text = config_of(artifact.manifest).text
     smallest = text.hidden_size * text.kv_dim
     assert seen.largest <= block <= smallest < text.vocab_size * text.hidden_size
 
@@ -166,7 +166,7 @@ def test_a_cache_too_short_for_it_is_said_and_the_verification_stands(built: Pat
 
 @pytest.mark.parametrize("size", ["2b", "7b", "72b"])
 def test_it_takes_a_few_megabytes_at_any_size(size: str) -> None:
-    config = model_config_from_hf(published(size))
+    config = config_from_hf(published(size))
     inputs = make_inputs(config, 8192)
     random = np.random.default_rng(0)
     outputs = {}
@@ -310,6 +310,6 @@ def test_the_decode_steps_follow_the_graph_s_own_positions(build: Any) -> None:
         return dataclasses.replace(out, positions=out.positions + 100 * (out.positions < backend.max_length))
 
     backend.decode = recorded
-    list(observe(backend, model.manifest.model, make_inputs(model.manifest.model, 64), [3]))
+    list(observe(backend, config_of(model.manifest), make_inputs(config_of(model.manifest), 64), [3]))
     first, second = fed[:2]
     assert [b - a for a, b in zip(first, second, strict=True)] == [101] * 3

@@ -16,6 +16,7 @@ from qwen2vl_tc.artifacts.ge.ops import op_kind
 from qwen2vl_tc.artifacts.store import open_artifact
 from qwen2vl_tc.runtime.backends.ge.operators import OPERATORS, TORCH_DTYPES
 from qwen2vl_tc.runtime.backends.reference import ReferenceBackend
+from qwen2vl_tc.runtime.models import config_of, graphs_of
 from qwen2vl_tc.toolchain.inspect.cost import Lengths, input_specs
 from qwen2vl_tc.toolchain.inspect.shapes import RULES, TensorSpec, live_nodes, propagate
 
@@ -60,11 +61,13 @@ def test_every_shape_and_dtype_is_the_one_that_the_reference_executor_makes(form
     with open_artifact(path) as artifact:
         part = artifact.manifest.ge
         assert part is not None
+        config = config_of(artifact.manifest)
+        specs_of = graphs_of(config, part)
         assert set(real) == {graph.name for graph in part.graphs} == {"visual", "prefill", "decode_b1", "decode_b2"}
         for each in part.graphs:
             graph = read_graph(artifact.read(each.graph), each.name)
             binding = binding_from_bytes(artifact.read(each.binding), each.name)
-            specs = propagate(graph, input_specs(binding, LENGTHS), each.name)
+            specs = propagate(graph, input_specs(binding, specs_of[each.name], config, LENGTHS), each.name)
             running = [node.name for node in live_nodes(graph) if op_kind(node.op) != "data"]
             assert set(running) == set(real[each.name])
             ruled = {name: [(spec.dtype, spec.shape) for spec in specs[name]] for name in running}

@@ -10,7 +10,7 @@ from helpers.synthetic import nested_config, published, tiny_config, write_check
 from helpers.synthetic_tokenizer import SPECIAL_TOKENS
 from safetensors.numpy import load_file
 
-from qwen2vl_tc.artifacts.config import model_config_from_hf
+from qwen2vl_tc.runtime.models import config_from_hf
 
 
 @pytest.mark.parametrize(
@@ -57,7 +57,7 @@ def test_published_special_tokens_have_their_ids() -> None:
 
 @pytest.mark.parametrize("size", ["2b", "7b", "72b"])
 def test_both_config_layouts_describe_one_model(size: str) -> None:
-    assert model_config_from_hf(published(size)) == model_config_from_hf(nested_config(published(size)))
+    assert config_from_hf(published(size)) == config_from_hf(nested_config(published(size)))
 
 
 def test_values_depend_on_the_seed_alone(tmp_path: Path) -> None:

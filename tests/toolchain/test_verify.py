@@ -23,16 +23,17 @@ from qwen2vl_tc.artifacts.store import open_artifact, read_manifest
 from qwen2vl_tc.runtime import load
 from qwen2vl_tc.runtime.backends.reference import ReferenceBackend
 from qwen2vl_tc.runtime.loader import open_processor
+from qwen2vl_tc.runtime.models import config_of
+from qwen2vl_tc.runtime.models.base import GraphOptions, Picture
+from qwen2vl_tc.runtime.models.positions import rope_positions
 from qwen2vl_tc.runtime.text import prompt
-from qwen2vl_tc.runtime.text.positions import rope_positions
 from qwen2vl_tc.toolchain.build.compile import CompileOptions, compile_artifact
-from qwen2vl_tc.toolchain.models.constants import constant_tables
-from qwen2vl_tc.toolchain.models.form import Form
+from qwen2vl_tc.toolchain.models.build import constant_tables
+from qwen2vl_tc.toolchain.verify import verify as module
 from qwen2vl_tc.toolchain.verify.cases import make_cases
 from qwen2vl_tc.toolchain.verify.reference import trained_positions
 from qwen2vl_tc.toolchain.verify.report import TOLERANCES, compare, second_opinion
 from qwen2vl_tc.toolchain.verify.verify import REPORT_PATH, VerifyReport, render, verify, verify_artifact
-from qwen2vl_tc.toolchain.verify.verify import verify as module
 from qwen2vl_tc.toolchain.weights.convert import convert
 
 STEPS = 4
@@ -94,10 +95,11 @@ def up_before_gate(tensors: Tensors, manifest: Manifest) -> None:
 
 def half_the_rope_theta(tensors: Tensors, manifest: Manifest) -> None:
     if "text_rope" in tensors:
-        text = dataclasses.replace(manifest.model.text, rope_theta=manifest.model.text.rope_theta / 2)
+        config = config_of(manifest)
+        text = dataclasses.replace(config.text, rope_theta=config.text.rope_theta / 2)
         old = tensors["text_rope"]
-        wrong = constant_tables(dataclasses.replace(manifest.model, text=text), len(old) - 1, old.dtype, Form())
-        tensors["text_rope"] = wrong["text_rope"]
+        wrong = constant_tables(dataclasses.replace(config, text=text), GraphOptions(len(old) - 1), "fp32")
+        tensors["text_rope"] = wrong["text_rope"].to(old.dtype)
 
 
 def rows_for_columns(tensors: Tensors, manifest: Manifest) -> None:
@@ -392,7 +394,8 @@ def test_a_cache_too_short_for_the_prompts_is_refused_with_the_length_it_takes(f
 
 def text_inside_the_clip(ids: Any, images: Any, videos: Any, config: Any) -> tuple[np.ndarray, int]:
     """The rule of transformers from 5.3 on: text goes on max(h, w) behind a clip's beginning, however long it is."""
-    positions, delta = rope_positions(ids, images, videos, config)
+    pictures = [*(Picture("image", grid) for grid in images), *(Picture("video", grid) for grid in videos)]
+    positions, delta = rope_positions(ids, pictures, config)
     if len(videos):
         ((t, h, w),) = videos.tolist()
         before = t - max(h, w) // config.vision.spatial_merge_size

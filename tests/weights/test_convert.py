@@ -17,12 +17,12 @@ from helpers.synthetic import tiny_config, write_checkpoint
 from helpers.synthetic_tokenizer import CHAT_TEMPLATE
 from safetensors import safe_open
 
-from qwen2vl_tc.artifacts.config import model_config_from_hf
 from qwen2vl_tc.artifacts.errors import ArtifactError, TargetError, WeightError
 from qwen2vl_tc.artifacts.manifest import FileEntry, GePart, Graph
-from qwen2vl_tc.artifacts.parameters import parameters
 from qwen2vl_tc.artifacts.staging import stage
 from qwen2vl_tc.artifacts.store import open_artifact
+from qwen2vl_tc.runtime.models import config_from_hf
+from qwen2vl_tc.runtime.models.qwen2_vl import weights
 from qwen2vl_tc.toolchain.weights import convert as convert_module
 from qwen2vl_tc.toolchain.weights import stream
 from qwen2vl_tc.toolchain.weights.convert import convert, convert_checkpoint
@@ -162,7 +162,7 @@ def test_shards_follow_load_order_aligned_and_whole(tmp_path: Path) -> None:
         f"weights/model-{i:05}-of-{count:05}.safetensors" for i in range(1, count + 1)
     ]
     assert count > 2
-    assert names == [p.name for p in parameters(model_config_from_hf(tiny_config()))]
+    assert names == [p.name for p in weights(config_from_hf(tiny_config()))]
 
 
 def test_folding_is_exact_at_the_mean_colour(tmp_path: Path) -> None:

@@ -13,14 +13,14 @@ from helpers.synthetic import tiny_config, write_checkpoint
 from transformers import AutoTokenizer, Qwen2VLProcessor
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
-from qwen2vl_tc.artifacts.config import model_config_from_hf
 from qwen2vl_tc.artifacts.errors import ConfigError
+from qwen2vl_tc.runtime.models import config_from_hf
 from qwen2vl_tc.runtime.text.prompt import Processor
 from qwen2vl_tc.toolchain.weights.processor import ProcessorFiles, read_processor
 
 # the tokenizer's own size: a new token gets the next id
 PLAIN = tiny_config(vocab_size=294)
-CONFIG = model_config_from_hf(PLAIN)
+CONFIG = config_from_hf(PLAIN)
 ADDED = {"lstrip": False, "normalized": False, "rstrip": False, "single_word": False}
 
 
@@ -351,8 +351,8 @@ def test_a_token_keeps_its_id_where_the_vocabulary_has_a_gap(tmp_path: Path) -> 
     folder = write_checkpoint(tmp_path / "hf", plain, tokenizer=True)
     tokenizer_config(folder, tokenizer_class="PreTrainedTokenizerFast")
     decoder(folder, _320={"content": "<|click|>"})
-    found = read_processor(folder, model_config_from_hf(plain), plain)
-    ours = Processor(found.files, model_config_from_hf(plain)).tokenizer.encode(SENTENCE).ids
+    found = read_processor(folder, config_from_hf(plain), plain)
+    ours = Processor(found.files, config_from_hf(plain)).tokenizer.encode(SENTENCE).ids
     assert ours == AutoTokenizer.from_pretrained(str(folder))(SENTENCE)["input_ids"]
     assert 320 in ours
 

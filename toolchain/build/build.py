@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from ...artifacts.errors import MissingDependencyError
 from ...artifacts.manifest import Manifest, empty_manifest
+from ...runtime.models import to_plain
 from ...artifacts.staging import Staging, stage
 from .compile import CompileOptions, stage_graphs
 from ..cli.console import BytesProgress, StepProgress
@@ -77,7 +78,7 @@ def build(
         with phases.copy("convert") as copied:
             converted = convert_planned(plan, staging, copied)
         manifest = replace(
-            empty_manifest(artifact_name(src), converted.model),
+            empty_manifest(artifact_name(src), to_plain(converted.model)),
             weights=converted.weights,
             processor=converted.processor,
         )

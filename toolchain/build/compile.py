@@ -6,20 +6,19 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ...artifacts.ge.binding import CONSTANT, LENGTHS, PARAMETER, Binding
-from ...artifacts.config import ModelConfig, model_config_from_hf
 from ...artifacts.errors import ArtifactError, ConfigError, TargetError
 from ...artifacts.manifest import DTYPES, OPERATORS, VISUAL_ATTENTION, FileEntry, GePart, Graph, Manifest, OperatorNote, Tensor, empty_manifest
-from ...artifacts.parameters import FP32, parameters
 from ...artifacts.safetensors import GRAPH_DTYPE_NAMES, header_bytes
 from ...artifacts.schema import parse_json
 from ...artifacts.soc import DEFAULT_SOC
 from ...artifacts.staging import Staging, stage
 from ...artifacts.host.vendor import no_lost_interrupt
-from ..models.form import Form
+from ...runtime.models import config_from_hf, config_of, family_of, to_plain
+from ...runtime.models.base import FP32, GraphOptions, GraphSpec
+from ...runtime.models.config import ModelConfig
 
 if TYPE_CHECKING:
     from ..check.check import GraphCheck
-    from ..models.signatures import Signature
 
 _DEFAULT_MAX_LENGTH = 8192
 FOLDER = "graphs/ge"
@@ -55,9 +54,11 @@ class CompileOptions:
     # releases that must admit the graphs
     cann: tuple[str, ...] = ()
 
-    @property
-    def form(self) -> Form:
-        return Form(self.operators, self.visual_attention)
+    def graphs(self, config: ModelConfig) -> GraphOptions:
+        """The forms and fixed sizes of a model's graphs."""
+        return GraphOptions(
+            cache_length(self.max_length, config), self.operators, self.visual_attention, self.batches
+        )
 
     def check(self, config: ModelConfig) -> None:
         """Raises TargetError for values that no graph can be made for."""
@@ -113,10 +114,10 @@ def compile_config(
         plain = parse_json(data, str(config_file))
     except ArtifactError as error:
         raise ConfigError(str(error)) from error
-    config = model_config_from_hf(plain)
+    config = config_from_hf(plain)
     with stage(out, sync=sync, resumes=False) as staging:
-        base = staging.base or empty_manifest(Path(out).name.removesuffix(".artifact"), config)
-        if base.model != config:
+        base = staging.base or empty_manifest(Path(out).name.removesuffix(".artifact"), to_plain(config))
+        if base.model != to_plain(config):
             raise ArtifactError(f"{out}: holds a model of another shape than {config_file}; use another --out")
         manifest = stage_graphs(staging, base, options, progress)
         _commit(staging, manifest)
@@ -132,8 +133,8 @@ def _commit(staging: Staging, manifest: Manifest) -> None:
 def stage_graphs(
     staging: Staging, manifest: Manifest, options: CompileOptions, progress: Progress | None = None
 ) -> Manifest:
-    """Trace all graphs of `manifest.model` into the staged tree; returns the manifest with the new part."""
-    config = manifest.model
+    """Trace all graphs of the manifest's model into the staged tree; returns the manifest with the new part."""
+    config = config_of(manifest)
     options.check(config)
     weights_dtype = manifest.weights.dtype if manifest.weights else None
     dtype = options.dtype or weights_dtype or "bf16"
@@ -206,7 +207,7 @@ def _check_room(manifest: Manifest, options: CompileOptions, dtype: str) -> None
     free, _ = torch_npu.npu.mem_get_info()
     # all signatures' example caches live at once: one row of prefill's and every batch of decode's
     rows = 1 + sum(options.batches)
-    needed = memory_for(manifest, dtype, cache_length(options.max_length, manifest.model), (rows,)).total
+    needed = memory_for(manifest, dtype, cache_length(options.max_length, config_of(manifest)), (rows,)).total
     if needed > free:
         raise TargetError(
             f"{manifest.name}: tracing on this NPU needs {needed / 1e9:.1f} GB, {free / 1e9:.1f} GB are free; compile "
@@ -237,42 +238,35 @@ class _PendingGraph:
 
 def _trace_all(config: ModelConfig, options: CompileOptions, dtype: str) -> list[_PendingGraph]:
     """The graphs in order, each traced when its `run` is called. The device is open."""
-    import torch
-
     from ...exporters.torchair.trace import trace
-    from ..models.signatures import CACHES, Signature, empty_model, signatures
+    from ..models.build import empty_model, example_arguments
 
-    torch_dtype = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[dtype]
+    graph_options = options.graphs(config)
     # on the emulated NPU these pages are never touched: a 72B model costs no memory
-    length = cache_length(options.max_length, config)
-    model = empty_model(config, length, options.form, torch_dtype).to_empty(device="npu")
+    model = empty_model(config, graph_options, dtype).to_empty(device="npu")
     model.requires_grad_(False)
 
-    def pending(signature: Signature) -> _PendingGraph:
+    def pending(spec: GraphSpec) -> _PendingGraph:
         def run(staging: Staging) -> "tuple[Graph, GraphCheck, tuple[OperatorNote, ...]]":
             traced = trace(
-                signature.name,
-                signature.method,
-                signature.arguments,
-                tuple(signature.outputs),
-                CACHES,
-                # tiling on the device takes a static graph: only decode's sizes are all fixed
-                tiling_schedule=signature.name.startswith("decode"),
+                spec,
+                getattr(model, spec.method),
+                example_arguments(spec, config, dtype, "npu"),
             )
-            _check_binding(traced.binding, config)
-            graph, check = _stage_graph(staging, traced.model, traced.binding, signature, options, config)
+            _check_binding(traced.binding, config, dtype)
+            graph, check = _stage_graph(staging, traced.model, traced.binding, spec, options, config)
             return graph, check, traced.notes
 
-        return _PendingGraph(signature.name, run)
+        return _PendingGraph(spec.name, run)
 
-    return [pending(signature) for signature in signatures(model, config, torch_dtype, length, options.batches, "npu")]
+    return [pending(spec) for spec in family_of(config).graphs(config, graph_options)]
 
 
 def _stage_graph(
     staging: Staging,
     model: object,
     binding: Binding,
-    signature: "Signature",
+    spec: GraphSpec,
     options: CompileOptions,
     config: ModelConfig,
 ) -> "tuple[Graph, GraphCheck]":
@@ -292,7 +286,7 @@ def _stage_graph(
         readable = staging.add(f"{folder}/graph.pbtxt", text_format.MessageToString(model).encode())  # type: ignore[arg-type]
     where = f"{folder}/graph.pb"
     check = check_graph(
-        read_graph(data, where), binding, config, cache_length(options.max_length, config), options.soc, where
+        read_graph(data, where), binding, config, spec, cache_length(options.max_length, config), options.soc, where
     )
     staged = Graph(
         name=binding.graph,
@@ -304,19 +298,22 @@ def _stage_graph(
             for bound in binding.inputs
             if bound.kind not in (PARAMETER, CONSTANT)
         ),
-        outputs=tuple(Tensor(o.name, o.dtype, signature.outputs[o.name]) for o in binding.outputs),
+        outputs=tuple(
+            Tensor(made.name, made.dtype, output.bound)
+            for made, output in zip(binding.outputs, spec.outputs, strict=True)
+        ),
         ops=count_ops(graph),
     )
     return staged, check
 
 
-def _check_binding(binding: Binding, config: ModelConfig) -> None:
+def _check_binding(binding: Binding, config: ModelConfig, dtype: str) -> None:
     """Every parameter that a graph is bound to must be one that the converter writes, with the same shape and dtype."""
-    known = {p.name: p for p in parameters(config)}
+    weights = {weight.name: weight for weight in family_of(config).weights(config)}
     for bound in binding.inputs:
         if bound.kind == PARAMETER:
-            wanted = known.get(bound.name)
-            if wanted is None or wanted.shape != bound.shape or (wanted.dtype == FP32 and bound.dtype != "fp32"):
+            wanted = weights.get(bound.name)
+            if wanted is None or (wanted.shape, wanted.dtype(dtype)) != (bound.shape, bound.dtype):
                 raise TargetError(f"{binding.graph}: parameter {bound.name} {list(bound.shape)} is not in the weights")
         if bound.kind == LENGTHS and not bound.host:
             raise TargetError(f"{binding.graph}: {bound.name} must be a host input")
@@ -325,10 +322,9 @@ def _check_binding(binding: Binding, config: ModelConfig) -> None:
 def _stage_constants(staging: Staging, config: ModelConfig, options: CompileOptions, dtype: str) -> FileEntry:
     import torch
 
-    from ..models.constants import constant_tables
+    from ..models.build import constant_tables
 
-    torch_dtype = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[dtype]
-    tables = constant_tables(config, cache_length(options.max_length, config), torch_dtype, options.form)
+    tables = constant_tables(config, options.graphs(config), dtype)
     named = {torch.bool: "bool", torch.int64: "int64"}
     names = {name: named.get(table.dtype, dtype) for name, table in tables.items()}
     header = header_bytes((name, GRAPH_DTYPE_NAMES[names[name]], tuple(t.shape)) for name, t in tables.items())

@@ -8,11 +8,12 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ...artifacts.config import ModelConfig
+from ...runtime.models.config import ModelConfig
 from ...artifacts.errors import ArtifactError, MissingDependencyError, TargetError
 from ...artifacts.integrity import hash_bytes
 from ...artifacts.manifest import FileEntry, Manifest, OnnxGraph, OnnxPart, Tensor, empty_manifest
-from ...artifacts.parameters import parameters
+from ...runtime.models import config_of, family_of
+from ...runtime.models.base import Role
 from ...artifacts.staging import Staging, require_disk, stage
 from ...artifacts.store import Artifact, open_artifact
 from .compile import cache_length
@@ -77,7 +78,7 @@ def require_onnx() -> None:
 def planned_bytes(config: ModelConfig, weights: str, standard_only: bool = False) -> int:
     """What the models take on the disk, from the shape alone, within a few percent."""
     total = 0.0
-    for parameter in parameters(config):
+    for parameter in family_of(config).weights(config):
         kind = weights
         if len(parameter.shape) == 1:
             kind = "fp32"
@@ -99,8 +100,9 @@ def stage_onnx(
     from ...exporters.onnx.source import Weights
 
     manifest = artifact.manifest
-    options.check(manifest.model)
-    planned = planned_bytes(manifest.model, options.weights, options.standard_only)
+    config = config_of(manifest)
+    options.check(config)
+    planned = planned_bytes(config, options.weights, options.standard_only)
     require_disk(staging.path, planned, f"{options.weights} ONNX")
     report = progress or (lambda step, done, total: None)
     report("checking the weights", 0, 3)
@@ -111,14 +113,14 @@ def stage_onnx(
     graphs = []
     for done, name in enumerate(("visual", "text"), start=1):
         report(name, done, 3)
-        graphs.append(_stage_model(staging, name, manifest.model, weights, form, source))
+        graphs.append(_stage_model(staging, name, config, weights, form, source))
     report("done", 3, 3)
     part = OnnxPart(
         weights=options.weights,
         block_size=BLOCK_LIMIT[form.bits] if form.bits else None,
         standard_only=options.standard_only,
         opset=OPSET,
-        max_length=cache_length(options.max_length, manifest.model),
+        max_length=cache_length(options.max_length, config),
         versions={"onnx": importlib.metadata.version("onnx")},
         source=source,
         graphs=tuple(graphs),

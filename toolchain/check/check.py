@@ -5,7 +5,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ...artifacts.cann import RELEASES
-from ...artifacts.config import ModelConfig
 from ...artifacts.errors import ToolchainError
 from ...artifacts.ge.binding import Binding, binding_from_bytes
 from ...artifacts.ge.graph import GeGraph, Node, read_graph
@@ -14,6 +13,9 @@ from ...artifacts.soc import soc_family
 from ...artifacts.store import ge_part, open_artifact
 from ...runtime.backends.ge.checks import check_binding
 from ...runtime.backends.ge.checks import check_graph as check_structure
+from ...runtime.models import config_of, graphs_of, spec_of
+from ...runtime.models.base import GraphSpec
+from ...runtime.models.config import ModelConfig
 from ..inspect.cost import input_specs
 from ..inspect.shapes import Specs, live_nodes, propagate
 from .facts import GraphFacts, NodeFacts, graph_facts, node_facts
@@ -86,20 +88,21 @@ def check_artifact(path: Path, releases: tuple[str, ...] = RELEASES) -> Artifact
     with open_artifact(path) as artifact:
         manifest = artifact.manifest
         part = ge_part(manifest, path)
-        graphs = []
+        graphs, config = [], config_of(manifest)
+        specs = graphs_of(config, part)
         for graph in part.graphs:
             where = f"{artifact.path}: {graph.graph.path}"
             bound = f"{artifact.path}: {graph.binding.path}"
             binding = binding_from_bytes(artifact.read(graph.binding), bound)
-            check_binding(binding, graph.name, part, manifest.model, bound)
+            check_binding(binding, spec_of(specs, graph.name, str(path)), part, bound)
             parsed = read_graph(artifact.read(graph.graph), where)
             check_structure(parsed, binding, where)
-            graphs.append(check_graph(parsed, binding, manifest.model, part.max_length, part.soc, where))
+            graphs.append(check_graph(parsed, binding, config, specs[graph.name], part.max_length, part.soc, where))
         return ArtifactCheck(manifest.name, part.soc, part.dtype, releases, tuple(graphs))
 
 
 def check_graph(
-    graph: GeGraph, binding: Binding, config: ModelConfig, max_length: int, soc: str, where: str
+    graph: GeGraph, binding: Binding, config: ModelConfig, spec: GraphSpec, max_length: int, soc: str, where: str
 ) -> GraphCheck:
     """Check one graph for a SoC, at both ends of the sizes that prompts of up to `max_length` tokens and pictures of up
     to 65,536 patches give it."""
@@ -110,9 +113,9 @@ def check_graph(
         _add(found, _unproven("no rules", f"the rules are of {known}, and not of {soc}", "ask CANN on the device"), [])
     _add_unknown(found, nodes)
     facts = graph_facts(graph, binding)
-    for title, lengths in extremes(binding.graph, config, max_length):
+    for title, lengths in extremes(spec, config, max_length):
         try:
-            specs = propagate(graph, input_specs(binding, lengths), where)
+            specs = propagate(graph, input_specs(binding, spec, config, lengths), where)
         except ToolchainError as error:
             _add(found, _unproven("no sizes", str(error), "compile the artifact again"), [], sizes=title)
             continue

@@ -2,8 +2,9 @@
 
 from collections.abc import Iterator
 
-from ...artifacts.config import ModelConfig
 from ...artifacts.ge.ops import MOST_PATCHES
+from ...runtime.models.base import GraphSpec
+from ...runtime.models.config import ModelConfig
 from ..inspect.cost import Lengths
 
 # one token is what decode is for
@@ -20,15 +21,15 @@ def prompt(tokens: int, image_tokens: int) -> Lengths:
     return Lengths(image_tokens, (image_tokens,), tokens, image_tokens)
 
 
-def extremes(graph: str, config: ModelConfig, max_length: int) -> Iterator[tuple[str, Lengths]]:
+def extremes(spec: GraphSpec, config: ModelConfig, max_length: int) -> Iterator[tuple[str, Lengths]]:
     """The sizes to check a graph at, in words and numbers; decode has one, since nothing in it is free."""
     merge = config.vision.spatial_merge_size**2
-    if graph == "visual":
+    if spec.kind == "visual":
         most = MOST_PATCHES // merge * merge
         yield f"one picture of {merge} patches", pictures(1, merge)
         yield f"one picture of {most:,} patches", pictures(1, most)
         yield f"{most // merge:,} pictures of {merge} patches", pictures(most // merge, merge)
-    elif graph == "prefill":
+    elif spec.kind == "prefill":
         yield f"a prompt of {FEWEST_TOKENS} tokens", prompt(FEWEST_TOKENS, 1)
         yield f"a prompt of {max_length:,} tokens", prompt(max_length, max_length)
     else:

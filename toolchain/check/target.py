@@ -3,8 +3,8 @@
 from collections.abc import Iterable
 
 from ...artifacts.cann import RELEASES
-from ...artifacts.config import ModelConfig
 from ...artifacts.errors import TargetError
+from ...runtime.models.config import ModelConfig
 from ..inspect.shapes import TensorSpec
 from .check import GraphCheck, admitted
 from .facts import NodeFacts

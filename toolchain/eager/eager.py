@@ -12,10 +12,10 @@ from torch import Tensor
 from ...artifacts.errors import ArtifactError
 from ...artifacts.store import Artifact
 from ...exporters.torchair.trace import CONSTANTS_PREFIX
-from ...runtime.backends.ge.bound import Cache, ModelBackend
+from ...runtime.backends.model import KvCache, ModelBackend
 from ...runtime.loader import check_npu
-from ..models.form import Form
-from ..models.signatures import empty_model
+from ...runtime.models.base import GraphOptions
+from ..models.build import empty_model
 from . import npu_ops
 
 CPU = "cpu"
@@ -33,9 +33,7 @@ class EagerBackend(ModelBackend):
     def prepare(self, artifact: Artifact, tensors: dict[str, Tensor] | None) -> None:
         part = self._part
         self._outputs = {graph.name: [output.name for output in graph.outputs] for graph in part.graphs}
-        form = Form(part.operators, part.visual_attention)
-        self._modules = empty_model(self._model, part.max_length, form, self._dtype)
-        self._methods = self._modules.methods()
+        self._modules = empty_model(self._config, GraphOptions.of(part), part.dtype)
         if tensors is None:
             return
         for name, parameter in self._modules.named_parameters():
@@ -61,13 +59,13 @@ class EagerBackend(ModelBackend):
         name: str,
         arguments: Mapping[str, Tensor],
         lengths: Mapping[str, list[int]],
-        cache: Cache | None = None,
+        cache: KvCache | None = None,
     ) -> dict[str, Tensor]:
         if self.device == CPU:
             npu_ops.register()
         caches = {"keys": list(cache.keys), "values": list(cache.values)} if cache else {}
         with torch.inference_mode(), npu_ops.kernels_of(self._part.soc):
-            outputs = self._methods[name.partition("_")[0]](**arguments, **lengths, **caches)
+            outputs = getattr(self._modules, self._specs[name].method)(**arguments, **lengths, **caches)
         outputs = outputs if isinstance(outputs, tuple) else (outputs,)
         return dict(zip(self._outputs[name], outputs, strict=True))
 

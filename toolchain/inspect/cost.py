@@ -3,11 +3,13 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from ...artifacts.config import ModelConfig
 from ...artifacts.errors import TargetError
 from ...artifacts.ge.binding import CACHE, CONSTANT, LENGTHS, PARAMETER, Binding, BoundInput
 from ...artifacts.ge.graph import GeGraph, Node
 from ...artifacts.ge.ops import ATTENTIONS, INPUTS, WRITES, op_kind
+from ...runtime.models import family_of
+from ...runtime.models.base import Argument, GraphSpec, visual_sizes
+from ...runtime.models.config import ModelConfig
 from .roofline import Assumptions, Estimate, Sequences, estimate, operator_cost
 from .shapes import Specs, TensorSpec, live_nodes, node_inputs, propagate
 
@@ -93,40 +95,48 @@ def choose_lengths(config: ModelConfig, max_length: int, tokens: int | None, pat
     return Lengths(patches, (patches,), tokens, min(patches // merge, tokens))
 
 
-def input_specs(binding: Binding, lengths: Lengths) -> list[TensorSpec]:
+def input_specs(binding: Binding, spec: GraphSpec, config: ModelConfig, lengths: Lengths) -> list[TensorSpec]:
     """The inputs of a graph with every dynamic size filled in. Raises TargetError for one that nothing fills."""
-    return [_input_spec(binding.graph, bound, lengths) for bound in binding.inputs]
+    sizes = {
+        **visual_sizes(family_of(config), config, lengths.segments),
+        "tokens": lengths.tokens,
+        "image_tokens": lengths.image_tokens,
+    }
+    arguments = {argument.name: argument for argument in spec.arguments}
+    return [_input_spec(bound, arguments.get(bound.name), sizes, binding.graph) for bound in binding.inputs]
 
 
-def _input_spec(graph: str, bound: BoundInput, lengths: Lengths) -> TensorSpec:
-    free = bound.shape.count(-1)
-    known: tuple[int, ...] = ()
-    if graph == "visual":
-        # segments by the patches of the longest, or all patches end to end
-        known = (len(lengths.segments), max(lengths.segments)) if free == 2 else (lengths.patches,)
-        known = (len(lengths.segments),) if bound.kind == LENGTHS else known
-    elif graph == "prefill":
-        known = (lengths.image_tokens if bound.name in ("image_embeds", "image_index") else lengths.tokens,)
-    if free not in (0, len(known)):
+def _input_spec(bound: BoundInput, argument: Argument | None, sizes: Mapping[str, int], graph: str) -> TensorSpec:
+    if -1 not in bound.shape:
+        return TensorSpec(bound.dtype, bound.shape)
+    if argument is None or argument.bound != bound.shape:
         raise TargetError(f"{graph}.{bound.name}: no length is known for its shape {list(bound.shape)}")
-    filling = iter(known)
-    return TensorSpec(bound.dtype, tuple(next(filling) if n == -1 else n for n in bound.shape))
+    return TensorSpec(bound.dtype, tuple(sizes[size] if isinstance(size, str) else size for size in argument.shape))
 
 
-def _stated(graph: str, lengths: Lengths) -> dict[str, int]:
+def _stated(kind: str, lengths: Lengths) -> dict[str, int]:
     """The lengths that a graph depends on, by name."""
-    if graph == "visual":
+    if kind == "visual":
         return {"patches": lengths.patches, "segments": len(lengths.segments)}
-    if graph == "prefill":
+    if kind == "prefill":
         return {"tokens": lengths.tokens, "image_tokens": lengths.image_tokens, "kv_length": lengths.tokens}
     return {"kv_length": lengths.tokens}
 
 
 def graph_cost(
-    graph: GeGraph, binding: Binding, lengths: Lengths, assumed: Assumptions | None, where: str
+    graph: GeGraph,
+    binding: Binding,
+    spec: GraphSpec,
+    inputs: Sequence[TensorSpec],
+    lengths: Lengths,
+    assumed: Assumptions | None,
+    where: str,
 ) -> GraphCost:
-    """Cost of one run. Raises ArtifactError for an operator without a rule, or one that its inputs do not fit."""
-    specs = propagate(graph, input_specs(binding, lengths), where)
+    """Cost of one run on `inputs` (input_specs of the lengths).
+
+    Raises ArtifactError for an operator without a rule, or one that its inputs do not fit.
+    """
+    specs = propagate(graph, inputs, where)
     nodes = live_nodes(graph)
     bound = {node.name: each for node, each in zip(graph.inputs, binding.inputs, strict=True)}
     constants = {node.name for node in nodes if node.constant is not None}
@@ -147,7 +157,7 @@ def graph_cost(
         name for name, each in bound.items() if each.kind not in (PARAMETER, CONSTANT, CACHE, LENGTHS) and not each.host
     }
     return GraphCost(
-        lengths=_stated(binding.graph, lengths),
+        lengths=_stated(spec.kind, lengths),
         peak_activation_bytes=peak,
         peak_operator=peak_operator,
         argument_bytes=sum(specs[name][0].bytes for name in arguments),

@@ -9,10 +9,12 @@ from ...artifacts.ge.binding import PARAMETER, Binding, binding_from_bytes
 from ...artifacts.ge.graph import GeGraph, read_graph
 from ...artifacts.ge.ops import TRANSPOSES, count_kinds, device_ops_per_layer, input_behind, live_ops
 from ...artifacts.manifest import GePart, Graph, Manifest, OnnxPart
-from ...artifacts.parameters import parameters
 from ...artifacts.store import Artifact, ge_part, open_artifact, read_signed
 from ...runtime.backends.ge.checks import check_graph
 from ...runtime.memory import device_memory, soc_memory
+from ...runtime.models import config_of, family_of, graphs_of, spec_of
+from ...runtime.models.base import GraphSpec
+from ...runtime.models.config import ModelConfig
 from ..build.onnx import WEIGHTS, planned_bytes
 from ..check.check import inserted
 from .cost import Lengths, choose_lengths, graph_cost, input_specs
@@ -47,19 +49,24 @@ def inspect_artifact(
     """
     with open_artifact(path) as artifact:
         manifest = artifact.manifest
+        config = config_of(manifest)
         part = manifest.ge
         lengths, assumed, no_estimate = None, None, None
         graphs: dict[str, GraphView] = {}
         if part:
-            lengths = choose_lengths(manifest.model, part.max_length, tokens, patches)
+            lengths = choose_lengths(config, part.max_length, tokens, patches)
             assumed = assumptions_for(part.soc, part.dtype)
             no_estimate = None if assumed else why_no_assumptions(part.soc, part.dtype)
-            graphs = {graph.name: _graph(artifact, graph, lengths, assumed) for graph in part.graphs}
+            specs = graphs_of(config, part)
+            graphs = {
+                graph.name: _graph(artifact, graph, spec_of(specs, graph.name, str(path)), config, lengths, assumed)
+                for graph in part.graphs
+            }
         return Inspection(
             name=manifest.name,
             schema=manifest.schema,
-            model=manifest.model,
-            weights=_weights(manifest),
+            model=config,
+            weights=_weights(manifest, config),
             target=_target(manifest, part) if part else None,
             graphs=graphs,
             processor=tuple(Path(entry.path).name for entry in manifest.processor),
@@ -72,7 +79,7 @@ def inspect_artifact(
             estimate_assumptions=assumed,
             no_estimate=no_estimate,
             onnx=_onnx(manifest.onnx) if manifest.onnx else None,
-            onnx_planned_bytes={kind: planned_bytes(manifest.model, kind) for kind in WEIGHTS},
+            onnx_planned_bytes={kind: planned_bytes(config, kind) for kind in WEIGHTS},
         )
 
 
@@ -85,15 +92,16 @@ def draw_artifact(
     """
     with open_artifact(path) as artifact:
         part = ge_part(artifact.manifest, path)
-        found = {graph.name: graph for graph in part.graphs}
-        # decode stands for the graph of the smallest batch
-        if graph_name == "decode":
-            graph_name = next((name for name in found if name.startswith("decode_b")), graph_name)
-        if graph_name not in found:
-            raise TargetError(f"--graph {graph_name}: expected one of {', '.join(found)}")
-        binding, parsed, where = _read(artifact, found[graph_name])
-        lengths = choose_lengths(artifact.manifest.model, part.max_length, tokens, patches)
-        return draw_layer(parsed, binding, propagate(parsed, input_specs(binding, lengths), where), layer)
+        config = config_of(artifact.manifest)
+        specs, graphs = graphs_of(config, part), {graph.name: graph for graph in part.graphs}
+        # a kind stands for its first graph: decode for that of the smallest batch
+        name = next((name for name in graphs if name in specs and graph_name in (name, specs[name].kind)), None)
+        if name is None:
+            raise TargetError(f"--graph {graph_name}: expected one of {', '.join(graphs)}")
+        binding, parsed, where = _read(artifact, graphs[name])
+        lengths = choose_lengths(config, part.max_length, tokens, patches)
+        inputs = input_specs(binding, specs[name], config, lengths)
+        return draw_layer(parsed, binding, propagate(parsed, inputs, where), layer)
 
 
 def count_graph_ops(graph: GeGraph, binding: Binding) -> OpCounts:
@@ -112,11 +120,11 @@ def count_graph_ops(graph: GeGraph, binding: Binding) -> OpCounts:
     )
 
 
-def _weights(manifest: Manifest) -> WeightsView | None:
+def _weights(manifest: Manifest, config: ModelConfig) -> WeightsView | None:
     part = manifest.weights
     if part is None:
         return None
-    tensors = list(parameters(manifest.model))
+    tensors = list(family_of(config).weights(config))
     return WeightsView(
         dtype=part.dtype,
         bytes=sum(entry.bytes for entry in part.files),
@@ -171,12 +179,20 @@ def _read(artifact: Artifact, graph: Graph) -> tuple[Binding, GeGraph, str]:
     return binding, parsed, where
 
 
-def _graph(artifact: Artifact, graph: Graph, lengths: Lengths, assumed: Assumptions | None) -> GraphView:
+def _graph(
+    artifact: Artifact,
+    graph: Graph,
+    spec: GraphSpec,
+    config: ModelConfig,
+    lengths: Lengths,
+    assumed: Assumptions | None,
+) -> GraphView:
     binding, parsed, where = _read(artifact, graph)
     cost, no_cost, added = None, None, None
     try:
-        cost = graph_cost(parsed, binding, lengths, assumed, where)
-        added = inserted(parsed, binding, propagate(parsed, input_specs(binding, lengths), where))
+        inputs = input_specs(binding, spec, config, lengths)
+        cost = graph_cost(parsed, binding, spec, inputs, lengths, assumed, where)
+        added = inserted(parsed, binding, propagate(parsed, inputs, where))
     except ArtifactError as error:
         # counting needs no shapes: a graph with an operator unknown here is still worth looking at
         no_cost = str(error)

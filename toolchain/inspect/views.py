@@ -2,9 +2,9 @@
 
 from dataclasses import dataclass
 
-from ...artifacts.config import ModelConfig
 from ...artifacts.manifest import OperatorNote
 from ...artifacts.signing import Signed
+from ...runtime.models.config import ModelConfig
 from .cost import GraphCost, Lengths
 from .roofline import Assumptions
 

@@ -1,1 +1,4 @@
-"""The one definition of the model: modules that call the NPU's fused operators, and what is traced of them."""
+"""The one definition of each model: modules that call the NPU's fused operators, and what is traced of them.
+
+A family's module has `tables`, the constants of its graphs, and `Model`, with a method for every GraphSpec.
+"""

@@ -1,18 +1,41 @@
-"""The layers that the vision tower and the language model share, each one NPU operator.
+"""The layers that vision towers and language models are made of, each one NPU operator or a few.
 
 `torch.ops.npu` exists once torch_npu is imported; nothing here imports it.
 """
 
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Protocol
+
 import torch
 from torch import Tensor, nn
-
-# PromptFlashAttention hides what lies further ahead than next_tokens, 0 by default, whatever the mask says
-ALL_TOKENS = 2147483647
 
 
 def parameter(*shape: int, dtype: torch.dtype | None = None) -> nn.Parameter:
     """An uninitialised frozen parameter: tracing never looks at the values."""
     return nn.Parameter(torch.empty(*shape, dtype=dtype), requires_grad=False)
+
+
+class Norm(Protocol):
+    """A normalisation of x [tokens, width], alone or fused with the residual addition before it."""
+
+    def __call__(self, x: Tensor) -> Tensor: ...
+
+    def add(self, residual: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Returns (normalised sum, sum)."""
+        ...
+
+
+class Constants(nn.Module):
+    """Tables that the graphs read and no checkpoint holds; `tables` have their shapes and dtypes."""
+
+    def __init__(self, tables: Mapping[str, Tensor]) -> None:
+        super().__init__()
+        for name, table in tables.items():
+            self.register_parameter(name, parameter(*table.shape, dtype=table.dtype))
+
+    if TYPE_CHECKING:
+
+        def __getattr__(self, name: str) -> Tensor: ...
 
 
 class Embedding(nn.Module):
@@ -43,7 +66,7 @@ class Linear(nn.Module):
 
 
 class RMSNorm(nn.Module):
-    """Root-mean-square normalisation of x [tokens, width], alone or fused with the residual addition before it."""
+    """Root-mean-square normalisation."""
 
     def __init__(self, width: int, eps: float) -> None:
         super().__init__()
@@ -54,26 +77,61 @@ class RMSNorm(nn.Module):
         return torch.ops.npu.npu_rms_norm(x, self.weight, self.eps)[0]
 
     def add(self, residual: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Returns (normalised sum, sum)."""
         y, _, total = torch.ops.npu.npu_add_rms_norm(residual, x, self.weight, self.eps)
         return y, total
 
 
 class LayerNorm(nn.Module):
-    """Layer normalisation of x [tokens, width], alone or fused with the residual addition before it."""
+    """Layer normalisation."""
 
-    # Qwen2-VL's vision tower fixes it; config.json has no field for it
-    EPS = 1e-6
-
-    def __init__(self, width: int) -> None:
+    def __init__(self, width: int, eps: float) -> None:
         super().__init__()
+        self.eps = eps
         self.weight = parameter(width)
         self.bias = parameter(width)
 
     def forward(self, x: Tensor) -> Tensor:
-        return nn.functional.layer_norm(x, (x.shape[-1],), self.weight, self.bias, self.EPS)
+        return nn.functional.layer_norm(x, (x.shape[-1],), self.weight, self.bias, self.eps)
 
     def add(self, residual: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Returns (normalised sum, sum)."""
-        y, _, _, total = torch.ops.npu.npu_add_layer_norm(residual, x, self.weight, self.bias, self.EPS, True)
+        y, _, _, total = torch.ops.npu.npu_add_layer_norm(residual, x, self.weight, self.bias, self.eps, True)
         return y, total
+
+
+def quick_gelu(x: Tensor) -> Tensor:
+    """x * sigmoid(1.702 x), which is what FastGelu computes."""
+    y: Tensor = torch.ops.npu.npu_fast_gelu(x)
+    return y
+
+
+def gelu(x: Tensor) -> Tensor:
+    """With erf, which is GeluV2 with approximate="none": GE computes Gelu as tanh."""
+    y: Tensor = torch.ops.npu.npu_gelu(x, approximate="none")
+    return y
+
+
+class Mlp(nn.Module):
+    """fc1, an activation, fc2."""
+
+    def __init__(self, width: int, inner: int, activation: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.fc1 = Linear(width, inner)
+        self.fc2 = Linear(inner, width)
+        self.activation = activation
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.fc2(self.activation(self.fc1(x)))
+        return y
+
+
+class GatedMlp(nn.Module):
+    """SwiGLU over a fused gate and up projection."""
+
+    def __init__(self, width: int, inner: int, bias: bool = False) -> None:
+        super().__init__()
+        self.gate_up_proj = Linear(width, 2 * inner, bias)
+        self.down_proj = Linear(inner, width, bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.down_proj(torch.ops.npu.npu_swiglu(self.gate_up_proj(x)))
+        return y

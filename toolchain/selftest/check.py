@@ -14,6 +14,7 @@ from ...artifacts.manifest import GePart, OwnError, SelftestPart
 from ...artifacts.store import Artifact, ge_part, onnx_part, read_manifest
 from ...runtime.loader import ONNXRUNTIME
 from ...runtime.model import Model
+from ...runtime.models import config_of
 from ..verify.report import output_tolerance
 from .compare import FLOOR, OF_OWN, Distance, distance, limit_of
 from .file import from_bytes
@@ -126,7 +127,7 @@ def check_model(model: Model) -> SelftestReport:
     earlier: dict[tuple[str, bytes], Call] = {}
     refused: GraphRefusedError | None = None
     try:
-        for each in observe(backend, manifest.model, known.inputs, batches, model.take_cache):
+        for each in observe(backend, config_of(manifest), known.inputs, batches, model.take_cache):
             found.append(_outcome(each, distance(known, each), limits[each.kind], tuple(_signs(each, earlier))))
     except GraphRefusedError as error:
         refused = error
@@ -153,7 +154,7 @@ def _stored(artifact: Artifact) -> tuple[SelftestPart, Known]:
     if part is None:
         raise no_selftest(artifact.path)
     data = artifact.read(part.file)
-    return part, from_bytes(data, artifact.manifest.model, f"{artifact.path}: {part.file.path}")
+    return part, from_bytes(data, config_of(artifact.manifest), f"{artifact.path}: {part.file.path}")
 
 
 def _kind(graph: str) -> str:

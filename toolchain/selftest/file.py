@@ -11,14 +11,15 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ...artifacts.config import ModelConfig
 from ...artifacts.errors import ArtifactError, RequestError
 from ...artifacts.ge.ops import MOST_PATCHES
 from ...artifacts.safetensors import header_bytes, read_header
 from ...runtime.backends.base import Ints
-from ...runtime.pictures.vision import as_grids
-from ...runtime.text.positions import rope_positions
-from .inputs import SCRIPTS, STEPS, VISUAL_CALLS, Script, SelftestInputs, VisualCall
+from ...runtime.models import family_of
+from ...runtime.models.base import Picture
+from ...runtime.models.config import ModelConfig
+from ...runtime.models.positions import as_grids
+from .inputs import SCRIPTS, STEPS, VISUAL_CALLS, Script, SelftestInputs, SelftestPictures
 from .known import SUMS, Answer, Known
 from .observe import Call
 
@@ -71,7 +72,7 @@ def from_bytes(data: bytes, config: ModelConfig, where: str) -> Known:
             raise tensors.bad(str(error)) from error
         if not 0 < count <= MOST_PATCHES:
             raise tensors.bad(f"visual.{i}.grids are of {count} patches")
-        visual.append(VisualCall(tensors.take(f"visual.{i}.patches", "U8", count, vision.patch_dim), grids))
+        visual.append(SelftestPictures(tensors.take(f"visual.{i}.patches", "U8", count, vision.patch_dim), grids))
         rows = count // vision.spatial_merge_size**2
         answers |= tensors.answers(f"visual.{i}", [(-1, i)], rows, len(columns[0]))
     scripts = []
@@ -84,7 +85,7 @@ def from_bytes(data: bytes, config: ModelConfig, where: str) -> Known:
     return Known(SelftestInputs(tuple(visual), tuple(scripts)), columns, answers)
 
 
-def _script(tensors: "_Tensors", name: str, visual: list[VisualCall], config: ModelConfig) -> Script:
+def _script(tensors: "_Tensors", name: str, visual: list[SelftestPictures], config: ModelConfig) -> Script:
     ids = tensors.ints(f"{name}.token_ids", (0, config.text.vocab_size), None)
     counts, places = tensors.ints(f"{name}.turns", (-1, len(ids) + 1), 2, None).tolist()
     if not counts or min(counts) < 1 or sum(counts) + STEPS != len(ids) or max(places) >= len(visual):
@@ -96,9 +97,9 @@ def _script(tensors: "_Tensors", name: str, visual: list[VisualCall], config: Mo
         if slots != (0 if place is None else len(visual[place].patches) // merge**2):
             raise tensors.bad(f"{name}: a turn has {slots} placeholders, which are not its pictures")
         start += count
-    grids = [np.empty((0, 3), np.int64), *(visual[place].grids for place in taken if place is not None)]
+    grids = [tuple(grid) for place in taken if place is not None for grid in visual[place].grids.tolist()]
     try:
-        positions, _ = rope_positions(ids, np.concatenate(grids), grids[0], config)
+        positions, _ = family_of(config).inputs(config).positions(ids, [Picture("image", grid) for grid in grids])
     except RequestError as error:
         raise tensors.bad(f"{name}: {error}") from error
     return Script(ids, positions, tuple(counts), tuple(taken))

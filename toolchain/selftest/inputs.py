@@ -6,12 +6,13 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from ...artifacts.config import ModelConfig
 from ...artifacts.errors import TargetError
 from ...runtime.backends.base import Ints
+from ...runtime.models import family_of
+from ...runtime.models.base import Picture
+from ...runtime.models.config import ModelConfig
 from ...runtime.pictures.patches import PatchGrid
 from ...runtime.pictures.vision import ImageSettings
-from ...runtime.text.positions import rope_positions
 from ..verify.cases import picture
 
 # Decode steps of every sequence, on tokens that are given: a first choice that flips derails nothing.
@@ -34,7 +35,7 @@ _SEED = 20
 
 
 @dataclass(frozen=True, eq=False)
-class VisualCall:
+class SelftestPictures:
     """One call of the vision tower: patches uint8 [n, patch_dim], grids int64 [pictures, 3]."""
 
     patches: NDArray[np.uint8]
@@ -68,7 +69,7 @@ class Script:
 class SelftestInputs:
     """All that is fed: one entry for each of VISUAL_CALLS, one for each of SCRIPTS."""
 
-    visual: tuple[VisualCall, ...]
+    visual: tuple[SelftestPictures, ...]
     scripts: tuple[Script, ...]
 
     def longest(self) -> int:
@@ -113,7 +114,7 @@ def make_inputs(config: ModelConfig, max_length: int) -> SelftestInputs:
     )
 
 
-def _visual(sizes: tuple[tuple[int, int], ...], settings: ImageSettings, seed: int) -> VisualCall:
+def _visual(sizes: tuple[tuple[int, int], ...], settings: ImageSettings, seed: int) -> SelftestPictures:
     patches, grids = [], []
     for i, (rows, columns) in enumerate(sizes):
         height, width = rows * settings.factor, columns * settings.factor
@@ -121,10 +122,10 @@ def _visual(sizes: tuple[tuple[int, int], ...], settings: ImageSettings, seed: i
         cut.write(0, picture(width, height, seed + i))
         patches.append(cut.patches)
         grids.append(cut.grid)
-    return VisualCall(np.concatenate(patches), np.array(grids, np.int64))
+    return SelftestPictures(np.concatenate(patches), np.array(grids, np.int64))
 
 
-def _span(call: VisualCall, config: ModelConfig) -> list[int]:
+def _span(call: SelftestPictures, config: ModelConfig) -> list[int]:
     """The tokens of a call's pictures, each between its marks."""
     counts = call.grids.prod(1) // config.vision.spatial_merge_size**2
     start, pad, end = config.vision_start_token_id, config.image_token_id, config.vision_end_token_id
@@ -152,5 +153,6 @@ def _script(
     config: ModelConfig, ids: list[int], grids: Ints, turns: tuple[int, ...], visual: tuple[int | None, ...]
 ) -> Script:
     token_ids = np.array(ids, np.int64)
-    positions, _ = rope_positions(token_ids, grids, np.empty((0, 3), np.int64), config)
+    pictures = [Picture("image", (t, h, w)) for t, h, w in grids.tolist()]
+    positions, _ = family_of(config).inputs(config).positions(token_ids, pictures)
     return Script(token_ids, positions, turns, visual)

@@ -12,9 +12,10 @@ from ...artifacts.manifest import MOST_OWN_RMS, Folding, Manifest, OwnError, Sel
 from ...artifacts.staging import Staging, stage
 from ...artifacts.store import Artifact, ge_part, open_artifact
 from ...runtime.backends.base import Backend
+from ...runtime.models import config_of
 from .compare import Distance, distance
 from .file import to_bytes
-from .inputs import SelftestInputs, VisualCall, make_inputs
+from .inputs import SelftestInputs, SelftestPictures, make_inputs
 from .known import Floats, Known, known_of, whole_outputs
 from .observe import KINDS, Call, observe
 
@@ -62,14 +63,14 @@ def make_selftest(path: Path, progress: "StepProgress", *, sync: bool = True) ->
 def by_reference(artifact: Artifact, progress: "StepProgress") -> MadeSelftest:
     """The reference backend's outputs in fp32, and its error in the graphs' dtype."""
     part = ge_part(artifact.manifest, artifact.path)
-    inputs = make_inputs(artifact.manifest.model, part.max_length)
+    inputs = make_inputs(config_of(artifact.manifest), part.max_length)
     prepare_process()
     from ...runtime.backends.reference import ReferenceBackend
     from .wide import WideBackend
 
     progress("reference in fp32", 0, 2)
     wide = WideBackend(artifact)
-    outputs = whole_outputs(observe(wide, artifact.manifest.model, inputs, [min(part.batches)]))
+    outputs = whole_outputs(observe(wide, config_of(artifact.manifest), inputs, [min(part.batches)]))
     del wide
     progress(f"reference in {part.dtype}", 1, 2)
     # the weights' hashes were checked a moment ago
@@ -84,7 +85,7 @@ def by_transformers(artifact: Artifact, against: Path) -> MadeSelftest:
     part, weights = ge_part(artifact.manifest, artifact.path), artifact.manifest.weights
     if weights is None:
         raise ArtifactError(f"{artifact.path}: has no weights; run `qwen2vl-tc convert` first")
-    inputs = make_inputs(artifact.manifest.model, part.max_length)
+    inputs = make_inputs(config_of(artifact.manifest), part.max_length)
     prepare_process()
     from ...runtime.backends.ge.operators import TORCH_DTYPES
     from ...runtime.backends.reference import ReferenceBackend
@@ -97,7 +98,7 @@ def by_transformers(artifact: Artifact, against: Path) -> MadeSelftest:
 def _measured(artifact: Artifact, backend: Backend, source: str, known: Known) -> MadeSelftest:
     part = ge_part(artifact.manifest, artifact.path)
     worst = {kind: Distance(0.0, 0.0) for kind in KINDS}
-    for each in observe(backend, artifact.manifest.model, known.inputs, [min(part.batches)]):
+    for each in observe(backend, config_of(artifact.manifest), known.inputs, [min(part.batches)]):
         worst[each.kind] = worst[each.kind].worse(distance(known, each))
     for kind, found in worst.items():
         if not found.finite:
@@ -142,7 +143,7 @@ def _originals(reference: "HfReference", inputs: SelftestInputs, folding: Foldin
     return outputs
 
 
-def _pixels(call: VisualCall, folding: Folding) -> Floats:
+def _pixels(call: SelftestPictures, folding: Folding) -> Floats:
     """What transformers' image processor makes of the patches' bytes: channel by channel, rescaled and normalised."""
     channels = call.patches.reshape(len(call.patches), 3, -1).astype(np.float32) * np.float32(folding.rescale_factor)
     mean, std = (np.array(each, np.float32)[None, :, None] for each in (folding.image_mean, folding.image_std))

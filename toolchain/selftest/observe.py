@@ -8,11 +8,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ...artifacts.config import ModelConfig
 from ...artifacts.errors import TargetError
 from ...runtime.backends.base import Backend, Embeds, Ints, Step
 from ...runtime.loader import ONNXRUNTIME
-from ...runtime.pictures.vision import segment_ends, vision_positions
+from ...runtime.models import family_of
+from ...runtime.models.config import ModelConfig
 from .inputs import SCRIPTS, STEPS, VISUAL_CALLS, Script, SelftestInputs
 
 VISUAL, PREFILL, DECODE = "visual", "prefill", "decode"
@@ -61,10 +61,10 @@ def observe(
     cannot run a graph.
     """
     embeds: list[Embeds] = []
+    of_family = family_of(config).inputs(config)
     for i, each in enumerate(inputs.visual):
-        places = vision_positions(each.grids, config.vision.spatial_merge_size)
         with _named(VISUAL, backend):
-            made = backend.visual(each.patches, places, segment_ends(each.grids))
+            made = backend.embed(of_family, each.patches, each.grids)
             output = _on_host(made.tensor)
         embeds.append(made)
         yield Observed(VISUAL, (-1, i), VISUAL_CALLS[i], None, output, None)
@@ -97,6 +97,7 @@ def _run_group(
             ids = script.token_ids[start : start + count]
             given = None if pictures is None else embeds[pictures]
             slots = np.flatnonzero(ids == config.image_token_id)
+            slots = slots if given is None else given.placed(slots)
             with _named(PREFILL, backend):
                 places = script.positions[:, start : start + count]
                 step = backend.prefill(cache, row, start, ids, places, given, slots)

@@ -10,11 +10,11 @@ import torch
 from torch import Tensor
 
 from ...artifacts.ge.graph import Node, read_graph
-from ...runtime.backends.ge.bound import Cache
 from ...runtime.backends.ge.checks import check_graph
 from ...runtime.backends.ge.executor import Executor
 from ...runtime.backends.ge.kernel import Operator, Outputs
 from ...runtime.backends.ge.operators import operator, wide_product
+from ...runtime.backends.model import KvCache
 from ...runtime.backends.reference import ReferenceBackend
 
 _HALF = (torch.bfloat16, torch.float16)
@@ -23,11 +23,11 @@ _HALF = (torch.bfloat16, torch.float16)
 class WideBackend(ReferenceBackend):
     """GE graphs on CPU, every value between their operators in fp32."""
 
-    def allocate(self, rows: int) -> Cache:
+    def allocate(self, rows: int) -> KvCache:
         # zeros take memory where they are written only: of a long cache the few positions that are used
-        size = (self.cache_rows(rows), self.max_length, self._model.text.kv_dim)
-        sides = (tuple(torch.zeros(size) for _ in range(self._model.text.num_layers)) for _ in range(2))
-        return Cache(size[0], *sides)
+        size = (self.cache_rows(rows), self.max_length, self._config.text.kv_dim)
+        sides = (tuple(torch.zeros(size) for _ in range(self._config.text.num_layers)) for _ in range(2))
+        return KvCache(size[0], *sides)
 
     def load_graph(self, name: str, data: bytes, where: str) -> None:
         graph = read_graph(data, where)

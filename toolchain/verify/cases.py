@@ -23,7 +23,8 @@ _QUESTION = "What is in the picture? Describe 3 things that you see."
 class Case:
     """One request: its pictures, for transformers' own image processor, and the prompt that the artifact makes.
 
-    clip: the frames of a video, each resized to about clip_area pixels.
+    clip: the frames of a video, each resized to about clip_area pixels; clip_seconds: from one step of its grid to the
+    next, of frames without a rate.
     """
 
     name: str
@@ -31,6 +32,7 @@ class Case:
     prompt: Prompt
     clip: tuple[Image.Image, ...] = ()
     clip_area: int = 0
+    clip_seconds: float = 1.0
 
 
 def picture(width: int, height: int, seed: int) -> Image.Image:

@@ -9,43 +9,34 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from ...artifacts.config import ModelConfig
 from ...artifacts.ge.binding import CACHE, PARAMETER, Binding
 from ...artifacts.ge.graph import GeGraph, Node
 from ...artifacts.ge.ops import TRANSPOSES, op_kind
-from ...artifacts.parameters import parameters
-from ..weights.names import new_name, rule_for
+from ...runtime.models import family_of
+from ...runtime.models.base import Role, Weight
+from ...runtime.models.config import ModelConfig
+from ..weights.names import new_name
 
 # Operators that a weight belongs to; the first input is what they work on.
 _OWNERS = ("MatMul", "LayerNormV4", "RmsNorm")
 # A norm with the addition before it: output 0 is the normalised sum, the sum itself, the residual stream, is this one.
 _SUMS = {"AddRmsNorm": 2, "AddLayerNorm": 3}
-_MEANING = {
-    "attn.proj": "the attention's output",
-    "self_attn.o_proj": "the attention's output",
-    "mlp.down_proj": "SwiGLU's output",
-    "mlp.fc2": "quick_gelu's output",
-    "merger.mlp.2": "GELU's output",
-    "norm1": "the residual stream",
-    "norm2": "the residual stream after attention",
-    "ln_q": "the residual stream",
-    "input_layernorm": "the residual stream",
-    "post_attention_layernorm": "the residual stream after attention",
-    "model.norm": "the residual stream",
-}
 INPUT, OUTPUT, KEYS = "input", "output", "keys"
+# transformers' name of the output layer, also of one that is tied
+_HEAD = "lm_head"
 
 
 @dataclass(frozen=True)
 class Landmark:
     """One tensor: output `index` of operator `node`. `owner` is a parameter's name without its last part, or a layer's
-    number for the keys written to the cache; side is INPUT, OUTPUT or KEYS.
+    number for the keys written to the cache; side is INPUT, OUTPUT or KEYS; reads says what the input is.
     """
 
     owner: str
     side: str
     node: str
     index: int
+    reads: str = ""
 
     @property
     def title(self) -> str:
@@ -54,8 +45,7 @@ class Landmark:
             return f"layers.{name}.self_attn: keys after the rotary embedding"
         if self.side == OUTPUT:
             return name
-        meaning = next((text for end, text in _MEANING.items() if self.owner.endswith(end)), None)
-        return f"the input of {name}" + (f" ({meaning})" if meaning else "")
+        return f"the input of {name}" + (f" ({self.reads})" if self.reads else "")
 
 
 def find_landmarks(graph: GeGraph, binding: Binding, config: ModelConfig) -> list[Landmark]:
@@ -68,7 +58,7 @@ def find_landmarks(graph: GeGraph, binding: Binding, config: ModelConfig) -> lis
             if edge is not None:
                 readers.setdefault(edge[0], []).append(node)
     found: dict[tuple[str, int], Landmark] = {}
-    weights = {p.name: p.name.removesuffix(".weight") for p in parameters(config) if p.name.endswith(".weight")}
+    weights = {each.name: each for each in family_of(config).weights(config) if each.name.endswith(".weight")}
     for bound, data in zip(binding.inputs, graph.inputs, strict=True):
         marks: Iterable[Landmark] = ()
         if bound.kind == PARAMETER and bound.name in weights:
@@ -99,17 +89,18 @@ def _users(data: Node, readers: dict[str, list[Node]]) -> Iterator[Node]:
             yield node
 
 
-def _around(node: Node, owner: str) -> Iterator[Landmark]:
-    """What goes into and comes out of the operator that has `owner`'s weight."""
+def _around(node: Node, weight: Weight) -> Iterator[Landmark]:
+    """What goes into and comes out of the operator that has a weight."""
+    owner = weight.owner
     if node.op in _SUMS:
-        yield Landmark(owner, INPUT, node.name, _SUMS[node.op])
+        yield Landmark(owner, INPUT, node.name, _SUMS[node.op], weight.reads)
         yield Landmark(owner, OUTPUT, node.name, 0)
     elif node.op in _OWNERS:
         # a tied head has the embedding's weight
-        name = "lm_head" if node.op == "MatMul" and owner == "model.embed_tokens" else owner
+        name = _HEAD if node.op == "MatMul" and weight.role is Role.EMBEDDING else owner
         # patches are uint8 here and normalised in transformers: only the embedding's output is the same
-        if (edge := node.first) and name != "visual.patch_embed":
-            yield Landmark(name, INPUT, *edge)
+        if (edge := node.first) and weight.role is not Role.PATCHES:
+            yield Landmark(name, INPUT, *edge, weight.reads)
         yield Landmark(name, OUTPUT, node.name, 0)
     elif node.op == "GatherV2":
         yield Landmark(owner, OUTPUT, node.name, 0)
@@ -117,14 +108,14 @@ def _around(node: Node, owner: str) -> Iterator[Landmark]:
 
 def original_modules(landmarks: Iterable[Landmark], config: ModelConfig) -> dict[str, tuple[str, ...]]:
     """Paths of transformers' modules that compute a landmark's owner together, by owner."""
-    rules = {p.name.rpartition(".")[0]: rule_for(p, config) for p in parameters(config) if p.name.endswith(".weight")}
+    weights = {each.owner: each for each in family_of(config).weights(config) if each.name.endswith(".weight")}
     owners = {mark.owner for mark in landmarks if mark.side != KEYS}
     modules = {
-        owner: tuple(new_name(name.rpartition(".")[0]) for name, _ in rules[owner].sources)
-        for owner in owners & rules.keys()
+        owner: tuple(new_name(part.name.rpartition(".")[0]) for part in weights[owner].parts)
+        for owner in owners & weights.keys()
     }
-    if "lm_head" in owners:
-        modules["lm_head"] = ("lm_head",)
+    if _HEAD in owners:
+        modules[_HEAD] = (_HEAD,)
     return modules
 
 

@@ -9,12 +9,11 @@ import numpy as np
 from ...artifacts.errors import ArtifactError
 from ...artifacts.host.process import prepare_process
 from ...artifacts.manifest import Manifest
-from ...artifacts.parameters import parameters
 from ...artifacts.schema import dump_json
 from ...artifacts.staging import stage
 from ...artifacts.store import Artifact, onnx_part, open_artifact
 from ...runtime.loader import open_processor
-from ...runtime.pictures.vision import segment_ends, vision_positions
+from ...runtime.models import config_of, family_of
 from ...runtime.requests.answer import Timings
 from ...runtime.requests.generate import prefill_prompt
 from .cases import Case
@@ -87,9 +86,10 @@ def verify_onnx(
 
 def _needed_memory(manifest: Manifest, cases: Sequence[Case], steps: int) -> int:
     """Bytes of both models together: transformers' in fp32, and ours as stored, once mapped and once laid out."""
-    values = sum(parameter.size for parameter in parameters(manifest.model))
+    config = config_of(manifest)
+    values = sum(weight.size for weight in family_of(config).weights(config))
     data = sum(graph.data.bytes for graph in manifest.onnx.graphs) if manifest.onnx else 0
-    logits = 2 * len(cases) * (1 + steps) * manifest.model.text.vocab_size
+    logits = 2 * len(cases) * (1 + steps) * config.text.vocab_size
     return 4 * (values + logits) + 2 * data
 
 
@@ -132,16 +132,16 @@ def _run(
         artifact.check(graph.data)
     backend = OnnxBackend(artifact)
     comparisons: list[Comparison] = []
-    merge = artifact.manifest.model.vision.spatial_merge_size
+    processor = open_processor(artifact)
     cache = backend.allocate(max(1, len(known)))
     for row, (case, expected) in enumerate(known):
         progress(f"onnxruntime: {case.name}", 2 + len(cases) + row, total)
         prompt = case.prompt
         if expected.visual is not None:
-            places = vision_positions(prompt.grids, merge)
-            ours = backend.visual(prompt.patches, places, segment_ends(prompt.grids)).tensor
+            embeds = backend.embed(processor.inputs, prompt.patches, prompt.grids)
+            ours = embeds.in_order(embeds.tensor)
             comparisons.append(compare(case.name, VISUAL, None, ours, expected.visual.numpy(), visual_tolerance, None))
-        out = prefill_prompt(backend, cache, row, prompt, merge, Timings())
+        out = prefill_prompt(backend, cache, row, prompt, processor, Timings())
         theirs, token = expected.logits[0].numpy(), int(backend.tokens(out)[0])
         comparisons.append(compare(case.name, PREFILL, None, backend.logits(out)[0], theirs, tolerance, token))
     for number in range(1, 1 + steps) if known else ():

@@ -92,11 +92,14 @@ class Watch:
             self.keys = [_rows(layer.keys[0, :, -tokens:].transpose(0, 1).flatten(1)) for layer in cache.layers]
 
 
-def trained_positions(placed: Tensor, grids: NDArray[np.int64], merge_size: int) -> tuple[NDArray[np.int64], int]:
+def trained_positions(
+    placed: Tensor, grids: NDArray[np.int64], merge_size: int, per_step: float = 1.0
+) -> tuple[NDArray[np.int64], int]:
     """M-RoPE positions int64 [3, tokens] and delta by the rule that the checkpoints were trained with.
 
-    placed: bool [tokens], true where tokens stand for a clip. get_rope_index of transformers 4.45 to 5.2: whatever
-    follows a clip begins behind the largest position of all three axes. Later versions begin inside long clips.
+    placed: bool [tokens], true where tokens stand for a clip; per_step: positions from one step of it to the next.
+    get_rope_index of transformers 4.45 to 5.2: whatever follows a clip begins behind the largest position of all three
+    axes. Later versions begin inside long clips.
     """
     parts: list[Tensor] = []
     waiting, at = iter(grids.tolist()), 0
@@ -104,7 +107,7 @@ def trained_positions(placed: Tensor, grids: NDArray[np.int64], merge_size: int)
         start = int(parts[-1].max()) + 1 if parts else 0
         if placed[at]:
             t, h, w = next(waiting)
-            axes = (torch.arange(t), torch.arange(h // merge_size), torch.arange(w // merge_size))
+            axes = ((torch.arange(t) * per_step).long(), torch.arange(h // merge_size), torch.arange(w // merge_size))
             part = torch.stack(torch.meshgrid(*axes, indexing="ij")).flatten(1)
         else:
             part = torch.zeros(3, 1, dtype=torch.int64)
@@ -153,7 +156,10 @@ class HfReference:
             )
             positions, delta = of_axes[:, 0].numpy(), int(behind)
         else:
-            positions, delta = trained_positions(token_ids[0] == placeholder, grids, self.image_processor.merge_size)
+            # models without a clock count steps
+            per_step = getattr(config.vision_config, "tokens_per_second", 1) * case.clip_seconds
+            placed, merge = token_ids[0] == placeholder, self.image_processor.merge_size
+            positions, delta = trained_positions(placed, grids, merge, per_step)
         return HfInputs(token_ids[0].numpy(), grids, pixels, positions, delta)
 
     def _clip(self, case: Case) -> tuple[Tensor, Tensor]:
@@ -253,7 +259,7 @@ def open_reference(folder: Path, dtype: torch.dtype) -> HfReference:
         try:
             tokenizer = transformers.AutoTokenizer.from_pretrained(path, local_files_only=True)
             image_processor = default_image_processor(path)
-            model = transformers.Qwen2VLForConditionalGeneration.from_pretrained(
+            model = transformers.AutoModelForImageTextToText.from_pretrained(
                 path,
                 dtype=torch.float32,
                 local_files_only=True,

@@ -12,10 +12,10 @@ from ...artifacts.ge.graph import read_graph
 from ...artifacts.manifest import GePart
 from ...artifacts.store import Artifact
 from ...runtime.backends.base import Step
-from ...runtime.backends.ge.bound import Cache
 from ...runtime.backends.ge.operators import TORCH_DTYPES
+from ...runtime.backends.model import KvCache
 from ...runtime.backends.reference import ReferenceBackend
-from ...runtime.pictures.vision import segment_ends, vision_positions
+from ...runtime.models import config_of, family_of
 from .cases import Case
 from .landmarks import KEYS, OUTPUT, Landmark, aligned, find_landmarks, original_modules
 from .reference import PREFILL, VISUAL, Expected, HfInputs, Watch, open_reference
@@ -130,7 +130,7 @@ class Run:
 
     # ours
 
-    def _decode(self, cache: Cache, group: Sequence[_Known], step: Step | None, number: int) -> Step:
+    def _decode(self, cache: KvCache, group: Sequence[_Known], step: Step | None, number: int) -> Step:
         """Decode step `number`, from 1, of a group, a row each: transformers' tokens, our own positions."""
         fed = np.array([_expected(each).tokens[number - 1] for each in group], np.int64)
         lengths = np.array([len(each.case.prompt.token_ids) for each in group], np.int64) + number - 1
@@ -141,15 +141,15 @@ class Run:
             begun = replace(begun, cache_index=step.cache_index, positions=step.positions)
         return self.backend.decode(cache, begun, [int(length) + 1 for length in lengths])
 
-    def _prefill(self, cache: Cache, row: int, case: Case) -> tuple[Floats | None, Step]:
+    def _prefill(self, cache: KvCache, row: int, case: Case) -> tuple[Floats | None, Step]:
         """Our visual output, and the prefill into one row of the cache."""
-        prompt, merge = case.prompt, self.artifact.manifest.model.vision.spatial_merge_size
-        embeds = None
+        prompt, config = case.prompt, config_of(self.artifact.manifest)
+        embeds, slots = None, prompt.vision_slots
         if len(prompt.grids):
-            places = vision_positions(prompt.grids, merge)
-            embeds = self.backend.visual(prompt.patches, places, segment_ends(prompt.grids))
-        step = self.backend.prefill(cache, row, 0, prompt.token_ids, prompt.positions, embeds, prompt.vision_slots)
-        return None if embeds is None else embeds.tensor.float().numpy(), step
+            embeds = self.backend.embed(family_of(config).inputs(config), prompt.patches, prompt.grids)
+            slots = embeds.placed(slots)
+        step = self.backend.prefill(cache, row, 0, prompt.token_ids, prompt.positions, embeds, slots)
+        return None if embeds is None else embeds.in_order(embeds.tensor.float().numpy()), step
 
     def _compare_group(self, batch: int, group: Sequence[_Known], only_decode: bool) -> list[Comparison]:
         """All comparisons of the cases that share one cache of `batch` rows."""
@@ -232,7 +232,7 @@ class Run:
         """
         each = next(k for k in known if k.case.name == failed.case)
         graph = next(g for g in self.part.graphs if g.name == failed.graph)
-        model = self.artifact.manifest.model
+        model = config_of(self.artifact.manifest)
         nodes = read_graph(self.artifact.read(graph.graph), graph.graph.path)
         landmarks = find_landmarks(nodes, self.backend.binding(graph.name), model)
         call = failed.step if failed.step is not None else failed.graph

@@ -9,11 +9,11 @@ from typing import TYPE_CHECKING, Any
 from ...artifacts.errors import ArtifactError, ConfigError, TargetError
 from ...artifacts.host.process import prepare_process
 from ...artifacts.manifest import Manifest
-from ...artifacts.parameters import parameters
 from ...artifacts.schema import dump_json
 from ...artifacts.staging import Staging, stage
 from ...artifacts.store import Artifact, ge_part, open_artifact
 from ...runtime.loader import open_processor
+from ...runtime.models import config_of, family_of
 from ...runtime.text.prompt import Processor
 from ..selftest.inputs import MOST_TOKENS
 from ..weights.source import open_checkpoint
@@ -148,7 +148,7 @@ def check_same_model(artifact: Artifact, against: Path) -> None:
         raise ConfigError(f"{against}: no config.json there; --against wants the folder of the original checkpoint")
     with open_checkpoint(against) as checkpoint:
         there = checkpoint.config
-    differences = list(_differences("", artifact.manifest.model, there))
+    differences = list(_differences("", config_of(artifact.manifest), there))
     if differences:
         raise ArtifactError(
             f"{artifact.path}: was not made from {against}, whose config.json differs: {', '.join(differences[:6])}; "
@@ -173,9 +173,10 @@ def needed_memory(manifest: Manifest, cases: Sequence[Case], steps: int) -> int:
     backend computes half-precision products in fp32) and once rounded. Both: activations of the longest request,
     all kept while intermediates are compared, and the cache's used positions.
     """
-    sizes = [parameter.size for parameter in parameters(manifest.model)]
+    config = config_of(manifest)
+    sizes = [weight.size for weight in family_of(config).weights(config)]
     mapped = sum(entry.bytes for entry in manifest.weights.files) if manifest.weights else 0
-    text, vision = manifest.model.text, manifest.model.vision
+    text, vision = config.text, config.vision
     tokens = max(max(len(case.prompt.token_ids) for case in cases) + steps, MOST_TOKENS)
     patches = max(len(case.prompt.patches) for case in cases)
     per_token = text.num_layers * (12 * text.hidden_size + 4 * text.intermediate_size + 4 * text.kv_dim)

@@ -13,20 +13,20 @@ from typing import Any
 
 from blake3 import blake3
 
-from ...artifacts.config import ModelConfig
 from ...artifacts.errors import ArtifactError, ConfigError, TargetError
 from ...artifacts.integrity import OpenedFile
 from ...artifacts.manifest import DTYPES, FileEntry, Folding, Manifest, WeightsPart, empty_manifest
-from ...artifacts.parameters import FP32, Parameter
 from ...artifacts.safetensors import DTYPE_NAMES, ITEM_BYTES, header_bytes
 from ...artifacts.schema import dump_json, from_plain, shown
 from ...artifacts.staging import Staging, require_disk, stage
+from ...runtime.models import to_plain
+from ...runtime.models.base import FP32, Role, Weight
+from ...runtime.models.config import ModelConfig
 from .folding import fold_bias, fold_weight
-from .names import Make, Rule
 from .notes import config_notes
 from .processor import ProcessorFiles, copy_processor, read_processor
-from .source import Checkpoint, numpy_dtype, open_checkpoint
-from .stream import Piece, computed, load, write_shard
+from .source import Checkpoint, SourceTensor, numpy_dtype, open_checkpoint
+from .stream import Piece, computed, load, padded, write_shard
 
 SHARD_BYTES = 2 << 30
 _TORCH_DTYPES = {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32"}
@@ -39,10 +39,10 @@ Progress = Callable[[int, int], None]
 
 @dataclass(frozen=True)
 class Shard:
-    """One file to write: its path in the artifact, the rules of its tensors, and its exact size."""
+    """One file to write: its path in the artifact, its tensors, and its exact size."""
 
     path: str
-    rules: tuple[Rule, ...]
+    weights: tuple[Weight, ...]
     header: bytes
     bytes: int
 
@@ -92,29 +92,28 @@ def source_dtype(config: dict[str, Any]) -> str:
     raise ConfigError(f"config.json: no torch_dtype there; choose one with --dtype {'|'.join(DTYPES)}")
 
 
-def stored_dtype(parameter: Parameter, dtype: str) -> str:
-    """The safetensors dtype of a parameter in an artifact of `dtype`."""
-    return DTYPE_NAMES["fp32" if parameter.dtype == FP32 else dtype]
+def stored_dtype(weight: Weight, dtype: str) -> str:
+    """The safetensors dtype of a tensor in an artifact of `dtype`."""
+    return DTYPE_NAMES[weight.dtype(dtype)]
 
 
 def _shards(checkpoint: Checkpoint, dtype: str, shard_bytes: int) -> tuple[Shard, ...]:
     """Whole tensors in load order, a new file before one that would exceed `shard_bytes`."""
-    groups: list[list[Rule]] = [[]]
+    groups: list[list[Weight]] = [[]]
     size = 0
-    for rule in checkpoint.rules:
-        tensor_bytes = rule.parameter.size * ITEM_BYTES[stored_dtype(rule.parameter, dtype)]
+    for weight in checkpoint.weights:
+        tensor_bytes = weight.size * ITEM_BYTES[stored_dtype(weight, dtype)]
         if groups[-1] and size + tensor_bytes > shard_bytes:
             groups.append([])
             size = 0
-        groups[-1].append(rule)
+        groups[-1].append(weight)
         size += tensor_bytes
     shards = []
-    for number, rules in enumerate(groups, start=1):
-        layout = [(r.parameter.name, stored_dtype(r.parameter, dtype), r.parameter.shape) for r in rules]
-        header = header_bytes(layout)
-        data = sum(r.parameter.size * ITEM_BYTES[stored_dtype(r.parameter, dtype)] for r in rules)
+    for number, weights in enumerate(groups, start=1):
+        header = header_bytes((weight.name, stored_dtype(weight, dtype), weight.shape) for weight in weights)
+        data = sum(weight.size * ITEM_BYTES[stored_dtype(weight, dtype)] for weight in weights)
         path = f"weights/model-{number:05}-of-{len(groups):05}.safetensors"
-        shards.append(Shard(path, tuple(rules), header, len(header) + data))
+        shards.append(Shard(path, tuple(weights), header, len(header) + data))
     return tuple(shards)
 
 
@@ -145,21 +144,23 @@ def plan_conversion(src: Path, dtype: str | None = None, *, shard_bytes: int = S
         yield Plan(checkpoint, processor, chosen, folding, shards, _fingerprint(checkpoint, chosen, folding, shards))
 
 
-def _pieces(plan: Plan, rule: Rule) -> Iterator[Piece]:
-    dtype = stored_dtype(rule.parameter, plan.dtype)
-    sources = [plan.checkpoint.tensors[name] for name, _ in rule.sources]
-    if rule.make is Make.ROWS:
-        for source in sources:
-            yield Piece(source, dtype)
-        return
-    (source,) = sources
-    weight = functools.partial(_folded, plan, source)
-    if rule.make is Make.PATCH_WEIGHT:
-        make: Callable[[], Any] = weight
-    else:
+def _pieces(plan: Plan, weight: Weight) -> Iterator[Piece]:
+    dtype = stored_dtype(weight, plan.dtype)
+    for part in weight.parts:
+        source = plan.checkpoint.tensors[part.name]
+        make = _maker(plan, weight, source, (part.rows, *weight.shape[1:]), dtype)
+        yield Piece(source, dtype, functools.partial(computed, make, source, dtype) if make else None)
+
+
+def _maker(
+    plan: Plan, weight: Weight, source: SourceTensor, shape: tuple[int, ...], dtype: str
+) -> Callable[[], Any] | None:
+    """What computes a part of `shape`; None where it is the source as it is."""
+    if weight.role in (Role.PATCHES, Role.MEAN):
         channels = plan.checkpoint.config.vision.in_channels
-        make = functools.partial(lambda: fold_bias(weight(), plan.folding, channels))
-    yield Piece(source, dtype, functools.partial(computed, make, source, dtype))
+        matrix = functools.partial(_folded, plan, source)
+        return matrix if weight.role is Role.PATCHES else lambda: fold_bias(matrix(), plan.folding, channels)
+    return None if source.shape == shape else functools.partial(padded, source, dtype, shape)
 
 
 def _folded(plan: Plan, source: Any) -> Any:
@@ -205,7 +206,7 @@ def _write_shards(plan: Plan, staging: Staging, progress: Progress) -> tuple[tup
     for shard in plan.shards:
         entry = finished.get(shard.path)
         if entry is None:
-            pieces = (piece for rule in shard.rules for piece in _pieces(plan, rule))
+            pieces = (piece for weight in shard.weights for piece in _pieces(plan, weight))
             size, digest = write_shard(staging.file(shard.path), shard.header, pieces, advance)
             entry = FileEntry(shard.path, size, digest)
         entries.append(entry)
@@ -258,7 +259,7 @@ def _check_graphs_fit(base: Manifest, plan: Plan, target: Path) -> None:
     """Graphs carry the model's shape and dtype. The folding is in the weights alone: graphs take any."""
     if base.ge is None:
         return
-    if base.model != plan.checkpoint.config:
+    if base.model != to_plain(plan.checkpoint.config):
         what = "a model of another shape or with other constants"
     elif base.ge.dtype != plan.dtype:
         what = f"dtype {base.ge.dtype}, the weights would be {plan.dtype}"
@@ -284,7 +285,7 @@ def convert(
     not fit. Raises ToolchainError and then leaves `out` as it was.
     """
     with plan_conversion(src, dtype, shard_bytes=shard_bytes) as plan, stage(out, sync=sync) as staging:
-        base = staging.base or empty_manifest("", plan.checkpoint.config)
+        base = staging.base or empty_manifest("", to_plain(plan.checkpoint.config))
         _check_graphs_fit(base, plan, staging.target)
         result = convert_planned(plan, staging, progress)
         if base.ge:
@@ -293,7 +294,7 @@ def convert(
             dataclasses.replace(
                 base,
                 name=artifact_name(src),
-                model=result.model,
+                model=to_plain(result.model),
                 weights=result.weights,
                 processor=result.processor,
                 # what was exported and verified referred to the old weights

@@ -7,10 +7,10 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from ...artifacts.config import VisionConfig
 from ...artifacts.errors import ConfigError
 from ...artifacts.manifest import Folding
 from ...artifacts.schema import shown
+from ...runtime.models.config import VisionConfig
 
 # transformers' Qwen2VLImageProcessor: what it takes for fields that preprocessor_config.json leaves out
 _RESCALE = 1 / 255

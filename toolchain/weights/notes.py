@@ -3,8 +3,8 @@
 from collections.abc import Mapping
 from typing import Any
 
-from ...artifacts.hf_fields import TEXT_DEFAULTS, WHOLE_DEFAULTS
 from ...artifacts.schema import shown
+from ...runtime.models.qwen2 import TEXT_DEFAULTS, WHOLE_DEFAULTS
 
 
 def config_notes(config: Mapping[str, Any]) -> tuple[str, ...]:

@@ -11,11 +11,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ...artifacts.config import ModelConfig
 from ...artifacts.errors import ArtifactError, ConfigError, RequestError
 from ...artifacts.manifest import FileEntry, Folding
 from ...artifacts.schema import dump_json, shown
 from ...artifacts.staging import Staging
+from ...runtime.models.config import ModelConfig
 from ...runtime.pictures.vision import ImageSettings, image_settings_from_hf
 from ...runtime.requests.settings import settings_for
 from ...runtime.text.prompt import Processor

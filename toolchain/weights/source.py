@@ -12,13 +12,14 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
-from ...artifacts.config import ModelConfig, model_config_from_hf
 from ...artifacts.errors import ArtifactError, ConfigError, WeightError
 from ...artifacts.integrity import check_relative
-from ...artifacts.parameters import parameters
 from ...artifacts.safetensors import MAX_HEADER_BYTES, read_header
+from ...runtime.models import config_from_hf, family_of
+from ...runtime.models.base import Weight
+from ...runtime.models.config import ModelConfig
 from .files import read_object
-from .names import Rule, is_quantized, is_recomputed, legacy_name, new_name, rule_for
+from .names import is_quantized, is_recomputed, legacy_name, new_name
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
@@ -78,7 +79,7 @@ class Checkpoint:
     folder: Path
     config: ModelConfig
     plain_config: dict[str, Any]
-    rules: tuple[Rule, ...]
+    weights: tuple[Weight, ...]
     tensors: dict[str, SourceTensor]
     files: tuple[SourceFile, ...]
 
@@ -188,13 +189,13 @@ def _collect(files: Iterable[SourceFile], weight_map: dict[str, str]) -> dict[st
     return found
 
 
-def _check_names(folder: Path, found: dict[str, SourceTensor], rules: Iterable[Rule], tied: bool) -> None:
+def _check_names(folder: Path, found: dict[str, SourceTensor], weights: Iterable[Weight], tied: bool) -> None:
     if quantized := [tensor.name for name, tensor in found.items() if is_quantized(name)]:
         raise WeightError(
             f"{folder}: holds quantized tensors ({_shown(quantized)}); GPTQ, AWQ and other quantized checkpoints are "
             "not supported yet: use the unquantized one"
         )
-    wanted = {name for rule in rules for name, _ in rule.sources}
+    wanted = {part.name for weight in weights for part in weight.parts}
     stored_as = new_name if any(name != tensor.name for name, tensor in found.items()) else str
     if missing := wanted - found.keys():
         hint = "; or set tie_word_embeddings in config.json" if missing == {"lm_head.weight"} else ""
@@ -210,9 +211,9 @@ def _check_names(folder: Path, found: dict[str, SourceTensor], rules: Iterable[R
         )
 
 
-def _check_shapes(found: dict[str, SourceTensor], rules: Iterable[Rule]) -> None:
-    for rule in rules:
-        for name, shape in rule.sources:
+def _check_shapes(found: dict[str, SourceTensor], weights: Iterable[Weight]) -> None:
+    for weight in weights:
+        for name, shape, _ in weight.parts:
             tensor = found[name]
             where = f"{tensor.file.path}: {tensor.name}"
             if tensor.dtype not in FLOAT_DTYPES:
@@ -265,14 +266,14 @@ def open_checkpoint(folder: Path) -> Iterator[Checkpoint]:
     if not (folder / "config.json").is_file():
         raise ConfigError(f"{folder}: no config.json there; --src wants the folder of a Qwen2-VL checkpoint")
     plain = read_object(folder, "config.json") or {}
-    config = model_config_from_hf(plain)
-    rules = tuple(rule_for(parameter, config) for parameter in parameters(config))
+    config = config_from_hf(plain)
+    weights = tuple(family_of(config).weights(config))
     names, weight_map = _find_files(folder)
     with ExitStack() as stack:
         files = tuple(_open_file(folder / name, stack) for name in names)
         found = _collect(files, weight_map)
-        _check_names(folder, found, rules, config.text.tie_word_embeddings)
-        _check_shapes(found, rules)
+        _check_names(folder, found, weights, config.text.tie_word_embeddings)
+        _check_shapes(found, weights)
         if config.text.tie_word_embeddings:
             _check_tied(found)
-        yield Checkpoint(folder, config, plain, rules, found, files)
+        yield Checkpoint(folder, config, plain, weights, found, files)

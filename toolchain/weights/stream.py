@@ -215,3 +215,13 @@ def computed(make: Callable[[], npt.NDArray[Any]], source: SourceTensor, dtype: 
 def load(source: SourceTensor) -> npt.NDArray[Any]:
     """A small tensor as an array, in its own dtype."""
     return np.frombuffer(source.bytes(), numpy_dtype(source.dtype)).reshape(source.shape)
+
+
+def padded(source: SourceTensor, dtype: str, shape: tuple[int, ...]) -> npt.NDArray[Any]:
+    """A tensor in `dtype` with zeros behind its rows and columns, up to `shape`."""
+    values = load(source)
+    array = np.zeros(shape, numpy_dtype(dtype))
+    with np.errstate(over="ignore"):
+        # by way of fp32, as _cast
+        array[tuple(map(slice, values.shape))] = values.astype(np.float32).astype(numpy_dtype(dtype))
+    return array

@@ -10,7 +10,7 @@ from ....artifacts.errors import ArtifactError
 from ....artifacts.ge.graph import ATTRIBUTE_DTYPES, ITEM_BYTES, Node, read_graph
 from ....artifacts.manifest import AirGraph, FileEntry
 from ....artifacts.store import Artifact, ge_part
-from .bound import mapped_bytes
+from ..weights import mapped_bytes
 from .executor import Executor
 from .operators import TORCH_DTYPES
 

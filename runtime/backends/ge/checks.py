@@ -1,45 +1,43 @@
 """What a graph and its binding must agree on with the runtime, checked when they are loaded."""
 
-from ....artifacts.config import ModelConfig
 from ....artifacts.errors import ArtifactError
-from ....artifacts.ge.binding import CACHE, Binding
+from ....artifacts.ge.binding import ARGUMENT, CACHE, LENGTHS, Binding, BoundInput
 from ....artifacts.ge.graph import GeGraph, written_by
 from ....artifacts.manifest import GePart
+from ...models.base import MODEL_DTYPE, Argument, GraphSpec
 
-# what the runtime reads of a graph's outputs
-_OUTPUTS = {
-    "visual": ("embeds",),
-    "prefill": ("next_token", "logits"),
-    "decode": ("next_token", "logits", "cache_index"),
-}
+_KINDS = {ARGUMENT: "tensor", LENGTHS: "lengths", CACHE: "cache"}
 
 
-def check_binding(binding: Binding, name: str, part: GePart, model: ModelConfig, where: str) -> None:
-    """Raises ArtifactError unless a graph is bound under its own name, to the caches that there are, and has the
-    outputs that are read."""
-    if binding.graph != name:
-        raise ArtifactError(f"{where}: is the binding of {binding.graph}, the manifest says {name}; compile again")
-    kind, _, batch = name.partition("_b")
-    outputs = [output.name for output in binding.outputs]
-    listed = next((graph.outputs for graph in part.graphs if graph.name == name), ())
+def check_binding(binding: Binding, spec: GraphSpec, part: GePart, where: str) -> None:
+    """Raises ArtifactError unless a graph is bound under its own name, takes what its spec says and nothing else, and
+    has the spec's outputs."""
+    if binding.graph != spec.name:
+        raise ArtifactError(f"{where}: is the binding of {binding.graph}, the manifest says {spec.name}; compile again")
+    outputs, expected = [output.name for output in binding.outputs], [output.name for output in spec.outputs]
+    listed = next((graph.outputs for graph in part.graphs if graph.name == spec.name), ())
     if outputs != [output.name for output in listed]:
         raise ArtifactError(f"{where}: has the outputs {', '.join(outputs)}, the manifest lists others; compile again")
-    if set(_OUTPUTS.get(kind, ())) - set(outputs) or len(set(outputs)) != len(outputs):
-        raise ArtifactError(
-            f"{where}: has the outputs {', '.join(outputs)}, expected {', '.join(_OUTPUTS.get(kind, ()))}"
-        )
-    expected = (int(batch) if batch else 1, part.max_length, model.text.kv_dim)
+    if outputs != expected:
+        raise ArtifactError(f"{where}: has the outputs {', '.join(outputs)}, expected {', '.join(expected)}")
+    arguments = {argument.name: argument for argument in spec.arguments}
     for bound in binding.inputs:
-        if bound.kind == CACHE and (
-            kind == "visual"
-            or bound.name not in ("keys", "values")
-            or not 0 <= (bound.index or 0) < model.text.num_layers
-            or (bound.shape, bound.dtype) != (expected, part.dtype)
-        ):
-            raise ArtifactError(
-                f"{where}: takes {bound.name}[{bound.index}] {list(bound.shape)} {bound.dtype} as a cache; this model "
-                f"has keys and values of {model.text.num_layers} layers, {list(expected)} {part.dtype}"
-            )
+        if bound.kind in _KINDS:
+            _check_argument(bound, arguments.get(bound.name), spec, part.dtype, where)
+
+
+def _check_argument(bound: BoundInput, argument: Argument | None, spec: GraphSpec, model: str, where: str) -> None:
+    name = bound.name if bound.index is None else f"{bound.name}[{bound.index}]"
+    got = f"{where}: takes {name} {list(bound.shape)} {bound.dtype} as "
+    got += "a cache" if bound.kind == CACHE else f"{bound.kind} of {spec.name}"
+    if argument is None or _KINDS[bound.kind] != argument.kind:
+        raise ArtifactError(f"{got}, which this model's graph does not have; compile again")
+    dtype = model if argument.dtype == MODEL_DTYPE else argument.dtype
+    if (bound.shape, bound.dtype) != (argument.bound, dtype) or not 0 <= (bound.index or 0) < max(spec.layers, 1):
+        raise ArtifactError(
+            f"{got}; this model has {f'{spec.layers} layers of ' * (bound.kind == CACHE)}{argument.name}, "
+            f"{list(argument.bound)} {dtype}"
+        )
 
 
 def check_graph(graph: GeGraph, binding: Binding, where: str) -> None:

@@ -1,27 +1,27 @@
-"""The language model: prefill of one cache row, and decode of a batch.
+"""Attention over a KV cache, and within segments of patches.
 
-Shapes: S prompt tokens, B batch rows, H hidden_size, D head_dim, KV num_kv_heads x D, L cache length, V vocabulary.
-The caches are lists of one key and one value tensor a layer, each [B, L, KV], written in place.
+Shapes: S tokens, B batch rows, D head_dim, KV num_kv_heads x D, L cache length; N patches, E the tower's width.
 """
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
-from ...artifacts.config import TextConfig
-from .form import Form
-from .layers import ALL_TOKENS, Embedding, Linear, RMSNorm
+from ...runtime.models.base import GraphOptions
+from ...runtime.models.config import TextConfig, VisionConfig
+from .layers import Linear
 
 # FusedInferAttentionScore: sparse_mode 3 aligns the causal triangle with the end of the cache; the operator reads one
 # fixed mask of this side instead of a mask of S x length
 RIGHT_DOWN_CAUSAL = 3
 CAUSAL_MASK_SIDE = 2048
+# PromptFlashAttention hides what lies further ahead than next_tokens, 0 by default, whatever the mask says
+ALL_TOKENS = 2147483647
 
 
 @dataclass(frozen=True)
-class Step:
+class Attended:
     """What all layers of one step share.
 
     cos, sin [B, S, heads + 2 kv_heads, D]: the rotation of q and k; 1 and 0 for v, which passes through.
@@ -36,19 +36,19 @@ class Step:
     mask: Tensor | None
 
 
-class Attention(nn.Module):
+class CachedAttention(nn.Module):
     """Grouped-query attention over the cache, which this layer first extends."""
 
-    def __init__(self, config: TextConfig, form: Form) -> None:
+    def __init__(self, config: TextConfig, options: GraphOptions) -> None:
         super().__init__()
         self.heads, self.kv_heads, self.head_dim = config.num_heads, config.num_kv_heads, config.head_dim
         self.q_dim, self.kv_dim = config.hidden_size, config.kv_dim
         self.scale = config.head_dim**-0.5
-        self.fused = form.operators == "fused"
+        self.fused = options.operators == "fused"
         self.qkv_proj = Linear(config.hidden_size, self.q_dim + 2 * self.kv_dim)
         self.o_proj = Linear(self.q_dim, config.hidden_size, bias=False)
 
-    def forward(self, x: Tensor, cache: tuple[Tensor, Tensor], step: Step) -> Tensor:
+    def forward(self, x: Tensor, cache: tuple[Tensor, Tensor], step: Attended) -> Tensor:
         """x [B * S, H] to the attention's output before o_proj, [B * S, H]."""
         batch = step.cache_index.shape[0]
         # One rotation over q, k and v together, and one split after it: rotating q and k alone would take a split
@@ -62,7 +62,7 @@ class Attention(nn.Module):
         attend = self.attend_fused if self.fused else self.attend_recipe
         return attend(q, keys, values, step).view(-1, self.q_dim)
 
-    def attend_fused(self, q: Tensor, keys: Tensor, values: Tensor, step: Step) -> Tensor:
+    def attend_fused(self, q: Tensor, keys: Tensor, values: Tensor, step: Attended) -> Tensor:
         """One operator for prefill and decode; no mask but the fixed one, cache read up to its valid length."""
         out: Tensor = torch.ops.npu.npu_fused_infer_attention_score(
             q,
@@ -78,7 +78,7 @@ class Attention(nn.Module):
         )[0]
         return out
 
-    def attend_recipe(self, q: Tensor, keys: Tensor, values: Tensor, step: Step) -> Tensor:
+    def attend_recipe(self, q: Tensor, keys: Tensor, values: Tensor, step: Attended) -> Tensor:
         """The recipe's pair: PromptFlashAttention over a dense mask, IncreFlashAttention by lengths."""
         shared = {"num_heads": self.heads, "num_key_value_heads": self.kv_heads, "scale_value": self.scale}
         if step.mask is None:
@@ -107,57 +107,54 @@ class Attention(nn.Module):
         return out
 
 
-class Mlp(nn.Module):
-    """SwiGLU over a fused gate and up projection."""
+@dataclass(frozen=True)
+class Segments:
+    """How patches fall into segments.
 
-    def __init__(self, config: TextConfig) -> None:
+    batch: (F, S), rows and patches in each, padding included, with `lengths` the true ones; or None, for segments
+    packed end to end with `lengths` their cumulative ends (HF's cu_seqlens without the leading 0).
+    keys: where padding stands among a segment's patches, which of all patches are its keys, [F, longest], the first
+    `lengths` of each row; all its patches are queries.
+    """
+
+    batch: tuple[int, int] | None
+    lengths: list[int]
+    keys: Tensor | None = None
+
+
+class SegmentAttention(nn.Module):
+    """Full attention inside each segment (one frame group of one image)."""
+
+    def __init__(self, config: VisionConfig) -> None:
         super().__init__()
-        self.gate_up_proj = Linear(config.hidden_size, 2 * config.intermediate_size, bias=False)
-        self.down_proj = Linear(config.intermediate_size, config.hidden_size, bias=False)
+        self.heads = config.num_heads
+        self.head_dim = config.head_dim
+        self.width = config.embed_dim
+        self.scale = config.head_dim**-0.5
+        self.qkv = Linear(self.width, 3 * self.width)
+        self.proj = Linear(self.width, self.width)
 
-    def forward(self, x: Tensor) -> Tensor:
-        return self.down_proj(torch.ops.npu.npu_swiglu(self.gate_up_proj(x)))
-
-
-class Layer(nn.Module):
-    """The parts of one decoder layer; `Model.layers_forward` runs them: a norm fuses with the addition before it."""
-
-    def __init__(self, config: TextConfig, form: Form) -> None:
-        super().__init__()
-        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.self_attn = Attention(config, form)
-        self.mlp = Mlp(config)
-
-
-class Model(nn.Module):
-    """Embedding, layers and final norm."""
-
-    def __init__(self, config: TextConfig, form: Form) -> None:
-        super().__init__()
-        self.embed_tokens = Embedding(config.vocab_size, config.hidden_size)
-        # nn.ModuleList does not say what it holds
-        self.layers: Sequence[Layer] = nn.ModuleList(Layer(config, form) for _ in range(config.num_layers))  # type: ignore[assignment]
-        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-
-    def layers_forward(
-        self, x: Tensor, caches: list[tuple[Tensor, Tensor]], step: Step, last: Tensor | None = None
-    ) -> Tensor:
-        """Run all layers over x [B * S, H].
-
-        last [1] is the row whose logits are wanted: the last layer computes everything after its attention, and the
-        final norm, for that row only. Without it, for all rows. Returns the normalised hidden state [B * S or 1, H].
-        """
-        residual = x
-        y = self.layers[0].input_layernorm(residual)
-        for i, layer in enumerate(self.layers):
-            if i > 0:
-                y, residual = layer.input_layernorm.add(residual, x)
-            attention = layer.self_attn(y, caches[i], step)
-            if last is not None and i == len(self.layers) - 1:
-                attention = attention.index_select(0, last)
-                residual = residual.index_select(0, last)
-            y, residual = layer.post_attention_layernorm.add(residual, layer.self_attn.o_proj(attention))
-            x = layer.mlp(y)
-        y, _ = self.norm.add(residual, x)
-        return y
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, segments: Segments) -> Tensor:
+        # One split and two rotations: rotating q and k together takes a second split, which copies both once more.
+        q, k, v = self.qkv(x).split([self.width, self.width, self.width], -1)
+        q, k = (torch.ops.npu.npu_rotary_mul(t.view(1, -1, self.heads, self.head_dim), cos, sin) for t in (q, k))
+        shape = (*segments.batch, self.width) if segments.batch else (-1, self.heads, self.head_dim)
+        if segments.keys is None:
+            k, v = k.view(shape), v.view(shape)
+        else:
+            rows = segments.keys.view(-1)
+            k, v = (t.view(-1, self.width).index_select(0, rows).view(*segments.keys.shape, -1) for t in (k, v))
+        out = torch.ops.npu.npu_fused_infer_attention_score(
+            q.view(shape),
+            k,
+            v,
+            # of the query, too: what lies behind a row's length costs nothing and comes out as zeros
+            actual_seq_lengths=segments.lengths if segments.keys is None else None,
+            actual_seq_lengths_kv=segments.lengths,
+            num_heads=self.heads,
+            # as many as heads, and written all the same: CANN's tiling of TND divides by the attribute
+            num_key_value_heads=self.heads,
+            scale=self.scale,
+            input_layout="BSH" if segments.batch else "TND",
+        )[0]
+        return self.proj(out.view(-1, self.width))

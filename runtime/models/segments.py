@@ -5,8 +5,9 @@ batch [F, S, ...], so that no mask is needed: rows of one length are one run and
 row's true length, rows of other lengths may join, padded to the longest.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -89,6 +90,21 @@ class Piece:
     to: int
 
 
+@dataclass(frozen=True, eq=False)
+class VisualCall:
+    """One call of the visual graph: arguments and lengths by the names of its GraphSpec, and where the rows of its
+    output belong among all embeddings."""
+
+    arguments: Mapping[str, NDArray[Any]]
+    lengths: Mapping[str, list[int]]
+    pieces: tuple[Piece, ...]
+
+
+def rows_in(calls: Sequence[VisualCall]) -> int:
+    """Embeddings that the calls make together."""
+    return sum(piece.count for call in calls for piece in call.pieces)
+
+
 def rows_of(
     run: Run, segment_ends: Sequence[int], patches: NDArray[np.uint8], positions: NDArray[np.int64]
 ) -> tuple[NDArray[np.uint8], NDArray[np.int64]]:
@@ -110,18 +126,22 @@ def rows_of(
     return taken, places
 
 
-def pieces(run: Run, segment_ends: Sequence[int], merge_size: int) -> Iterator[Piece]:
-    """Where a run's rows of output [F * S / merge_size**2, H] belong among all embeddings; neighbours are one piece."""
+def pieces(run: Run, segment_ends: Sequence[int], merge_size: int) -> tuple[Piece, ...]:
+    """Where a run's rows of output [F * S / merge_size**2, H] belong among all embeddings."""
     merge = merge_size**2
-    open_piece: Piece | None = None
-    for row, (segment, length) in enumerate(zip(run.segments, run.lengths, strict=True)):
-        begin, to, count = row * run.length // merge, (segment_ends[segment] - length) // merge, length // merge
-        if open_piece is not None:
-            done = open_piece.count
-            if (begin, to) == (open_piece.begin + done, open_piece.to + done):
-                open_piece = Piece(open_piece.begin, done + count, open_piece.to)
-                continue
-            yield open_piece
-        open_piece = Piece(begin, count, to)
-    if open_piece is not None:
-        yield open_piece
+    return joined(
+        (row * run.length // merge, length // merge, (segment_ends[segment] - length) // merge)
+        for row, (segment, length) in enumerate(zip(run.segments, run.lengths, strict=True))
+    )
+
+
+def joined(parts: Iterable[tuple[int, int, int]]) -> tuple[Piece, ...]:
+    """Pieces of (begin, count, to), of which neighbours are one."""
+    made: list[Piece] = []
+    for begin, count, to in parts:
+        last = made[-1] if made else None
+        if last is not None and (begin, to) == (last.begin + last.count, last.to + last.count):
+            made[-1] = Piece(last.begin, last.count + count, last.to)
+        else:
+            made.append(Piece(begin, count, to))
+    return tuple(made)

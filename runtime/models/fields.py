@@ -5,47 +5,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from .errors import ConfigError
-from .schema import shown
-
-# What Qwen2VLConfig, Qwen2VLTextConfig and Qwen2VLVisionConfig take for a field that is left out: the same numbers in
-# all of transformers 4.45 to 5.23, which save (4.45 to 4.50 in vision_config) only what differs from them.
-TEXT_DEFAULTS: Mapping[str, Any] = {
-    "vocab_size": 152064,
-    "hidden_size": 8192,
-    "intermediate_size": 29568,
-    "num_hidden_layers": 80,
-    "num_attention_heads": 64,
-    "num_key_value_heads": 8,
-    "hidden_act": "silu",
-    "max_position_embeddings": 32768,
-    "rms_norm_eps": 1e-5,
-    "rope_theta": 1e6,
-    # versions before 5 raise where it is missing; this is 5's
-    "mrope_section": [16, 24, 24],
-    "use_sliding_window": False,
-    "tie_word_embeddings": False,
-}
-VISION_DEFAULTS: Mapping[str, Any] = {
-    "depth": 32,
-    "embed_dim": 1280,
-    "hidden_size": 3584,
-    "hidden_act": "quick_gelu",
-    "mlp_ratio": 4,
-    "num_heads": 16,
-    "in_channels": 3,
-    "patch_size": 14,
-    "spatial_merge_size": 2,
-    "temporal_patch_size": 2,
-}
-WHOLE_DEFAULTS: Mapping[str, Any] = {
-    "image_token_id": 151655,
-    "video_token_id": 151656,
-    "vision_start_token_id": 151652,
-    "vision_end_token_id": 151653,
-    "tie_word_embeddings": False,
-}
-
+from ...artifacts.errors import ConfigError
+from ...artifacts.schema import shown
 
 # far above any model; without a limit a config of a few bytes could ask for weeks of work
 LARGEST_SIZE = 1 << 31
@@ -101,6 +62,12 @@ class Section:
         ):
             values = " or ".join("null" if each is None else repr(each) for each in accepted)
             raise self.error(key, values + (f": {why}" if why else ""))
+
+    def plain_rope(self) -> None:
+        """Refuse a vision tower's rotary embedding of any other kind than the one that the towers have."""
+        rope = self.inner("rope_parameters", {})
+        rope.only("rope_type", "axial", "default", None)
+        rope.only("rope_theta", 10000, 10000.0, None)
 
     def same(self, key: str, value: Any, meaning: str) -> None:
         """Refuse another name of a field that was read, where it says something else."""

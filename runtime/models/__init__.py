@@ -1,0 +1,74 @@
+"""The model families that there are, and which one an artifact or a checkpoint is of."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from ...artifacts.errors import ArtifactError, ConfigError
+from ...artifacts.manifest import GePart, Manifest
+from ...artifacts.schema import dump_json, from_plain, parse_json, shown
+from . import qwen2_5_vl, qwen2_vl
+from .base import Family, GraphOptions, GraphSpec
+from .config import ModelConfig
+
+FAMILIES: dict[str, Family] = {family.name: family for family in (qwen2_vl.FAMILY, qwen2_5_vl.FAMILY)}
+
+
+def family_of(model: Any) -> Family:
+    """The family of a config, or of a manifest's plain one. Raises ArtifactError for one that is not here."""
+    name = model.get("model_type") if isinstance(model, dict) else getattr(model, "model_type", None)
+    family = FAMILIES.get(name) if isinstance(name, str) else None
+    if family is None:
+        raise ArtifactError(f"model_type {shown(name)} is not supported; supported: {', '.join(FAMILIES)}")
+    return family
+
+
+def config_of(manifest: Manifest) -> ModelConfig:
+    """The config of an artifact's model. Raises ArtifactError for a family that is not here, and for a model that
+    cannot be."""
+    where = f"{manifest.name}: manifest.json: model"
+    config = from_plain(family_of(manifest.model).config, manifest.model, where)
+    if problem := config.contradiction():
+        raise ArtifactError(f"{where}: {problem}; the artifact is damaged or hostile: rebuild it")
+    return config
+
+
+def to_plain(config: ModelConfig) -> dict[str, Any]:
+    """A config as the manifest holds it."""
+    plain: dict[str, Any] = parse_json(dump_json(config), "config")
+    return plain
+
+
+def graphs_of(config: ModelConfig, part: GePart) -> dict[str, GraphSpec]:
+    """The graphs that an artifact's GE part holds, by name."""
+    return {spec.name: spec for spec in family_of(config).graphs(config, GraphOptions.of(part))}
+
+
+def spec_of(specs: Mapping[str, GraphSpec], name: str, where: str) -> GraphSpec:
+    """Raises ArtifactError for a graph that the model does not have."""
+    if name not in specs:
+        raise ArtifactError(f"{where}: has a graph {name}, this model's are {', '.join(specs)}; compile again")
+    return specs[name]
+
+
+def config_from_hf(plain: Any) -> ModelConfig:
+    """Read a parsed HF config.json of any family.
+
+    Raises ConfigError naming the field for a value of a wrong type or range, for what this toolchain does not compute
+    (other model types, rotary embeddings, activations, quantization), and for shapes that contradict each other.
+    """
+    if not isinstance(plain, dict):
+        raise ConfigError("config.json: expected a JSON object")
+    try:
+        family = family_of(plain)
+    except ArtifactError as error:
+        raise ConfigError(f"config.json: {error}") from error
+    if quantization := plain.get("quantization_config"):
+        method = quantization.get("quant_method") if isinstance(quantization, dict) else None
+        raise ConfigError(
+            "config.json: quantization_config: quantized checkpoints "
+            f"({method[:40] if isinstance(method, str) else 'unknown'}) are not supported yet; use the unquantized one"
+        )
+    config = family.read_config(plain)
+    if problem := config.contradiction():
+        raise ConfigError(f"config.json: {problem}")
+    return config
