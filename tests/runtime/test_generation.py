@@ -249,9 +249,11 @@ def test_pictures_of_earlier_turns_are_neither_opened_nor_encoded_again(
 ) -> None:
     RED.save(tmp_path / "red.png")
     encoded: list[int] = []
-    visual = model.backend.visual
+    embed = model.backend.embed
     monkeypatch.setattr(
-        model.backend, "visual", lambda patches, *rest: (encoded.append(len(patches)), visual(patches, *rest))[1]
+        model.backend,
+        "embed",
+        lambda inputs, patches, grids: (encoded.append(len(patches)), embed(inputs, patches, grids))[1],
     )
     chat = model.chat()
     chat.send("What is this?", [str(tmp_path / "red.png")], max_new_tokens=4)
