@@ -1,7 +1,7 @@
 """`check`: every node of every graph against the rules, at the smallest and the largest sizes of the artifact."""
 
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from ...artifacts.cann import RELEASES
@@ -18,6 +18,7 @@ from ...runtime.models.base import GraphSpec
 from ...runtime.models.config import ModelConfig
 from ..inspect.cost import input_specs
 from ..inspect.shapes import Specs, live_nodes, propagate
+from .attributes import nonsense
 from .facts import GraphFacts, NodeFacts, graph_facts, node_facts
 from .rules import BLOCKING, GRAPH, Rule, Source, rule_set
 from .sizes import extremes
@@ -112,6 +113,12 @@ def check_graph(
         known = " and ".join(FAMILIES)
         _add(found, _unproven("no rules", f"the rules are of {known}, and not of {soc}", "ask CANN on the device"), [])
     _add_unknown(found, nodes)
+    for name, attribute, problem in nonsense(nodes):
+        rule = replace(_unproven(f"nonsense, {attribute}", problem, "compile the artifact again"), severity="refused")
+        _add(found, rule, [name])
+    if any(each.severity == "refused" for each in found.values()):
+        # the rules compare and divide what makes sense
+        return GraphCheck(binding.graph, len(nodes), tuple(found.values()))
     facts = graph_facts(graph, binding)
     for title, lengths in extremes(spec, config, max_length):
         try:
