@@ -6,13 +6,13 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from .loader import load
     from .model import Model
+    from .requests.answer import Generation, Token
     from .requests.conversation import Conversation
-    from .requests.generate import Generation, Token
 
 __all__ = ["Conversation", "Generation", "Model", "Token", "load"]
 
-_PLACES = {"Conversation": "requests.conversation", "Generation": "requests.generate", "Model": "model"}
-_PLACES |= {"Token": "requests.generate", "load": "loader"}
+_PLACES = {"Conversation": "requests.conversation", "Generation": "requests.answer", "Model": "model"}
+_PLACES |= {"Token": "requests.answer", "load": "loader"}
 
 
 def __getattr__(name: str) -> Any:

@@ -11,7 +11,7 @@ from .options import TrustedKeys
 
 if TYPE_CHECKING:
     from ...runtime import Model
-    from ...runtime.pictures.items import VisionOptions
+    from ...runtime.pictures.request import VisionOptions
 
 Image = Annotated[
     list[str] | None, typer.Option("--image", metavar="FILE", help="A picture; repeat it for several, in order.")
@@ -144,7 +144,7 @@ class GivenVision:
 
     def parsed(self) -> "VisionOptions":
         """Raises RequestError for an unknown sampling or modes, and for bounds that make no sense."""
-        from ...runtime.pictures.items import VisionOptions
+        from ...runtime.pictures.request import VisionOptions
         from ...runtime.pictures.sources import HttpLimits
 
         return VisionOptions(

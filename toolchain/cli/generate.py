@@ -15,7 +15,7 @@ from .values import check_sources, requests_file
 
 if TYPE_CHECKING:
     from ...runtime import Model
-    from ...runtime.pictures.items import VisionOptions
+    from ...runtime.pictures.request import VisionOptions
 
 GENERATE_EXAMPLES = (
     "qwen2vl-tc generate qwen2-vl-7b.artifact --image cat.jpg --prompt 'What is this?'",

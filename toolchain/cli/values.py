@@ -9,7 +9,7 @@ from ...artifacts.cann import RELEASES, cann_release
 from ...artifacts.errors import ArtifactError, ConfigError, RequestError, TargetError
 
 if TYPE_CHECKING:
-    from ...runtime.pictures.items import VisionOptions
+    from ...runtime.pictures.request import VisionOptions
 
 MODES = ("dynamo", "onnx", "air")
 DUMPS = ("pbtxt",)

@@ -14,7 +14,7 @@ from . import CHECKPOINT as TRAINED
 from .pictures import Scene, Thing, description, draw
 
 if TYPE_CHECKING:
-    from ...runtime.requests.generate import Generation
+    from ...runtime.requests.answer import Generation
 
 DEFAULT_FOLDER = Path("qwen2vl-tc-demo")
 CHECKPOINT = "tiny-qwen2-vl"
