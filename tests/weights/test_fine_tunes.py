@@ -14,13 +14,19 @@ from qwen2vl_tc.runtime.loader import open_processor
 from qwen2vl_tc.toolchain.weights.convert import convert
 
 FAMILIES: dict[str, Callable[..., dict[str, Any]]] = {"qwen2_vl": tiny_config, "qwen2_5_vl": tiny_windowed}
+# what stands before the tower's names, before the decoder's, and before the output layer's
 NAMINGS = {
-    "published": lambda name: name,
-    "since 4.52": lambda name: (
-        f"model.{name}" if name.startswith("visual.") else name.replace("model.", "model.language_model.", 1)
-    ),
-    "a decoder of its own": lambda name: name if name.startswith("visual.") else f"language_model.{name}",
+    "published": ("", "model.", ""),
+    "since 4.52": ("model.", "model.language_model.", ""),
+    "a decoder of its own": ("", "language_model.model.", "language_model."),
 }
+
+
+def renamed(name: str, naming: str) -> str:
+    tower, decoder, head = NAMINGS[naming]
+    if name.startswith("visual."):
+        return tower + name
+    return decoder + name.removeprefix("model.") if name.startswith("model.") else head + name
 
 
 def data(artifact: Path) -> list[bytes]:
@@ -49,9 +55,7 @@ def test_a_vocabulary_of_its_own_ties_by_config_alone_template_and_bounds_in_siz
     del settings["min_pixels"], settings["max_pixels"]
     settings["size"] = {"min_pixels": 3136, "max_pixels": 50176}
     (source / "preprocessor_config.json").write_text(json.dumps(settings))
-    template = (
-        "{% for message in messages %}<|im_start|>{{ message.role }}: {{ message.content }}{% endfor %}ASSISTANT:"
-    )
+    template = "{% for each in messages %}<|im_start|>{{ each.role }}: {{ each.content }}{% endfor %}ASSISTANT:"
     for path in source.glob("chat_template.*"):
         path.unlink()
     (source / "chat_template.jinja").write_text(template)
