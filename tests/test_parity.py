@@ -12,7 +12,8 @@ from PIL import Image
 from typer.testing import CliRunner
 
 from qwen2vl_tc.runtime import Model, load
-from qwen2vl_tc.runtime.requests.generate import Timings, prefill_prompt
+from qwen2vl_tc.runtime.requests.answer import Timings
+from qwen2vl_tc.runtime.requests.generate import prefill_prompt
 from qwen2vl_tc.runtime.text.prompt import Prompt
 from qwen2vl_tc.toolchain.cli.main import app
 from qwen2vl_tc.toolchain.host.execute_mode import EXECUTE_MODES, engine

@@ -41,6 +41,7 @@ class ModelBackend(Backend):
     """
 
     def __init__(self, artifact: Artifact, check_weights: bool = True) -> None:
+        super().__init__()
         part = ge_part(artifact.manifest, artifact.path)
         self._part = part
         self.max_length = part.max_length

@@ -26,6 +26,7 @@ from ...artifacts.soc import soc_family
 from ...artifacts.store import Artifact, ge_part
 from ..memory import check_fits, check_free
 from ..ops import kernel_of
+from ..phases import PhaseTimes
 from .base import Embeds, Ints, Step
 from .ge.bound import GeBackend
 from .ge.checks import check_graph
@@ -59,17 +60,20 @@ class NpuBackend(GeBackend):
     def __init__(
         self, artifact: Artifact, check_weights: bool = True, before_placing: Callable[[], None] | None = None
     ) -> None:
+        loading = PhaseTimes()
         self._before_placing = before_placing
         self._torch_npu = vendor_modules()
-        self.loading.mark("imports")
+        loading.mark("imports")
         # torchair compiles for the current device: tensors and graphs must agree on it
         self._torch_npu.npu.set_device(DEVICE)
         cann = _check_graphs(self._torch_npu, artifact)
         _check_model(self._torch_npu, artifact)
         self.cache_folder = compile_cache(artifact, self._torch_npu, cann)
         self._graphs: dict[str, Any] = {}
-        self.loading.mark("device")
+        loading.mark("device")
         super().__init__(artifact, check_weights)
+        loading.include("device", self.loading)
+        self.loading = loading
         for name in self._bound:
             self._compile(name)
         self.loading.mark("graphs")

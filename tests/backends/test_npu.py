@@ -22,7 +22,8 @@ from qwen2vl_tc.runtime import Model, load, loader
 from qwen2vl_tc.runtime.backends import npu
 from qwen2vl_tc.runtime.memory import device_memory
 from qwen2vl_tc.runtime.ops import OPERATORS
-from qwen2vl_tc.runtime.requests.generate import Timings, Token, generate_rows
+from qwen2vl_tc.runtime.requests.answer import Timings, Token
+from qwen2vl_tc.runtime.requests.generate import generate_rows
 from qwen2vl_tc.toolchain.host.execute_mode import engine
 
 
@@ -55,7 +56,7 @@ def test_the_npu_backend_gives_the_reference_backends_tokens(model: Model, artif
 def started(model: Model, pictures: int, **settings: Any) -> Iterator[list[Token]]:
     """A request that is prefilled and whose steps are still to come."""
     row = model.row(model.processor.prepare(question(pictures)), model.settings(settings))  # type: ignore[arg-type]
-    return generate_rows(model.backend, model.backend.allocate(1), [row], 2, Timings())
+    return generate_rows(model.backend, model.backend.allocate(1), [row], model.processor, Timings())
 
 
 def decode_counts(model: Model, steps: int) -> DeviceWork:

@@ -131,9 +131,18 @@ def test_garbage_is_collected_after_loading_as_before(artifact: Path, enabled: b
 
 
 def test_the_runtime_itself_imports_no_engine() -> None:
-    packages, own, _ = imported("import qwen2vl_tc.runtime; assert not {'asyncio', 'ssl', 'http'} & sys.modules.keys()")
+    code = "from qwen2vl_tc.runtime import load; assert not {'asyncio', 'ssl', 'http'} & sys.modules.keys()"
+    packages, own, _ = imported(code)
     assert packages <= PACKAGES - {"torch", "torchgen", "tqdm"}
     assert own == {"base"}
+
+
+def test_one_part_of_the_runtime_brings_neither_pillow_nor_tokenizers() -> None:
+    packages, own, _ = imported("import qwen2vl_tc.runtime.memory, qwen2vl_tc.runtime.requests.settings")
+    assert packages <= {"blake3", "numpy"}
+    assert own == set()
+    with pytest.raises(ImportError, match="cannot import name 'laod'"):
+        from qwen2vl_tc.runtime import laod  # noqa: F401
 
 
 def test_loading_says_where_its_time_went(model: Model) -> None:

@@ -24,7 +24,8 @@ from qwen2vl_tc.artifacts.store import Artifact, open_artifact, read_manifest
 from qwen2vl_tc.runtime import Model, load, loader
 from qwen2vl_tc.runtime.backends.weights import mapped_bytes
 from qwen2vl_tc.runtime.ops import OPERATORS
-from qwen2vl_tc.runtime.requests.generate import Timings, prefill_prompt
+from qwen2vl_tc.runtime.requests.answer import Timings
+from qwen2vl_tc.runtime.requests.generate import prefill_prompt
 from qwen2vl_tc.toolchain.eager import eager, npu_ops
 from qwen2vl_tc.toolchain.host.execute_mode import engine
 

@@ -1,7 +1,7 @@
 """`check`: every node of every graph against the rules, at the smallest and the largest sizes of the artifact."""
 
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from ...artifacts.cann import RELEASES
@@ -20,6 +20,7 @@ from ...runtime.ops.base import DATA, Specs
 from ...runtime.ops.rule import BLOCKING, Rule, Source
 from ..inspect.cost import input_specs
 from ..inspect.shapes import live_nodes, propagate
+from .attributes import nonsense
 from .facts import GraphFacts, NodeFacts, graph_facts, node_facts
 from .rules import GRAPH, GRAPH_RULES, missing_from, obeyed
 from .sizes import extremes
@@ -114,6 +115,12 @@ def check_graph(
         have = " and ".join(FAMILIES)
         _add(found, _unproven("no rules", f"the rules are of {have}, and not of {soc}", "ask CANN on the device"), [])
     _add_unknown(found, nodes)
+    for name, attribute, problem in nonsense(nodes):
+        rule = replace(_unproven(f"nonsense, {attribute}", problem, "compile the artifact again"), severity="refused")
+        _add(found, rule, [name])
+    if any(each.severity == "refused" for each in found.values()):
+        # the rules compare and divide what makes sense
+        return GraphCheck(binding.graph, len(nodes), tuple(found.values()))
     facts = graph_facts(graph, binding)
     for title, lengths in extremes(spec, config, max_length):
         try:

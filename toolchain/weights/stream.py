@@ -41,7 +41,7 @@ def is_finite(data: "memoryview | npt.NDArray[Any]", dtype: str) -> bool:
 
 
 @dataclass(frozen=True)
-class Piece:
+class ShardPiece:
     """Bytes of one output tensor, in order: a source tensor brought to `dtype`, or what `computed` gives instead."""
 
     source: SourceTensor
@@ -162,7 +162,7 @@ def _copy_range(source: SourceTensor, begin: int, count: int, fd: int) -> bool:
     return True
 
 
-def write_shard(path: Path, header: bytes, pieces: Iterable[Piece], progress: Progress) -> tuple[int, str]:
+def write_shard(path: Path, header: bytes, pieces: Iterable[ShardPiece], progress: Progress) -> tuple[int, str]:
     """Write a new file of `header` and `pieces`; returns its size and blake3 hash. `progress` gets bytes as they go.
 
     Raises WeightError for NaN, infinity and values that overflow the new dtype, naming the tensor, and TargetError for
