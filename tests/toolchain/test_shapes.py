@@ -14,8 +14,10 @@ from qwen2vl_tc.artifacts.errors import ArtifactError
 from qwen2vl_tc.artifacts.ge.binding import binding_from_bytes
 from qwen2vl_tc.artifacts.ge.graph import GeGraph, read_graph
 from qwen2vl_tc.artifacts.store import open_artifact
+from qwen2vl_tc.runtime.backends.base import Embeds
 from qwen2vl_tc.runtime.backends.reference import ReferenceBackend
 from qwen2vl_tc.runtime.models import config_of, graphs_of
+from qwen2vl_tc.runtime.models.segments import Piece, VisualCall
 from qwen2vl_tc.runtime.ops import known
 from qwen2vl_tc.runtime.ops.base import TensorSpec
 from qwen2vl_tc.runtime.ops.kernel import dtype_name
@@ -33,7 +35,7 @@ Shape = tuple[str, tuple[int, ...]]
 LENGTHS = Lengths(patches=32, segments=(16, 16), tokens=11, image_tokens=8)
 
 
-def observed(path: Path, lengths: Lengths) -> dict[str, dict[str, list[Shape]]]:
+def observed(path: Path, form: str, lengths: Lengths) -> dict[str, dict[str, list[Shape]]]:
     """Every operator's outputs by graph and name, from running all graphs of an artifact at `lengths`."""
     found: dict[str, dict[str, list[Shape]]] = {}
 
@@ -42,9 +44,14 @@ def observed(path: Path, lengths: Lengths) -> dict[str, dict[str, list[Shape]]]:
         found.setdefault(graph, {})[operator] = shapes
 
     backend = ReferenceBackend(open_artifact(path), observer=observe)
-    patches, tokens = lengths.patches, lengths.tokens
-    ends = [int(end) for end in np.cumsum(lengths.segments)]
-    embeds = backend.visual(np.zeros((patches, 1176), np.uint8), np.zeros((2, patches), np.int64), ends)
+    tokens, rows = lengths.tokens, (Piece(0, lengths.patches // 4, 0),)
+    given = {"patches": np.zeros((2, 16, 1176), np.uint8), "positions": np.zeros((2, 2, 16), np.int64)}
+    call = VisualCall(given, {"segment_lengths": [16, 16]}, rows)
+    if form == "tnd":
+        packed = {name: array.reshape(-1, array.shape[-1]) for name, array in given.items()}
+        packed["positions"] = given["positions"].reshape(2, -1)
+        call = VisualCall(packed, {"segment_ends": [16, 32]}, rows)
+    embeds = Embeds(backend.visual([call]), lengths.patches // 4)
     cache = backend.allocate(2)
     ids, positions = np.arange(tokens), np.tile(np.arange(tokens), (3, 1))
     backend.prefill(cache, 0, 0, ids, positions, embeds, np.arange(lengths.image_tokens))
@@ -58,7 +65,7 @@ def observed(path: Path, lengths: Lengths) -> dict[str, dict[str, list[Shape]]]:
 @pytest.mark.parametrize("form", FORMS)
 def test_every_shape_and_dtype_is_the_one_that_the_reference_executor_makes(form: str, build: Build) -> None:
     _, path = build(f"shapes_{form}", tiny_config(), dtype="bf16", batches="1,2", max_length=64, **FORMS[form])
-    real = observed(path, LENGTHS)
+    real = observed(path, FORMS[form]["visual_attention"], LENGTHS)
     with open_artifact(path) as artifact:
         part = artifact.manifest.ge
         assert part is not None
