@@ -2,11 +2,11 @@
 
 from dataclasses import dataclass
 
+from ..artifacts.dtypes import DTYPES
 from ..artifacts.errors import TargetError
 from ..artifacts.manifest import GePart, Manifest
 from .models import config_of, family_of
 
-ITEM_BYTES = {"bf16": 2, "fp16": 2, "fp32": 4}
 # High-bandwidth memory of one device, by prefix of the SoC name (Huawei's product pages); others are not known here.
 _DEVICE_BYTES = {
     "Ascend910B4": 32 << 30,
@@ -36,8 +36,8 @@ def device_memory(manifest: Manifest, part: GePart) -> DeviceMemory:
 
 def memory_for(manifest: Manifest, dtype: str, max_length: int, batches: tuple[int, ...]) -> DeviceMemory:
     """What graphs compiled for these need on one device."""
-    item, config = ITEM_BYTES[dtype], config_of(manifest)
-    weights = sum(each.size * ITEM_BYTES[each.dtype(dtype)] for each in family_of(config).weights(config))
+    item, config = DTYPES[dtype].bytes, config_of(manifest)
+    weights = sum(each.size * DTYPES[each.dtype(dtype)].bytes for each in family_of(config).weights(config))
     text = config.text
     cache = text.num_layers * 2 * max_length * text.kv_dim * item * max(batches)
     return DeviceMemory(weights, cache)

@@ -16,7 +16,8 @@ from torch import Tensor
 
 from ...artifacts.cann import RELEASES, CannWarning, cann_release, is_newer
 from ...artifacts.errors import MissingDependencyError, TargetError
-from ...artifacts.ge.graph import INPUT_TYPES, read_graph
+from ...artifacts.ge.graph import read_graph
+from ...artifacts.ge.ops import CONSTANT, INPUTS, OUTPUT
 from ...artifacts.host.process import driver_version, emulated, release
 from ...artifacts.host.vendor import vendor_import
 from ...artifacts.manifest import GePart
@@ -24,11 +25,11 @@ from ...artifacts.own import own_cache
 from ...artifacts.soc import soc_family
 from ...artifacts.store import Artifact, ge_part
 from ..memory import check_fits, check_free
+from ..ops import kernel_of
 from ..phases import PhaseTimes
 from .base import Embeds, Ints, Step
 from .ge.bound import GeBackend
 from .ge.checks import check_graph
-from .ge.operators import operator
 from .model import KvCache
 
 # Greedy steps that may be in flight before the host reads the oldest token: enough to hide the read, few enough
@@ -90,8 +91,8 @@ class NpuBackend(GeBackend):
         # what the reference executor knows is what this toolchain emits; another operator may read any file
         graph = read_graph(data, where)
         for node in graph.nodes:
-            if node.op not in (*INPUT_TYPES, "Const", "NetOutput"):
-                operator(node, where)
+            if node.op not in (*INPUTS, CONSTANT, OUTPUT):
+                kernel_of(node, where)
         check_graph(graph, self.binding(name), where)
         self._graphs[name] = GeGraph(serialized_model_def=data)
 

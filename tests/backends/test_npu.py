@@ -16,11 +16,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from qwen2vl_tc.artifacts.errors import ArtifactError, MissingDependencyError, TargetError, ToolchainError
 from qwen2vl_tc.artifacts.ge.proto import message_class
+from qwen2vl_tc.artifacts.soc import DEFAULT_SOC
 from qwen2vl_tc.artifacts.store import Artifact
 from qwen2vl_tc.runtime import Model, load, loader
 from qwen2vl_tc.runtime.backends import npu
-from qwen2vl_tc.runtime.backends.ge import operators
 from qwen2vl_tc.runtime.memory import device_memory
+from qwen2vl_tc.runtime.ops import OPERATORS
 from qwen2vl_tc.runtime.requests.answer import Timings, Token
 from qwen2vl_tc.runtime.requests.generate import generate_rows
 from qwen2vl_tc.toolchain.host.execute_mode import engine
@@ -82,7 +83,7 @@ def test_logits_that_are_no_numbers_are_an_error_at_every_token_and_the_next_req
     artifact: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, value: float, at_token: int, rows: int
 ) -> None:
     """Noticed by the token that is read anyway, in the row and at the token that they belong to."""
-    product, calls = operators.OPERATORS["MatMul"], [0]
+    product, calls = OPERATORS["MatMul"].kernel(DEFAULT_SOC), [0]
 
     def spoils_one(node: Any, *inputs: Any) -> Any:
         (logits,) = product(node, *inputs)
@@ -93,7 +94,7 @@ def test_logits_that_are_no_numbers_are_an_error_at_every_token_and_the_next_req
                 logits[min(rows, len(logits)) - 1, 7] = value
         return (logits,)
 
-    monkeypatch.setitem(operators.OPERATORS, "MatMul", spoils_one)
+    monkeypatch.setitem(OPERATORS.changed, "MatMul", dataclasses.replace(OPERATORS["MatMul"], run=spoils_one))
     seen: list[Token] = []
     with emulated_npu(monkeypatch, tmp_path):
         model = load_on_npu(artifact)

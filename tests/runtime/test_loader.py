@@ -55,8 +55,7 @@ PACKAGES = {"PIL", "blake3", "google", "jinja2", "markupsafe", "numpy", "tokeniz
 PACKAGES |= {"mpmath", "torchgen", "tqdm", "typing_extensions"}
 OF_ONNXRUNTIME = {"onnxruntime", "flatbuffers", "packaging"}
 NOT_OF_TORCH = ("torch._dynamo", "torch._inductor", "torch.onnx", "sympy")
-KERNELS = ("operators", "kernel", "attention", "indexing", "norms", "pointwise", "shapes")
-GE = ("bound", "checks", *KERNELS)
+GE = ("bound", "checks")
 BACKENDS = {
     "reference": {"base", "ge", "model", "reference", "weights", *(f"ge.{name}" for name in (*GE, "executor"))},
     "npu": {"base", "ge", "model", "npu", "weights", *(f"ge.{name}" for name in GE)},

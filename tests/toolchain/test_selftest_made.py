@@ -25,9 +25,9 @@ from qwen2vl_tc.artifacts.staging import stage
 from qwen2vl_tc.artifacts.store import Artifact, open_artifact, read_manifest
 from qwen2vl_tc.runtime import load
 from qwen2vl_tc.runtime.backends.base import Step
-from qwen2vl_tc.runtime.backends.ge import operators
 from qwen2vl_tc.runtime.backends.reference import ReferenceBackend
 from qwen2vl_tc.runtime.models import config_from_hf, config_of
+from qwen2vl_tc.runtime.ops import mat_mul
 from qwen2vl_tc.toolchain.selftest import inputs as inputs_module
 from qwen2vl_tc.toolchain.selftest import wide
 from qwen2vl_tc.toolchain.selftest.compare import FLOOR, distance, limit_of
@@ -135,7 +135,7 @@ def test_weights_are_widened_a_block_at_a_time(build: Any, monkeypatch: pytest.M
     block = 2048
     with open_artifact(path) as artifact:
         inputs = make_inputs(config_of(artifact.manifest), 64)
-        monkeypatch.setattr(operators, "_WIDENED_VALUES", block)
+        monkeypatch.setattr(mat_mul, "_WIDENED_VALUES", block)
         backend = wide.WideBackend(artifact)
         cache = backend.allocate(1)
         assert cache.keys[0].dtype == torch.float32

@@ -4,10 +4,11 @@ from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
+from ...artifacts.dtypes import stored_name
 from ...artifacts.errors import ArtifactError
 from ...artifacts.ge.binding import CONSTANT, PARAMETER, Binding, binding_from_bytes
 from ...artifacts.manifest import AirGraph, AirPart, FileEntry, GePart, Graph, Manifest, WeightsPart
-from ...artifacts.safetensors import GRAPH_DTYPE_NAMES, TensorInfo, read_header
+from ...artifacts.safetensors import TensorInfo, read_header
 from ...artifacts.staging import Staging, amend
 from ...artifacts.store import Artifact, ge_part, open_artifact
 from ...exporters.torchair.air import FileSlice, atc_command, convert_to_air
@@ -103,7 +104,7 @@ def _slices(
                     f"{artifact.path}: {bound.kind} {bound.name} of graph {binding.graph} is in no file"
                 )
             entry, info = tensors[bound.name]
-            if (info.dtype, info.shape) != (GRAPH_DTYPE_NAMES.get(bound.dtype), bound.shape):
+            if (info.dtype, info.shape) != (stored_name(bound.dtype), bound.shape):
                 raise ArtifactError(
                     f"{artifact.path}: {entry.path}: {bound.name} is {list(info.shape)} {info.dtype}, graph "
                     f"{binding.graph} was compiled for {list(bound.shape)} {bound.dtype}; compile the artifact again"

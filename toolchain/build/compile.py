@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from ...artifacts.dtypes import BY_TORCH, stored_name
 from ...artifacts.errors import ArtifactError, ConfigError, TargetError
 from ...artifacts.ge.binding import CONSTANT, LENGTHS, PARAMETER, Binding
 from ...artifacts.host.vendor import no_lost_interrupt
@@ -20,7 +21,7 @@ from ...artifacts.manifest import (
     Tensor,
     empty_manifest,
 )
-from ...artifacts.safetensors import GRAPH_DTYPE_NAMES, header_bytes
+from ...artifacts.safetensors import header_bytes
 from ...artifacts.schema import parse_json
 from ...artifacts.soc import DEFAULT_SOC
 from ...artifacts.staging import Staging, amend, stage
@@ -317,8 +318,7 @@ def _stage_constants(staging: Staging, config: ModelConfig, options: CompileOpti
     from ..models.build import constant_tables
 
     tables = constant_tables(config, options.graphs(config), dtype)
-    named = {torch.bool: "bool", torch.int64: "int64"}
-    names = {name: named.get(table.dtype, dtype) for name, table in tables.items()}
-    header = header_bytes((name, GRAPH_DTYPE_NAMES[names[name]], tuple(t.shape)) for name, t in tables.items())
+    dtypes = {name: BY_TORCH[str(table.dtype).removeprefix("torch.")].name for name, table in tables.items()}
+    header = header_bytes((name, stored_name(dtypes[name]), tuple(t.shape)) for name, t in tables.items())
     body = b"".join(table.view(torch.uint8).numpy().tobytes() for table in tables.values())
     return staging.add(f"{FOLDER}/constants.safetensors", header + body)

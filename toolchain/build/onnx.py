@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ...artifacts.disk import require_disk
+from ...artifacts.dtypes import BY_ONNX
 from ...artifacts.errors import MissingDependencyError, TargetError
 from ...artifacts.integrity import hash_bytes
 from ...artifacts.manifest import FileEntry, Manifest, OnnxGraph, OnnxPart, Tensor, empty_manifest
@@ -153,8 +154,6 @@ def _stage_model(
 
 
 def _tensors(values: Any) -> Iterator[Tensor]:
-    from ...exporters.onnx.graph import NAMES
-
     for value in values:
         kind = value.type.tensor_type
-        yield Tensor(value.name, NAMES[kind.elem_type], tuple(d.dim_value or -1 for d in kind.shape.dim))
+        yield Tensor(value.name, BY_ONNX[kind.elem_type].name, tuple(d.dim_value or -1 for d in kind.shape.dim))

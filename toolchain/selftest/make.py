@@ -81,11 +81,11 @@ def by_transformers(artifact: Artifact, against: Path) -> MadeSelftest:
         raise ArtifactError(f"{artifact.path}: has no weights; run `qwen2vl-tc convert` first")
     inputs = make_inputs(config_of(artifact.manifest), part.max_length)
     prepare_process()
-    from ...runtime.backends.ge.operators import TORCH_DTYPES
     from ...runtime.backends.reference import ReferenceBackend
+    from ...runtime.dtypes import torch_dtype
     from ..verify.reference import open_reference
 
-    known = known_of(inputs, _originals(open_reference(against, TORCH_DTYPES[part.dtype]), inputs, weights.folding))
+    known = known_of(inputs, _originals(open_reference(against, torch_dtype(part.dtype)), inputs, weights.folding))
     return _measured(artifact, ReferenceBackend(artifact, check_weights=False), TRANSFORMERS, known)
 
 

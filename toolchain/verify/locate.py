@@ -6,8 +6,8 @@ import numpy as np
 from torch import Tensor
 
 from ...artifacts.ge.graph import read_graph
-from ...runtime.backends.ge.operators import TORCH_DTYPES
 from ...runtime.backends.reference import ReferenceBackend
+from ...runtime.dtypes import torch_dtype
 from ...runtime.models import config_of
 from .landmarks import KEYS, OUTPUT, Landmark, aligned, find_landmarks, original_modules
 from .reference import Watch
@@ -62,7 +62,7 @@ def locate(sides: Sides, failed: Comparison, answered: Sequence[Answered]) -> tu
     original, rounded = Watch(modules, call), Watch(modules, call)
     sides.reference.run(each.inputs, steps, each.expected.tokens, original)
     if half is not None:
-        with sides.reference.computing_in(TORCH_DTYPES[half]):
+        with sides.reference.computing_in(torch_dtype(half)):
             sides.reference.run(each.inputs, steps, each.expected.tokens, rounded)
     ours = _observe(sides, sides.backend, each, failed, landmarks)
     compared = 0

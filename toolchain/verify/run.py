@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from ...artifacts.store import Artifact
-from ...runtime.backends.ge.operators import TORCH_DTYPES
+from ...runtime.dtypes import torch_dtype
 from ..progress import StepProgress
 from .cases import Case
 from .compare import output_departs
@@ -40,7 +40,7 @@ def run(
         done += 1
 
     tell("loading transformers' model")
-    reference = open_reference(against, TORCH_DTYPES[subject.weights_dtype])
+    reference = open_reference(against, torch_dtype(subject.weights_dtype))
     tell("loading the artifact")
     sides = Sides(artifact, subject, reference, subject.open(artifact))
     checks: list[InputCheck] = []

@@ -9,7 +9,7 @@ import torch
 
 from ...artifacts.store import Artifact
 from ...runtime.backends.base import Backend, Step
-from ...runtime.backends.ge.operators import TORCH_DTYPES
+from ...runtime.dtypes import torch_dtype
 from ...runtime.models import config_of, family_of
 from .cases import Case
 from .compare import Floats, compare, second_opinion
@@ -94,7 +94,7 @@ class Sides:
         """Judge what is outside the bounds by transformers computing in the artifact's dtype on the same tokens."""
         exact = {each.case.name: each for each in answered}
         failing = {each.case for each in comparisons if not each.passed}
-        with self.reference.computing_in(TORCH_DTYPES[dtype]):
+        with self.reference.computing_in(torch_dtype(dtype)):
             rounded = {
                 name: self.reference.run(exact[name].inputs, steps, exact[name].expected.tokens) for name in failing
             }

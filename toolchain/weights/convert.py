@@ -13,9 +13,10 @@ from typing import TYPE_CHECKING, Any
 from blake3 import blake3
 
 from ...artifacts.disk import require_disk
+from ...artifacts.dtypes import BY_SAFETENSORS, stored_name, torch_name
 from ...artifacts.errors import ArtifactError, ConfigError, TargetError
 from ...artifacts.manifest import DTYPES, FileEntry, Folding, Manifest, WeightsPart, empty_manifest
-from ...artifacts.safetensors import DTYPE_NAMES, ITEM_BYTES, header_bytes
+from ...artifacts.safetensors import header_bytes
 from ...artifacts.schema import dump_json, from_plain, shown
 from ...artifacts.staging import Staging, stage
 from ...runtime.models import to_plain
@@ -31,7 +32,7 @@ if TYPE_CHECKING:
     from .processor import ProcessorFiles
 
 SHARD_BYTES = 2 << 30
-_TORCH_DTYPES = {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32"}
+_TORCH_DTYPES = {torch_name(dtype): dtype for dtype in DTYPES}
 # raised when the bytes that one source gives change: a killed run of an older version is not resumed
 _CONVERSION = 1
 
@@ -93,7 +94,7 @@ def source_dtype(config: dict[str, Any]) -> str:
 
 def stored_dtype(weight: Weight, dtype: str) -> str:
     """The safetensors dtype of a tensor in an artifact of `dtype`."""
-    return DTYPE_NAMES[weight.dtype(dtype)]
+    return stored_name(weight.dtype(dtype))
 
 
 def _shards(checkpoint: Checkpoint, dtype: str, shard_bytes: int) -> tuple[Shard, ...]:
@@ -101,7 +102,7 @@ def _shards(checkpoint: Checkpoint, dtype: str, shard_bytes: int) -> tuple[Shard
     groups: list[list[Weight]] = [[]]
     size = 0
     for weight in checkpoint.weights:
-        tensor_bytes = weight.size * ITEM_BYTES[stored_dtype(weight, dtype)]
+        tensor_bytes = weight.size * BY_SAFETENSORS[stored_dtype(weight, dtype)].bytes
         if groups[-1] and size + tensor_bytes > shard_bytes:
             groups.append([])
             size = 0
@@ -110,7 +111,7 @@ def _shards(checkpoint: Checkpoint, dtype: str, shard_bytes: int) -> tuple[Shard
     shards = []
     for number, weights in enumerate(groups, start=1):
         header = header_bytes((weight.name, stored_dtype(weight, dtype), weight.shape) for weight in weights)
-        data = sum(weight.size * ITEM_BYTES[stored_dtype(weight, dtype)] for weight in weights)
+        data = sum(weight.size * BY_SAFETENSORS[stored_dtype(weight, dtype)].bytes for weight in weights)
         path = f"weights/model-{number:05}-of-{len(groups):05}.safetensors"
         shards.append(Shard(path, tuple(weights), header, len(header) + data))
     return tuple(shards)
@@ -166,7 +167,7 @@ def _maker(
 
 
 def _folded(plan: Plan, source: Any) -> Any:
-    return fold_weight(load(source), plan.folding, numpy_dtype(DTYPE_NAMES[plan.dtype]))
+    return fold_weight(load(source), plan.folding, numpy_dtype(stored_name(plan.dtype)))
 
 
 def _finished(staging: Staging, plan: Plan) -> dict[str, FileEntry]:

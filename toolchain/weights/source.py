@@ -9,12 +9,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import ml_dtypes
 import numpy as np
 
+from ...artifacts.dtypes import BY_SAFETENSORS, stored_name
 from ...artifacts.errors import ArtifactError, ConfigError, WeightError
 from ...artifacts.integrity import check_relative
+from ...artifacts.manifest import DTYPES
 from ...artifacts.safetensors import MAX_HEADER_BYTES, read_header
+from ...runtime import dtypes
 from ...runtime.models import config_from_hf, family_of
 from ...runtime.models.base import Weight
 from ...runtime.models.config import ModelConfig
@@ -23,12 +25,7 @@ from .names import is_quantized, is_recomputed, legacy_name, new_name
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
-FLOAT_DTYPES = ("BF16", "F16", "F32")
-_NUMPY_DTYPES = {
-    "BF16": np.dtype(ml_dtypes.bfloat16),
-    "F16": np.dtype(np.float16),
-    "F32": np.dtype(np.float32),
-}
+FLOAT_DTYPES = tuple(map(stored_name, DTYPES))
 _HEADER_BYTES = 8
 _NAMES_SHOWN = 6
 _COMPARED_VALUES = 4 << 20
@@ -86,7 +83,7 @@ class Checkpoint:
 
 def numpy_dtype(dtype: str) -> np.dtype[Any]:
     """The numpy dtype of a safetensors dtype name."""
-    return _NUMPY_DTYPES[dtype]
+    return dtypes.numpy_dtype(BY_SAFETENSORS[dtype].name)
 
 
 def _shown(names: Iterable[str]) -> str:
