@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from ...runtime.requests.settings import SETTINGS
 from .options import TrustedKeys
 
 if TYPE_CHECKING:
@@ -59,32 +60,24 @@ Backend = Annotated[
     ),
 ]
 MaxNewTokens = Annotated[
-    int | None, typer.Option("--max-new-tokens", metavar="N", help="Default: the model's own, or 128.")
+    int | None, typer.Option("--max-new-tokens", metavar="N", help=SETTINGS["max_new_tokens"].help)
 ]
 MinNewTokens = Annotated[
-    int | None, typer.Option("--min-new-tokens", metavar="N", help="No end of the answer before so many tokens.")
+    int | None, typer.Option("--min-new-tokens", metavar="N", help=SETTINGS["min_new_tokens"].help)
 ]
 Sample = Annotated[
     bool | None,
-    typer.Option(
-        "--sample/--greedy", help="Draw tokens, or take the most likely one. Default: as the model's own settings say."
-    ),
+    typer.Option("--sample/--greedy", help=SETTINGS["do_sample"].help),
 ]
-Temperature = Annotated[float | None, typer.Option("--temperature", metavar="X", help="Default: the model's own.")]
-TopK = Annotated[
-    int | None, typer.Option("--top-k", metavar="N", help="Draw among the N most likely tokens; 0: among all.")
-]
-TopP = Annotated[
-    float | None, typer.Option("--top-p", metavar="X", help="Draw among the likely tokens that together reach X.")
-]
+Temperature = Annotated[float | None, typer.Option("--temperature", metavar="X", help=SETTINGS["temperature"].help)]
+TopK = Annotated[int | None, typer.Option("--top-k", metavar="N", help=SETTINGS["top_k"].help)]
+TopP = Annotated[float | None, typer.Option("--top-p", metavar="X", help=SETTINGS["top_p"].help)]
 RepetitionPenalty = Annotated[
     float | None,
-    typer.Option("--repetition-penalty", metavar="X", help="Above 1: what was said already becomes less likely."),
+    typer.Option("--repetition-penalty", metavar="X", help=SETTINGS["repetition_penalty"].help),
 ]
-Seed = Annotated[int | None, typer.Option("--seed", metavar="N", help="Makes --sample repeatable.")]
-Stop = Annotated[
-    list[str] | None, typer.Option("--stop", metavar="TEXT", help="Ends an answer that says so; repeat it for several.")
-]
+Seed = Annotated[int | None, typer.Option("--seed", metavar="N", help=SETTINGS["seed"].help)]
+Stop = Annotated[list[str] | None, typer.Option("--stop", metavar="TEXT", help=SETTINGS["stop"].help)]
 ExecuteMode = Annotated[
     str | None,
     typer.Option(
