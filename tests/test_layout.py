@@ -107,17 +107,13 @@ def test_the_command_line_is_on_top_and_nothing_that_works_imports_it(path: Path
         assert not [module for module in imports(path, parse(path)) if module.startswith("toolchain.cli")]
 
 
-# still to be named apart
-SHARED_NAMES = {"Generation", "Graph", "Model"}
-
-
 def test_no_two_classes_have_one_name() -> None:
     places: dict[str, set[str]] = {}
     for path in SOURCES:
         for node in ast.walk(parse(path)):
             if isinstance(node, ast.ClassDef):
                 places.setdefault(node.name, set()).add(name(path))
-    shared = {each: sorted(where) for each, where in places.items() if len(where) > 1 and each not in SHARED_NAMES}
+    shared = {each: sorted(where) for each, where in places.items() if len(where) > 1}
     assert shared == {}
 
 

@@ -81,6 +81,7 @@ def diagnose(artifact: Path | None = None) -> Diagnosis:
         _python(),
         _platform(),
         _base(),
+        _families(),
         _package("torch", "reference", "running graphs on the CPU, compiling and verifying need it"),
         _torch_npu(),
         _torch_npu_imports(),
@@ -193,6 +194,12 @@ def _base() -> Finding:
     if absent:
         return Finding("base packages", "missing", f"missing: {', '.join(absent)}", "pip install qwen2vl-tc")
     return Finding("base packages", "ok", ", ".join(f"{name} {_version(name)}" for name in BASE))
+
+
+def _families() -> Finding:
+    from ...runtime.models import FAMILIES
+
+    return Finding("models", "ok", ", ".join(f"{each.title} ({each.name})" for each in FAMILIES.values()))
 
 
 def _package(name: str, extra: str, purpose: str) -> Finding:

@@ -41,7 +41,7 @@ def empty_model(config: ModelConfig, options: GraphOptions, dtype: str) -> nn.Mo
     torch.set_default_dtype(torch_dtype(dtype))
     try:
         with torch.device("meta"):
-            model: nn.Module = modules_of(config).Model(config, options, tables).eval()
+            model: nn.Module = modules_of(config).MODULES(config, options, tables).eval()
     finally:
         torch.set_default_dtype(default)
     return model

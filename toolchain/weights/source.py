@@ -112,7 +112,7 @@ def _find_files(folder: Path) -> tuple[list[str], dict[str, str]]:
     if pickled := sorted(path.name for path in folder.glob("pytorch_model*.bin")):
         raise WeightError(
             f"{folder}: holds {pickled[0]}, a pickle, which is not read; convert it to safetensors, for instance with "
-            "transformers: Qwen2VLForConditionalGeneration.from_pretrained(folder).save_pretrained(other_folder)"
+            "transformers: AutoModelForImageTextToText.from_pretrained(folder).save_pretrained(other_folder)"
         )
     raise WeightError(f"{folder}: neither {SINGLE_FILE} nor {INDEX_FILE} there; download the checkpoint's weights")
 
@@ -204,7 +204,7 @@ def _check_names(folder: Path, found: dict[str, SourceTensor], weights: Iterable
     if unused := [t.name for name, t in found.items() if name not in wanted | extra and not is_recomputed(name)]:
         raise WeightError(
             f"{folder}: tensors that no parameter of the model uses: {_shown(unused)}; "
-            "use the config.json that belongs to the weights, and a plain Qwen2-VL checkpoint (no adapters)"
+            "use the config.json that belongs to the weights, and a plain checkpoint (no adapters)"
         )
 
 
@@ -261,7 +261,7 @@ def open_checkpoint(folder: Path) -> Iterator[Checkpoint]:
     """
     _refuse_adapter(folder)
     if not (folder / "config.json").is_file():
-        raise ConfigError(f"{folder}: no config.json there; --src wants the folder of a Qwen2-VL checkpoint")
+        raise ConfigError(f"{folder}: no config.json there; --src wants the folder of a checkpoint")
     plain = read_object(folder, "config.json") or {}
     config = config_from_hf(plain)
     weights = tuple(family_of(config).weights(config))
