@@ -26,7 +26,7 @@ ifeq ($(TORCH),yes)
 NEWEST := '.[test,onnx]'
 FAST := tests
 else
-NEWEST := '.[onnx,sign,video]' hypothesis pytest pytest-xdist
+NEWEST := '.[onnx,sign,video]' hypothesis pytest pytest-xdist safetensors
 FAST := $(WITHOUT_TORCH)
 endif
 

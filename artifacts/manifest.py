@@ -1,7 +1,7 @@
 """manifest.json: what is in an artifact, of which model, for which target, and the hash of every file."""
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from .errors import ArtifactError
@@ -234,18 +234,31 @@ class Manifest:
 
     def files(self) -> list[FileEntry]:
         """Every file that the manifest vouches for."""
-        found = [*self.processor, *self.reports]
-        if self.weights:
-            found += self.weights.files
-        if self.ge:
-            found += self.ge.files()
-        if self.air:
-            found += self.air.files()
-        if self.onnx:
-            found += self.onnx.files()
-        if self.selftest:
-            found += self.selftest.files()
-        return found
+        parts = [part.files() for part in (self.ge, self.air, self.onnx, self.selftest) if part]
+        weights = self.weights.files if self.weights else ()
+        return [*self.processor, *self.reports, *weights, *(entry for files in parts for entry in files)]
+
+    # A change of a part takes with it what was made from the old one, and the verdicts on it.
+
+    def with_weights(
+        self, name: str, model: dict[str, Any], weights: WeightsPart, processor: tuple[FileEntry, ...]
+    ) -> "Manifest":
+        """Other weights, for the same GE graphs: these refer to weights by name."""
+        return replace(empty_manifest(name, model), weights=weights, processor=processor, ge=self.ge)
+
+    def with_graphs(self, part: GePart) -> "Manifest":
+        """Other GE graphs; the ONNX models are made from the weights alone."""
+        return replace(self, ge=part, air=None, selftest=None, reports=(), verification="none")
+
+    def with_verdict(self, verification: str, report: FileEntry) -> "Manifest":
+        """What a verification of the GE graphs found; a self-test is only of graphs that passed the last one."""
+        return replace(self, verification=verification, reports=(report,), selftest=None)
+
+    def with_onnx_verdict(self, verification: str, report: FileEntry) -> "Manifest":
+        """What a verification of the ONNX models found. Raises ArtifactError where there are none."""
+        if self.onnx is None:
+            raise ArtifactError(f"{self.name}: has no ONNX models; nothing can be said of them")
+        return replace(self, onnx=replace(self.onnx, verification=verification, reports=(report,)))
 
     def to_bytes(self) -> bytes:
         return dump_json(self)

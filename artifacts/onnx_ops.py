@@ -6,10 +6,9 @@ onnxruntime knows hundreds, among them ones that run subgraphs in loops or ask f
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from .dtypes import onnx_number
+
 STANDARD, MICROSOFT = "", "com.microsoft"
-# onnx.TensorProto.DataType
-DTYPES = {"fp32": 1, "uint8": 2, "int8": 3, "int32": 6, "int64": 7, "fp16": 10, "uint4": 21}
-DTYPE_BITS = {"fp32": 32, "uint8": 8, "int8": 8, "int32": 32, "int64": 64, "fp16": 16, "uint4": 4}
 # tensors of up to so many bytes may stand in the model itself
 INLINE_BYTES = 1024
 
@@ -38,7 +37,7 @@ OPERATORS: dict[tuple[str, str], OnnxOp] = {
     (STANDARD, "Add"): _op(2),
     (STANDARD, "ArgMax"): _op(1, axis=(-1,), keepdims=(0,)),
     (STANDARD, "Attention"): _op(3, 7, q_num_heads=SIZE, kv_num_heads=SIZE, scale=FLOAT, is_causal=(1,)),
-    (STANDARD, "Cast"): _op(1, to=(DTYPES["fp32"], DTYPES["int32"])),
+    (STANDARD, "Cast"): _op(1, to=(onnx_number("fp32"), onnx_number("int32"))),
     (STANDARD, "Concat"): _op(2, axis=(0,)),
     (STANDARD, "Cos"): _op(1),
     (STANDARD, "DequantizeLinear"): _op(3, axis=(0,), block_size=_BLOCKS),

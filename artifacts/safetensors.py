@@ -9,6 +9,7 @@ import struct
 from collections.abc import Iterable
 from dataclasses import dataclass
 
+from .dtypes import BY_SAFETENSORS
 from .errors import ArtifactError
 from .schema import parse_json, shown
 
@@ -16,16 +17,6 @@ ALIGNMENT = 64
 # The library takes 100 MB; 72B with all its tensors has 0.1 MB, and JSON grows twentyfold when it is parsed.
 MAX_HEADER_BYTES = 8 << 20
 _MAX_DIMENSIONS = 16
-ITEM_BYTES = {
-    **dict.fromkeys(("F64", "I64", "U64"), 8),
-    **dict.fromkeys(("F32", "I32", "U32"), 4),
-    **dict.fromkeys(("BF16", "F16", "I16", "U16"), 2),
-    **dict.fromkeys(("F8_E4M3", "F8_E5M2", "I8", "U8", "BOOL"), 1),
-}
-# the artifact's names of the dtypes
-DTYPE_NAMES = {"bf16": "BF16", "fp16": "F16", "fp32": "F32"}
-# those of tensors that graphs read: weights, and tables, of which one is a mask
-GRAPH_DTYPE_NAMES = {**DTYPE_NAMES, "int64": "I64", "bool": "BOOL"}
 
 
 @dataclass(frozen=True)
@@ -40,7 +31,7 @@ class TensorInfo:
 
 
 def _size(dtype: str, shape: tuple[int, ...]) -> int:
-    total = ITEM_BYTES[dtype]
+    total = BY_SAFETENSORS[dtype].bytes
     for dimension in shape:
         total *= dimension
     return total
@@ -63,8 +54,8 @@ def _tensor(name: str, entry: object, start: int, where: str) -> TensorInfo:
     if not isinstance(entry, dict) or entry.keys() != {"dtype", "shape", "data_offsets"}:
         raise ArtifactError(f"{where}: tensor {name}: expected dtype, shape and data_offsets, got {shown(entry)}")
     dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
-    if not isinstance(dtype, str) or dtype not in ITEM_BYTES:
-        raise ArtifactError(f"{where}: tensor {name}: unknown dtype {shown(dtype)}; known: {', '.join(ITEM_BYTES)}")
+    if not isinstance(dtype, str) or dtype not in BY_SAFETENSORS:
+        raise ArtifactError(f"{where}: tensor {name}: unknown dtype {shown(dtype)}; known: {', '.join(BY_SAFETENSORS)}")
     for field, value in (("shape", shape), ("data_offsets", offsets)):
         if not isinstance(value, list) or not all(type(n) is int and n >= 0 for n in value):
             raise ArtifactError(f"{where}: tensor {name}: {field} {shown(value)} is not a list of sizes")

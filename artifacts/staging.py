@@ -5,67 +5,28 @@ Beside `artifact` a build uses, all hidden: `.artifact.lock` (one build at a tim
 cannot exchange two folders, `.artifact.old` for an instant. What a killed build leaves is used or removed by the next.
 """
 
-import ctypes
 import errno
-import fcntl
 import os
 import shutil
 import stat
-import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from .disk import exchange, require_disk, sync_path
 from .errors import ArtifactError, ConfigError, TargetError, WeightError
-from .host.process import current_folder
-from .integrity import check_relative, hash_bytes, is_same_file, open_inside
+from .integrity import OpenedFile, check_relative, hash_bytes, open_inside
 from .manifest import MANIFEST_NAME, FileEntry, Manifest
 from .naming import naming
 from .own import check_deletable, check_own, open_own, own_folder, remove_tree
 from .schema import dump_json, parse_json
 from .signing import SIGNATURE_NAME, Signer
-from .store import Artifact, is_signed, leftover, open_artifact, read_manifest, real_path
+from .store import Artifact, is_signed, leftover, open_artifact, real_path
+from .target import identity, locked, present_manifest, refuse_strangers, still_here, warn
 
 # marks a staged tree as unfinished, and holds what a killed build may resume from; removed by the commit
 JOURNAL_NAME = "staging.json"
-_SPARE_BYTES = 64 << 20
-_OWN_FOLDERS = ("weights", "graphs", "processor", "reports", "selftest")
-_AT_FDCWD = -100
-_RENAME_EXCHANGE = 2
-
-
-def require_disk(folder: Path, needed: int, purpose: str) -> None:
-    """Raise TargetError unless the file system of `folder` has `needed` bytes free, and a little more."""
-    free = shutil.disk_usage(folder).free
-    if free < needed + _SPARE_BYTES:
-        raise TargetError(
-            f"{folder}: {purpose} needs {(needed + _SPARE_BYTES) / 1e9:.2f} GB free, got {free / 1e9:.2f} GB; "
-            "free some space or choose another --out"
-        )
-
-
-def sync_path(path: Path) -> None:
-    """Wait until a file, or a folder's list of names, is on the disk."""
-    fd = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)
-
-
-def exchange(first: Path, second: Path) -> bool:
-    """Swap two folders atomically. False where the kernel, the file system or the C library cannot."""
-    rename = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None) if sys.platform == "linux" else None
-    if rename is None:
-        return False
-    rename.argtypes = (ctypes.c_int, ctypes.c_char_p, ctypes.c_int, ctypes.c_char_p, ctypes.c_uint)
-    if rename(_AT_FDCWD, os.fsencode(first), _AT_FDCWD, os.fsencode(second), _RENAME_EXCHANGE) == 0:
-        return True
-    code = ctypes.get_errno()
-    if code in (errno.ENOSYS, errno.EINVAL, errno.EOPNOTSUPP):
-        return False
-    raise OSError(code, os.strerror(code), str(first), None, str(second))
 
 
 class Staging:
@@ -81,9 +42,10 @@ class Staging:
         self.base = base
         self.sync = sync
         self.committed = False
-        self._found = _state(target)
+        self._at_start = identity(target)
         self.journal: dict[str, Any] = {}
-        self._added: set[str] = set()
+        # by this run: what an earlier one left in the tree counts only once `take_up` has checked it
+        self._staged: set[str] = set()
         if own_folder(self.path):
             self.journal = _read_journal(self.path) or {}
         else:
@@ -100,6 +62,7 @@ class Staging:
         path.parent.mkdir(parents=True, exist_ok=True)
         # kept files are hard links into the present artifact: they must be replaced, never overwritten
         path.unlink(missing_ok=True)
+        self._staged.add(relative)
         return path
 
     def _write(self, relative: str, data: bytes) -> None:
@@ -113,17 +76,32 @@ class Staging:
     def add(self, relative: str, data: bytes) -> FileEntry:
         """Write one small file and return its manifest entry."""
         self._write(relative, data)
-        self._added.add(relative)
+        self._staged.add(relative)
         return FileEntry(relative, len(data), hash_bytes(data))
 
-    def keep(self, entries: Iterable[FileEntry]) -> None:
-        """Take files over from the present artifact, as hard links; as copies where there are no hard links.
+    def take_up(self, entry: FileEntry) -> None:
+        """Count a file of a killed run as staged by this one. Raises ArtifactError unless it is there and whole."""
+        folder_fd = os.open(self.path, os.O_RDONLY)
+        try:
+            with OpenedFile(folder_fd, entry, str(self.path)) as file:
+                file.check()
+        finally:
+            os.close(folder_fd)
+        self._staged.add(entry.path)
 
-        What was staged by `add` stays, even if the present artifact has the same: it may be damaged there.
+    def _keep(self, manifest: Manifest) -> None:
+        """Take the files that stay from the present artifact, as hard links; as copies where there are no hard links.
+
+        What was staged stays, even if the present artifact has the same: it may be damaged there.
         Raises ArtifactError if one is missing there, TargetError if copies do not fit on the disk.
         """
-        for entry in entries:
-            if entry.path in self._added:
+        present = set(self.base.files()) if self.base else set()
+        for entry in manifest.files():
+            if entry.path in self._staged:
+                continue
+            # whatever an earlier run left there is none of this artifact's
+            path = self.file(entry.path)
+            if entry not in present:
                 continue
             source = self.target.joinpath(*check_relative(entry.path, str(self.target)))
             if source.is_symlink() or not source.is_file() or source.stat().st_size != entry.bytes:
@@ -131,7 +109,6 @@ class Staging:
                     f"{self.target}: {entry.path} is missing or not {entry.bytes} bytes; the artifact is damaged: "
                     "rebuild it with `qwen2vl-tc build`"
                 )
-            path = self.file(entry.path)
             try:
                 os.link(source, path)
             except OSError as error:
@@ -152,9 +129,12 @@ class Staging:
     def commit(self, manifest: Manifest, sign: Signer | None = None) -> None:
         """Put the staged tree in the target's place: readers see the old artifact or the new one, both whole.
 
-        Files that the manifest does not list are dropped, also the present artifact's signature unless the manifest
-        stays as it is; `sign` makes a new one. Raises ArtifactError if a file that the manifest lists is not there.
+        A file that the manifest lists and this run did not stage is taken from the present artifact, if it lists the
+        same. Files that the manifest does not list are dropped, also the present artifact's signature unless the
+        manifest stays as it is; `sign` makes a new one. Raises ArtifactError if a file that the manifest lists is
+        neither staged nor there.
         """
+        self._keep(manifest)
         self.write_manifest(manifest)
         with self.open():
             pass  # every file is there with its size
@@ -174,7 +154,7 @@ class Staging:
         if self.sync:
             sync_path(self.path)
         self._check_unchanged()
-        with _still_here(self.target):
+        with still_here(self.target):
             self._replace()
         self.committed = True
         # the new artifact is there: whatever fails now is no failure of the build
@@ -185,7 +165,7 @@ class Staging:
                 if own_folder(old):
                     remove_tree(old, MANIFEST_NAME)
         except (OSError, TargetError) as error:
-            _warn("%s is written, but: %s", self.target, error)
+            warn("%s is written, but: %s", self.target, error)
 
     def _still_signed(self, manifest: Manifest) -> bytes | None:
         """The present artifact's signature, where it is also one of the new manifest."""
@@ -196,9 +176,9 @@ class Staging:
     def _check_unchanged(self) -> None:
         """What stands at the target is deleted by the commit: it must be what stood there at the start."""
         if self.base is not None:
-            _refuse_strangers(self.target, self.base)
+            refuse_strangers(self.target, self.base)
         check_deletable(self.target)
-        if _state(self.target) != self._found:
+        if identity(self.target) != self._at_start:
             raise ArtifactError(
                 f"{self.target}: changed while this was being built; it is left alone: run the command again"
             )
@@ -227,50 +207,6 @@ class Staging:
         remove_tree(self.path, MANIFEST_NAME)
 
 
-def _warn(message: str, *values: object) -> None:
-    import logging
-
-    logging.getLogger(__name__).warning(f"warning: {message}", *values)
-
-
-@contextmanager
-def _still_here(target: Path) -> Iterator[None]:
-    """A process that stands in the folder that is replaced stands in the new one afterwards, not in a deleted one; its
-    shell is told to follow."""
-    try:
-        here = current_folder()
-    except TargetError:
-        here = None
-    yield
-    if here is not None and target in (here, *here.parents):
-        os.chdir(here if here.is_dir() else target)
-        _warn("%s: the current folder was replaced; in a shell, `cd .` before the next command", here)
-
-
-def _state(target: Path) -> tuple[int, int, bytes] | None:
-    """What stands at `target`: its inode and its manifest; None for nothing or an empty folder."""
-    if not target.exists() or (target.is_dir() and not os.listdir(target)):
-        return None
-    manifest = target / MANIFEST_NAME
-    stat = target.stat()
-    return stat.st_dev, stat.st_ino, manifest.read_bytes() if manifest.is_file() else b""
-
-
-def _refuse_strangers(target: Path, manifest: Manifest | None) -> None:
-    """A build replaces the folder as a whole: what is not the artifact's would be lost.
-
-    Without a manifest that can be read, everything in an artifact's own folders counts as its own.
-    """
-    listed = {MANIFEST_NAME, SIGNATURE_NAME, *(entry.path for entry in (manifest.files() if manifest else ()))}
-    for folder, _, names in os.walk(target):
-        for name in names:
-            relative = Path(folder, name).relative_to(target).as_posix()
-            if relative not in listed and (manifest or relative.partition("/")[0] not in _OWN_FOLDERS):
-                raise ArtifactError(
-                    f"{target}: {relative} is not part of the artifact, and would be lost; move it away first"
-                )
-
-
 def staging_path(target: Path) -> Path:
     """Where the next artifact for `target` is staged."""
     return target.parent / f".{target.name}.staging"
@@ -279,39 +215,6 @@ def staging_path(target: Path) -> Path:
 def _set_aside(target: Path) -> Path:
     """Where a tree to resume from waits while a command that does not resume stages its own."""
     return target.parent / f".{target.name}.resume"
-
-
-@contextmanager
-def _locked(target: Path) -> Iterator[None]:
-    path = target.parent / f".{target.name}.lock"
-    while True:
-        try:
-            target.parent.mkdir(parents=True, exist_ok=True)
-            fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, 0o644)
-        except OSError as error:
-            if os.path.lexists(path):
-                check_own(path.lstat(), path, stat.S_IFREG)
-            raise ArtifactError(f"{target.parent}: cannot write there: {error.strerror}; use another --out") from error
-        try:
-            check_own(os.fstat(fd), path, stat.S_IFREG)
-        except TargetError:
-            os.close(fd)
-            raise
-        try:
-            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            os.close(fd)
-            raise ArtifactError(
-                f"{target}: another build is writing it; wait for that one, or use another --out"
-            ) from error
-        if is_same_file(fd, path):
-            break
-        os.close(fd)  # the build before us removed its lock between our two calls
-    try:
-        yield
-    finally:
-        path.unlink()
-        os.close(fd)
 
 
 def _read_journal(staged: Path) -> dict[str, Any] | None:
@@ -346,27 +249,6 @@ def _recover(target: Path) -> None:
         os.rename(aside, staged)
 
 
-def _present(target: Path, whole: bool) -> Manifest | None:
-    if not target.exists() or (target.is_dir() and not os.listdir(target)):
-        return None
-    if not (target / MANIFEST_NAME).is_file():
-        raise ArtifactError(
-            f"{target}: exists and is not an artifact (no {MANIFEST_NAME}); it is left alone: use another --out"
-        )
-    check_deletable(target)
-    try:
-        manifest = read_manifest(target)
-    except ArtifactError:
-        # a whole build replaces any artifact of ours, also one of another schema; the rest is said as it is
-        data = parse_json((target / MANIFEST_NAME).read_bytes(), str(target / MANIFEST_NAME))
-        if whole and isinstance(data, dict) and type(data.get("schema")) is int:
-            _refuse_strangers(target, None)
-            return None
-        raise
-    _refuse_strangers(target, manifest)
-    return manifest
-
-
 @contextmanager
 def stage(out: "Path | str", *, sync: bool = True, whole: bool = False, resumes: bool = True) -> Iterator[Staging]:
     """Stage the next artifact for `out`: fill it, then `commit(manifest)` once.
@@ -380,9 +262,9 @@ def stage(out: "Path | str", *, sync: bool = True, whole: bool = False, resumes:
     if os.path.islink(out):
         check_own(os.lstat(out), out, stat.S_IFLNK)
     target = real_path(out)
-    with _locked(target):
+    with locked(target):
         _recover(target)
-        base = _present(target, whole)
+        base = present_manifest(target, whole)
         staged, aside = staging_path(target), _set_aside(target)
         if not resumes and own_folder(staged) and _read_journal(staged):
             os.rename(staged, aside)
@@ -400,3 +282,17 @@ def stage(out: "Path | str", *, sync: bool = True, whole: bool = False, resumes:
         finally:
             if own_folder(aside) and not own_folder(staged):
                 os.rename(aside, staged)
+
+
+@contextmanager
+def amend(path: "Path | str", *, sync: bool = True) -> Iterator[tuple[Staging, Manifest]]:
+    """Stage a change of the artifact that is at `path`: as `stage` without resuming, with the manifest to change.
+
+    Raises ArtifactError where there is no artifact.
+    """
+    with stage(path, sync=sync, resumes=False) as staging:
+        if staging.base is None:
+            raise ArtifactError(
+                f"{path}: no artifact there; make one with `qwen2vl-tc build --src <hf_dir> --out {path}`"
+            )
+        yield staging, staging.base

@@ -21,9 +21,9 @@ from PIL import Image
 
 from qwen2vl_tc.runtime.pictures.frames import FrameRequest, sample_frames
 from qwen2vl_tc.runtime.pictures.patches import clip_patches, image_patches
+from qwen2vl_tc.runtime.pictures.request import VisionOptions
 from qwen2vl_tc.runtime.pictures.resize import SizeRequest, frame_size, resize
-from qwen2vl_tc.runtime.pictures.sources import LOCAL_ONLY
-from qwen2vl_tc.runtime.pictures.video import VideoRequest, video_patches
+from qwen2vl_tc.runtime.pictures.video import cut_video
 from qwen2vl_tc.runtime.pictures.video_av import AvReader
 from qwen2vl_tc.runtime.pictures.vision import ImageSettings
 from qwen2vl_tc.toolchain.verify.transformers_import import import_transformers
@@ -109,7 +109,7 @@ def main() -> None:
         path = Path(folder) / "clip.mp4"
         write_clip(path)
         opened = AvReader(str(path), threads)
-        chosen = sample_frames(FrameRequest(), "qwen", opened.frames, opened.fps, 2)
+        chosen, _ = sample_frames(FrameRequest(), "qwen", opened.frames, opened.fps, 2)
         opened.close()
         rows, columns = frame_size(HEIGHT, WIDTH, len(chosen), SizeRequest(), PUBLISHED)
 
@@ -135,10 +135,8 @@ def main() -> None:
             for frame in read_video():
                 per_frame(Image.fromarray(frame), return_tensors="np")
 
-        wanted = VideoRequest(FrameRequest(), SizeRequest(), "qwen")
-
         def our_patches() -> None:
-            video_patches(str(path), PUBLISHED, wanted, LOCAL_ONLY, open_reader)
+            cut_video(str(path), FrameRequest(), SizeRequest(), PUBLISHED, VisionOptions(open_video=open_reader))
 
         frames = read_ours()
         if not all(np.array_equal(a, b) for a, b in zip(read_video(), frames, strict=True)):

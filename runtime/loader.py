@@ -17,7 +17,7 @@ from .integrity import WeightCheck
 from .memory import check_fits, soc_memory
 from .model import Model
 from .models import config_of
-from .phases import Phases
+from .phases import PhaseTimes
 from .text.prompt import Processor
 from .text.template import Renderer
 
@@ -51,7 +51,7 @@ def load(
     Raises ArtifactError for a damaged or unfit artifact, TargetError when it cannot run on this machine and
     MissingDependencyError when an engine is not installed.
     """
-    loading = Phases()
+    loading = PhaseTimes()
     prepare_process()
     artifact = open_artifact(path, trusted_keys)
     renderer = None

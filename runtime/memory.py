@@ -2,11 +2,11 @@
 
 from dataclasses import dataclass
 
+from ..artifacts.dtypes import DTYPES
 from ..artifacts.errors import TargetError
 from ..artifacts.manifest import GePart, Manifest
 from .models import config_of, family_of
 
-ITEM_BYTES = {"bf16": 2, "fp16": 2, "fp32": 4}
 # High-bandwidth memory of one device, by prefix of the SoC name (Huawei's product pages); others are not known here.
 _DEVICE_BYTES = {
     "Ascend910B4": 32 << 30,
@@ -36,8 +36,8 @@ def device_memory(manifest: Manifest, part: GePart) -> DeviceMemory:
 
 def memory_for(manifest: Manifest, dtype: str, max_length: int, batches: tuple[int, ...]) -> DeviceMemory:
     """What graphs compiled for these need on one device."""
-    item, config = ITEM_BYTES[dtype], config_of(manifest)
-    weights = sum(each.size * ITEM_BYTES[each.dtype(dtype)] for each in family_of(config).weights(config))
+    item, config = DTYPES[dtype].bytes, config_of(manifest)
+    weights = sum(each.size * DTYPES[each.dtype(dtype)].bytes for each in family_of(config).weights(config))
     text = config.text
     cache = text.num_layers * 2 * max_length * text.kv_dim * item * max(batches)
     return DeviceMemory(weights, cache)
@@ -67,15 +67,30 @@ def check_fits(manifest: Manifest, part: GePart, available: int) -> None:
     if needed.total <= usable:
         return
     room = _fitting_length(needed, part, usable)
-    advice = (
-        f"compile with --max-length {room} or a smaller --batch"
-        if room
-        else "its weights alone do not fit one device, and this version does not split a model over several"
-    )
+    if room:
+        advice = f"compile with --max-length {room} or a smaller --batch"
+    else:
+        ranks, share = _divided(manifest, part.dtype, usable)
+        advice = (
+            f"its weights alone do not fit one device; divided among {ranks} they would take {share / 1e9:.1f} GB of "
+            "each, and this version does not divide a model"
+        )
     raise TargetError(
         f"{manifest.name} needs {needed.total / 1e9:.1f} GB of device memory (weights {needed.weights / 1e9:.1f}, "
         f"KV cache {needed.cache / 1e9:.1f}); one {part.soc} leaves {usable / 1e9:.1f} GB: {advice}"
     )
+
+
+def _divided(manifest: Manifest, dtype: str, available: int) -> tuple[int, int]:
+    """The fewest devices, a power of two, on which the weights fit, and the bytes that each would hold."""
+    config = config_of(manifest)
+    weights = [(each, DTYPES[each.dtype(dtype)].bytes) for each in family_of(config).weights(config)]
+    ranks, share = 1, available + 1
+    # what is not divided is on every one
+    while share > available and ranks < 64:
+        ranks *= 2
+        share = sum(weight.bytes_on(ranks, item) for weight, item in weights)
+    return ranks, share
 
 
 def _fitting_length(needed: DeviceMemory, part: GePart, available: int) -> int:

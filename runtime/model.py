@@ -4,7 +4,6 @@ import os
 import threading
 import weakref
 from collections.abc import AsyncIterator, Callable, Generator, Iterator, Mapping, Sequence
-from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 from ..artifacts.errors import RequestError, TargetError
@@ -13,10 +12,10 @@ from ..artifacts.store import Artifact
 from .backends.base import Backend
 from .integrity import WeightCheck
 from .pictures.images import ImageSource
-from .pictures.items import DEFAULT_VISION, VisionOptions
-from .pictures.video import VideoSource
+from .pictures.request import DEFAULT_VISION, VideoSource, VisionOptions
+from .requests.answer import Generation, Row, Timings, Token
 from .requests.conversation import Conversation
-from .requests.generate import Generation, Row, Timings, Token, generate_rows, run_out, texts
+from .requests.generate import generate_rows, run_out, texts
 from .requests.settings import Settings, settings_for
 from .text.messages import Message
 from .text.prompt import Processor, Prompt
@@ -138,14 +137,14 @@ class Model:
         """`generate_batch`, group by group: a group's requests are checked before it is computed, not all before."""
         if isinstance(requests, str | bytes) or not isinstance(requests, Sequence) or not requests:
             raise RequestError("requests: expected a non-empty list, each entry a list of messages or a string")
-        found = self.settings(settings)
+        asked = self.settings(settings)
         size = self.backend.max_rows
         for start in range(0, len(requests), size):
             timings = Timings()
             rows = []
             for i, request in enumerate(requests[start : start + size], start):
                 try:
-                    rows.append(self.row(self.processor.prepare(request, vision=vision), found, i))
+                    rows.append(self.row(self.processor.prepare(request, vision=vision), asked, i))
                 except RequestError as error:
                     raise RequestError(f"requests[{i}]: {error}") from error
             timings.mark("preprocess")
@@ -273,9 +272,7 @@ class Model:
     def __enter__(self) -> "Model":
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *raised: object) -> None:
         self.close()
 
 

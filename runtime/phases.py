@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 
 
 @dataclass
-class Phases:
+class PhaseTimes:
     """Milliseconds by phase; `mark` adds the time since the last mark."""
 
     phases: dict[str, float] = field(default_factory=dict)
@@ -15,7 +15,7 @@ class Phases:
     def mark(self, phase: str) -> None:
         self.phases[phase] = self.phases.get(phase, 0.0) + self._since_last()
 
-    def include(self, before: str, part: "Phases") -> None:
+    def include(self, before: str, part: "PhaseTimes") -> None:
         """Take over the phases of a part that kept its own time; what came before it is the phase `before`."""
         self.phases[before] = self.phases.get(before, 0.0) + (part._begin - self._last) * 1e3
         for phase, passed in part.phases.items():

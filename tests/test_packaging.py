@@ -112,7 +112,9 @@ def test_the_source_distribution_installs_and_runs(built: Path, tmp_path: Path) 
     words += ["--ignore-installed", "--disable-pip-version-check", source]
     environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
     subprocess.run(words, check=True, capture_output=True, cwd=tmp_path, env=environment)
-    script = "import qwen2vl_tc, qwen2vl_tc.runtime; print(qwen2vl_tc.__file__, qwen2vl_tc.__version__)"
+    script = (
+        "import qwen2vl_tc; from qwen2vl_tc.runtime import load; print(qwen2vl_tc.__file__, qwen2vl_tc.__version__)"
+    )
     found = subprocess.run(
         [python, "-c", script], check=True, capture_output=True, text=True, cwd=tmp_path, env=environment
     )

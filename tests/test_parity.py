@@ -7,12 +7,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from helpers.synthetic import tiny_config, write_checkpoint
+from helpers.synthetic import tiny_config, tiny_windowed, write_checkpoint
 from PIL import Image
 from typer.testing import CliRunner
 
 from qwen2vl_tc.runtime import Model, load
-from qwen2vl_tc.runtime.requests.generate import Timings, prefill_prompt
+from qwen2vl_tc.runtime.requests.answer import Timings
+from qwen2vl_tc.runtime.requests.generate import prefill_prompt
 from qwen2vl_tc.runtime.text.prompt import Prompt
 from qwen2vl_tc.toolchain.cli.main import app
 from qwen2vl_tc.toolchain.host.execute_mode import EXECUTE_MODES, engine
@@ -43,6 +44,21 @@ SHAPES: dict[str, dict[str, Any]] = {
         "vision": {"depth": 1, "embed_dim": 160, "num_heads": 2, "mlp_ratio": 4},
     },
 }
+# of Qwen2.5-VL: windows of 2 x 2 and of 1 x 1 merge windows, an inner width that needs padding and one that
+# needs none, all blocks with full attention but one and none
+WINDOWED: dict[str, dict[str, Any]] = {
+    "windows_tied": {"tie_word_embeddings": True},
+    "windows_gqa7": {
+        **SHAPES["gqa7_untied"],
+        "vision": {"depth": 3, "hidden_size": 48, "num_heads": 3, "fullatt_block_indexes": [0, 2]},
+    },
+    "windows_of_one": {"vision": {"window_size": 28, "fullatt_block_indexes": [2]}},
+    "windows_alone": {"vision": {"depth": 2, "intermediate_size": 128, "fullatt_block_indexes": [], "window_size": 84}},
+}
+CONFIGS = {
+    **{name: tiny_config(**changes) for name, changes in SHAPES.items()},
+    **{name: tiny_windowed(**changes) for name, changes in WINDOWED.items()},
+}
 OPERATOR_SETS = [("fused", "segments"), ("recipe", "tnd")]
 # both layouts of config.json, both namings, one file and several, all meet a shape
 FORMS: dict[str, dict[str, Any]] = {
@@ -50,6 +66,10 @@ FORMS: dict[str, dict[str, Any]] = {
     "gqa2_tied": {"stored_head": True},
     "gqa7_untied": {"shards": 3},
     "wide_vision": {"layout": "nested", "shards": 2},
+    "windows_tied": {"stored_head": True, "names": "new"},
+    "windows_gqa7": {"layout": "nested", "names": "new", "shards": 2},
+    "windows_of_one": {},
+    "windows_alone": {"layout": "nested"},
 }
 
 
@@ -64,9 +84,12 @@ def messages(pictures: list[Image.Image]) -> list[dict[str, Any]]:
     return [{"role": "user", "content": [*content, {"type": "text", "text": QUESTION}]}]
 
 
+# a tiny model of each family
+TINY = {"qwen2_vl": tiny_config, "qwen2_5_vl": tiny_windowed}
 CASES = {
     "one_image": [picture(112, 140, 0)],
     "two_sizes": [picture(84, 196, 1), picture(57, 61, 2)],
+    "one_row": [picture(28, 252, 3)],
     "text_only": [],
 }
 
@@ -75,9 +98,9 @@ class Transformers:
     """transformers on the checkpoint itself, fed by its own picture processor."""
 
     def __init__(self, folder: Path, dtype: torch.dtype = torch.float32) -> None:
-        from transformers import Qwen2VLForConditionalGeneration
+        from transformers import AutoModelForImageTextToText
 
-        self.model = Qwen2VLForConditionalGeneration.from_pretrained(folder, dtype=dtype, local_files_only=True).eval()
+        self.model = AutoModelForImageTextToText.from_pretrained(folder, dtype=dtype, local_files_only=True).eval()
         self.processor = default_image_processor(folder)
         self.image_token = json.loads((folder / "config.json").read_text())["image_token_id"]
 
@@ -148,13 +171,13 @@ def generated(artifact: Path, pictures: list[Image.Image], folder: Path, mode: s
 
 
 @pytest.mark.parametrize(("operators", "visual_attention"), OPERATOR_SETS)
-@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("shape", CONFIGS)
 def test_every_graph_and_its_modules_run_eagerly_agree_with_transformers_in_fp32(
     build: Any, tmp_path: Path, shape: str, operators: str, visual_attention: str
 ) -> None:
     form = {"operators": operators, "visual_attention": visual_attention}
     name = shape if operators == "fused" else f"{shape}_{operators}"
-    source, artifact = build(name, tiny_config(**SHAPES[shape]), **FORMS[shape], **form)
+    source, artifact = build(name, CONFIGS[shape], **FORMS[shape], **form)
     oracle = Transformers(source)
     models = {mode: load(artifact, engine(mode)) for mode in EXECUTE_MODES}
     assert [model.backend.name for model in models.values()] == ["reference", "eager"]
@@ -172,9 +195,12 @@ def test_every_graph_and_its_modules_run_eagerly_agree_with_transformers_in_fp32
 
 
 @pytest.mark.parametrize(("operators", "visual_attention"), OPERATOR_SETS)
-def test_both_forms_serve_long_prompts_and_many_pictures(build: Any, operators: str, visual_attention: str) -> None:
+@pytest.mark.parametrize("family", TINY)
+def test_both_forms_serve_long_prompts_and_many_pictures(
+    build: Any, family: str, operators: str, visual_attention: str
+) -> None:
     form = {"operators": operators, "visual_attention": visual_attention}
-    source, artifact = build(f"{operators}_{visual_attention}", tiny_config(), max_length=1024, **form)
+    source, artifact = build(f"{family}_{operators}", TINY[family](), max_length=1024, **form)
     model, oracle = load(artifact), Transformers(source)
     part = model.manifest.ge
     assert part is not None
@@ -213,8 +239,9 @@ def test_a_prompt_continues_from_a_kept_cache_like_a_fresh_one(build: Any, mode:
 
 @pytest.mark.parametrize(("operators", "visual_attention"), OPERATOR_SETS)
 @pytest.mark.parametrize("dtype", ["bf16", "fp16"])
+@pytest.mark.parametrize("family", TINY)
 def test_half_precision_is_no_worse_than_that_of_transformers(
-    build: Any, tmp_path: Path, dtype: str, operators: str, visual_attention: str
+    build: Any, tmp_path: Path, family: str, dtype: str, operators: str, visual_attention: str
 ) -> None:
     """Both against fp32 transformers on the rounded weights; RMS over five random models.
 
@@ -223,9 +250,9 @@ def test_half_precision_is_no_worse_than_that_of_transformers(
     torch_dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}[dtype]
     ours: list[np.ndarray] = []
     theirs: list[np.ndarray] = []
-    config = tiny_config(hidden_size=128, intermediate_size=256, num_hidden_layers=4)
+    config = TINY[family](hidden_size=128, intermediate_size=256, num_hidden_layers=4)
     form = {"operators": operators, "visual_attention": visual_attention}
-    _, artifact = build(f"{dtype}_{operators}", config, dtype=dtype, **form)
+    _, artifact = build(f"{family}_{dtype}_{operators}", config, dtype=dtype, **form)
     for seed in range(5):
         # one set of graphs serves every set of weights: convert replaces only its own part
         source = write_checkpoint(tmp_path / str(seed), config, seed=seed, dtype=dtype, tokenizer=True)
@@ -240,7 +267,7 @@ def test_half_precision_is_no_worse_than_that_of_transformers(
             ours.append(a - c.numpy())
             theirs.append(b.float().numpy() - c.numpy())
     ratio = np.sqrt(np.mean(np.square(ours)) / np.mean(np.square(theirs)))
-    print(f"{dtype}: RMS error {ratio:.2f} times that of transformers in {dtype}")
+    print(f"{family}, {dtype}: RMS error {ratio:.2f} times that of transformers in {dtype}")
     assert ratio < 1.5
 
 

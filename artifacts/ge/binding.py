@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 
+from ..dtypes import BY_PROTO
 from ..errors import ArtifactError
 from ..schema import dump_json, from_plain, parse_json
 
@@ -10,7 +11,6 @@ CONSTANT = "constant"
 ARGUMENT = "argument"
 CACHE = "cache"
 LENGTHS = "lengths"
-TENSOR_DTYPES = ("fp32", "fp16", "bf16", "int8", "uint8", "int32", "int64", "bool")
 KINDS = (PARAMETER, CONSTANT, ARGUMENT, CACHE, LENGTHS)
 # What torchair 2.13 sets for the graphs compiled here; nothing else is passed on to GE.
 LOCAL_OPTIONS = frozenset(
@@ -97,7 +97,7 @@ def binding_from_bytes(data: bytes, where: str) -> Binding:
     for i, bound in enumerate(binding.inputs):
         if bound.kind not in KINDS:
             raise ArtifactError(f"{where}: inputs[{i}].kind is {bound.kind!r}, expected one of {', '.join(KINDS)}")
-        if bound.dtype not in TENSOR_DTYPES:
+        if bound.dtype not in {dtype.name for dtype in BY_PROTO.values()}:
             raise ArtifactError(f"{where}: inputs[{i}] ({bound.name}) has the unknown dtype {bound.dtype[:40]!r}")
         if (bound.kind == CACHE) != (bound.index is not None):
             raise ArtifactError(f"{where}: inputs[{i}] ({bound.name}) must have an index if and only if it is a cache")

@@ -6,29 +6,12 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
+from ..dtypes import BY_PROTO
 from ..errors import ArtifactError
-from .ops import CONTROL, VIEWS, WRITES
+from .ops import CONSTANT, CONTROL, INPUTS, OUTPUT
 from .proto import parse_graph
 
-# ge.proto.DataType: how descriptors and constants number their dtypes
-PROTO_DTYPES = {
-    1: "fp32",
-    2: "fp16",
-    3: "int8",
-    4: "uint8",
-    7: "int32",
-    8: "int64",
-    11: "bool",
-    27: "bf16",
-}
-# ge::DataType of GE's C++ headers: how operator attributes such as Cast's dst_type number them
-ATTRIBUTE_DTYPES = {0: "fp32", 1: "fp16", 2: "int8", 3: "int32", 4: "uint8", 9: "int64", 12: "bool", 27: "bf16"}
-ITEM_BYTES = {"fp32": 4, "fp16": 2, "bf16": 2, "int8": 1, "uint8": 1, "int32": 4, "int64": 8, "bool": 1}
-INPUT_TYPES = ("Data", "RefData")
 _MAX_DIMENSIONS = 16
-# Operators through which a write may reach their first input. TensorMove is a copy, but one that a compiler is free to
-# leave out where it finds no other reader.
-_HANDS_ON = WRITES | VIEWS | {"TensorMove"}
 # a producer's name, and its output or -1: a control edge, an order and not a value
 _EDGE = re.compile(r"(.+):(-1|[0-9]{1,9})", re.DOTALL | re.ASCII)
 
@@ -58,7 +41,7 @@ class Node:
     @cached_property
     def attributes(self) -> dict[str, Any]:
         """Plain values of the operator's attributes, converted at first use: loading a graph reads few of them."""
-        return {key: _attribute(value) for key, value in self.proto.attr.items() if not key.startswith("_")}
+        return {key: attribute_value(value) for key, value in self.proto.attr.items() if not key.startswith("_")}
 
     @property
     def where(self) -> str:
@@ -85,20 +68,21 @@ class GeGraph:
     @cached_property
     def inputs(self) -> tuple[Node, ...]:
         """The Data nodes by index."""
-        found = sorted((n for n in self.nodes if n.op in INPUT_TYPES), key=lambda n: n.attributes["index"])
+        found = sorted((n for n in self.nodes if n.op in INPUTS), key=lambda n: n.attributes["index"])
         if [n.attributes["index"] for n in found] != list(range(len(found))):
             raise ArtifactError(f"graph {self.name}: its inputs are not numbered 0 to {len(found) - 1}")
         return tuple(found)
 
     @cached_property
     def output(self) -> Node:
-        found = [node for node in self.nodes if node.op == "NetOutput"]
+        found = [node for node in self.nodes if node.op == OUTPUT]
         if len(found) != 1:
             raise ArtifactError(f"graph {self.name}: has {len(found)} NetOutput nodes, expected 1")
         return found[0]
 
 
-def _attribute(value: Any) -> Any:
+def attribute_value(value: Any) -> Any:
+    """The plain value of a ge.proto.AttrDef; None where it has none."""
     kind = value.WhichOneof("value")
     if kind == "list":
         return list(value.list.i) or list(value.list.f) or list(value.list.s)
@@ -109,22 +93,22 @@ def _attribute(value: Any) -> Any:
 
 def _constant(op: Any, where: str) -> Constant:
     tensor = op.attr["value"].t
-    dtype = PROTO_DTYPES.get(tensor.desc.dtype)
+    dtype = BY_PROTO.get(tensor.desc.dtype)
     if dtype is None:
         raise ArtifactError(f"{where}: constant {op.name} has the unsupported dtype {tensor.desc.dtype}")
     shape = tuple(tensor.desc.shape.dim)
     if len(shape) > _MAX_DIMENSIONS or any(size < 0 for size in shape):
         raise ArtifactError(f"{where}: constant {op.name} has the shape {list(shape)[:_MAX_DIMENSIONS]}")
     count = math.prod(shape)
-    if count * ITEM_BYTES[dtype] != len(tensor.data):
+    if count * dtype.bytes != len(tensor.data):
         raise ArtifactError(
-            f"{where}: constant {op.name} of shape {list(shape)} {dtype} has {len(tensor.data)} bytes, "
-            f"expected {count * ITEM_BYTES[dtype]}"
+            f"{where}: constant {op.name} of shape {list(shape)} {dtype.name} has {len(tensor.data)} bytes, "
+            f"expected {count * dtype.bytes}"
         )
     # with a 0 among them the product says nothing, and an engine still multiplies the others
     if math.prod(max(size, 1) for size in shape) >= 1 << 60:
         raise ArtifactError(f"{where}: constant {op.name} has the impossible shape {list(shape)}")
-    return Constant(dtype, shape, tensor.data)
+    return Constant(dtype.name, shape, tensor.data)
 
 
 def _edges(op: Any, where: str) -> tuple[tuple[tuple[str, int] | None, ...], tuple[str, ...]]:
@@ -186,32 +170,14 @@ def read_graph(data: bytes, where: str) -> GeGraph:
             after=after,
             outputs=len(op.output_desc),
             proto=op,
-            constant=_constant(op, where) if op.type == "Const" else None,
+            constant=_constant(op, where) if op.type == CONSTANT else None,
         )
     for node in nodes.values():
-        if node.op in INPUT_TYPES and type(node.attributes.get("index")) is not int:
+        if node.op in INPUTS and type(node.attributes.get("index")) is not int:
             raise ArtifactError(f"{where}: input {node.name!r} has no index")
-        if any(name in nodes and nodes[name].op == "NetOutput" for name in node.producers):
+        if any(name in nodes and nodes[name].op == OUTPUT for name in node.producers):
             raise ArtifactError(f"{where}: {node.where} reads the graph's output")
         for edge in node.inputs:
             if edge and edge[0] in nodes and edge[1] >= max(nodes[edge[0]].outputs, 1):
                 raise ArtifactError(f"{where}: {node.where} reads output {edge[1]} of {nodes[edge[0]].where}")
     return GeGraph(proto.name, _ordered(nodes, where))
-
-
-def written_by(graph: GeGraph, where: str) -> list[Node]:
-    """The inputs of the graph that its in-place operators write into.
-
-    Raises ArtifactError for one that writes into a constant: those may be read-only memory.
-    """
-    by_name = {node.name: node for node in graph.nodes}
-    found = []
-    for node in graph.nodes:
-        root = node
-        while root.op in _HANDS_ON and root.first is not None:
-            root = by_name[root.first[0]]
-        if node.op in WRITES and root.op in INPUT_TYPES:
-            found.append(root)
-        elif node.op in WRITES and root.op in ("Const", "FileConstant"):
-            raise ArtifactError(f"{where}: {node.where} writes into the constant {root.name!r}; rebuild the artifact")
-    return found

@@ -11,12 +11,12 @@ from blake3 import blake3
 from numpy.typing import NDArray
 from onnx import TensorProto, helper, numpy_helper
 
+from ...artifacts.dtypes import BY_ONNX, onnx_number
 from ...artifacts.naming import naming
-from ...artifacts.onnx_ops import DTYPES, INLINE_BYTES, MICROSOFT, OPERATORS
+from ...artifacts.onnx_ops import INLINE_BYTES, MICROSOFT, OPERATORS
 
 OPSET = 24
 _PAGE_BYTES = 4096
-NAMES = {number: name for name, number in DTYPES.items()}
 
 
 class DataFile:
@@ -66,11 +66,11 @@ class Graph:
         self._outputs: list[onnx.ValueInfoProto] = []
 
     def input(self, name: str, dtype: str, shape: Sequence[int | str]) -> str:
-        self._inputs.append(helper.make_tensor_value_info(name, DTYPES[dtype], list(shape)))
+        self._inputs.append(helper.make_tensor_value_info(name, onnx_number(dtype), list(shape)))
         return name
 
     def output(self, name: str, dtype: str, shape: Sequence[int | str]) -> None:
-        self._outputs.append(helper.make_tensor_value_info(name, DTYPES[dtype], list(shape)))
+        self._outputs.append(helper.make_tensor_value_info(name, onnx_number(dtype), list(shape)))
 
     def node(self, op: str, name: str, *inputs: str, domain: str = "", **attributes: Any) -> str:
         """A node with one output. "" as an input leaves an optional one out."""
@@ -89,21 +89,22 @@ class Graph:
 
     def cast(self, name: str, x: str, dtype: str) -> str:
         """x in another dtype."""
-        return self.node("Cast", name, x, to=DTYPES[dtype])
+        return self.node("Cast", name, x, to=onnx_number(dtype))
 
     def constant(self, name: str, value: Any, dtype: Any = np.float32) -> str:
         """A small tensor; the same name twice is the same tensor."""
         if name not in self._initializers:
             array = np.asarray(value, dtype)
             if array.nbytes > INLINE_BYTES:
-                return self.stored(name, NAMES[helper.np_dtype_to_tensor_dtype(array.dtype)], array.shape, [array])
+                stored = BY_ONNX[helper.np_dtype_to_tensor_dtype(array.dtype)]
+                return self.stored(name, stored.name, array.shape, [array])
             self._initializers[name] = numpy_helper.from_array(array, name)
         return name
 
     def stored(self, name: str, dtype: str, shape: Sequence[int], data: Iterable[NDArray[Any]]) -> str:
         """A tensor in the data file."""
         offset, length = self.data.write(data)
-        tensor = TensorProto(name=name, data_type=DTYPES[dtype], dims=shape, data_location=TensorProto.EXTERNAL)
+        tensor = TensorProto(name=name, data_type=onnx_number(dtype), dims=shape, data_location=TensorProto.EXTERNAL)
         for key, value in (("location", self.data.name), ("offset", offset), ("length", length)):
             tensor.external_data.add(key=key, value=str(value))
         self._initializers[name] = tensor

@@ -3,18 +3,18 @@
 import mmap
 from collections.abc import Iterator
 
-import ml_dtypes
 import numpy as np
 from numpy.typing import NDArray
 
+from ...artifacts.dtypes import BY_SAFETENSORS
 from ...artifacts.errors import ArtifactError
 from ...artifacts.safetensors import TensorInfo, read_header
 from ...artifacts.store import Artifact
+from ...runtime.dtypes import numpy_dtype
 
 Floats = NDArray[np.float32]
 # small enough that the passes of a quantization stay in the processor's cache
 CHUNK_VALUES = 1 << 19
-_DTYPES = {"BF16": np.dtype(ml_dtypes.bfloat16), "F16": np.dtype(np.float16), "F32": np.dtype(np.float32)}
 
 
 class Weights:
@@ -46,7 +46,7 @@ class Weights:
     def chunks(self, name: str) -> Iterator[tuple[int, Floats]]:
         """(first row, rows in fp32 [rows, values]) through a tensor; what was read is unmapped again."""
         mapping, info = self._found[name]
-        dtype = _DTYPES[info.dtype]
+        dtype = numpy_dtype(BY_SAFETENSORS[info.dtype].name)
         width = int(np.prod(info.shape[1:], dtype=np.int64))
         # even: int4 packs two rows into one byte in one of the layouts
         step = max(2, CHUNK_VALUES // width // 2 * 2)

@@ -20,15 +20,13 @@ from dataclasses import dataclass
 from pathlib import PurePosixPath
 from typing import Any
 
+from ...artifacts.dtypes import ge_number
 from ...artifacts.errors import ArtifactError
 from ...artifacts.ge.binding import CACHE, CONSTANT, PARAMETER, Binding, BoundInput
-from ...artifacts.ge.ops import INPUTS
+from ...artifacts.ge.ops import FILE_CONSTANT, INPUTS
 from ...artifacts.manifest import Tensor
 
-FILE_CONSTANT = "FileConstant"
 REF_DATA = "RefData"
-# ge::DataType of GE's C++ headers, by which attributes of type Type are numbered
-_TYPE_NUMBERS = {"fp32": 0, "fp16": 1, "int64": 9, "bool": 12, "bf16": 27}
 # ge.proto.AttrDef.ListValue.ListValueType: says of which type a list is, also where it is empty
 _LIST_OF_INTS = 2
 _MODEL_VERSION = 1
@@ -120,7 +118,7 @@ def _to_file_constant(op: Any, bound: BoundInput, source: FileSlice, folder: Pur
         op.attr[name].list.SetInParent()
     op.attr["shape"].list.i.extend(bound.shape)
     op.attr["shape"].list.val_type = _LIST_OF_INTS
-    op.attr["dtype"].dt = _TYPE_NUMBERS[bound.dtype]
+    op.attr["dtype"].dt = ge_number(bound.dtype)
     op.attr["file_path"].s = b""
     op.attr["file_id"].s = b""
     op.attr["location"].s = _relative(source.path, folder).encode()

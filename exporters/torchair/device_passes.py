@@ -4,35 +4,15 @@ import struct
 from collections import Counter
 from typing import Any
 
-from ...artifacts.ge.ops import CONSTANT, INPUTS, VIEWS, WRITES, op_kind
-from .dtypes import INT32, INT64, data_inputs, input_dtypes, tensor_dtypes
+from ...artifacts.dtypes import proto_number
+from ...artifacts.ge.graph import attribute_value
+from ...artifacts.ge.ops import CONSTANT, INPUTS
+from ...runtime.ops import known
+from ...runtime.ops.base import DEVICE
+from .dtypes import data_inputs, input_dtypes, tensor_dtypes
 
 # RotaryMul's contract on Ascend 910B; beyond it columns may stay unturned, without a message
 _ROTARY_MULTIPLE = 64
-# Defaults of the operators' definitions: an attribute that says the same says nothing, and some release may lack it.
-_GATHERING = {"is_preprocessed": False, "negative_index_support": False, "batch_dims": 0, "validate_indices": True}
-_DEFAULTS: dict[str, dict[str, Any]] = {
-    "FusedInferAttentionScore": {
-        "antiquant_mode": 0,
-        "block_size": 0,
-        "key_antiquant_mode": 0,
-        "next_tokens": 2147483647,
-        "out_dtype": 0,
-        "pre_tokens": 2147483647,
-        "pse_type": 0,
-        "query_quant_mode": 0,
-        "softmax_lse_flag": False,
-        "sparse_mode": 0,
-        "value_antiquant_mode": 0,
-    },
-    "Gather": _GATHERING,
-    "GatherV2": _GATHERING,
-    "MatMul": {"transpose_x1": False, "transpose_x2": False},
-    "ReduceAll": {"keep_dims": False},
-    "ReduceSum": {"keep_dims": False},
-    "Reshape": {"axis": 0, "num_axes": -1},
-    "ScatterNdUpdate": {"use_locking": False},
-}
 
 
 def _producers(graph: Any) -> dict[str, Any]:
@@ -75,7 +55,7 @@ def write_fresh_tensors(graph: Any) -> None:
     readers = Counter(edge for op in graph.op for edge in op.input)
     dropped = set()
     for op in graph.op:
-        if op.type not in WRITES:
+        if not known(op.type).writes:
             continue
         place = data_inputs(op)[0]
         copy = _source(op.input[place], producers)
@@ -85,7 +65,8 @@ def write_fresh_tensors(graph: Any) -> None:
         if readers[op.input[place]] == 1 and readers[copied] == 1:
             origin = _source(copied, producers)
             # a kernel's own memory: not an input's, a constant's, or a view of either
-            if op_kind(origin.type) == "device" and origin.type not in WRITES | VIEWS:
+            made = known(origin.type)
+            if made.kind == DEVICE and not made.writes and not made.view:
                 op.input[place] = copied
                 dropped.add(copy.name)
     for i in reversed(range(len(graph.op))):
@@ -107,10 +88,10 @@ def normalise_over_int32(graph: Any) -> None:
     for edge in shapes:
         constant = _source(edge, producers)
         value = constant.attr["value"].t
-        if constant.type == CONSTANT and value.desc.dtype == INT64:
+        if constant.type == CONSTANT and value.desc.dtype == proto_number("int64"):
             sizes = struct.unpack(f"<{len(value.data) // 8}q", value.data)
             value.data = struct.pack(f"<{len(sizes)}i", *sizes)
-            value.desc.dtype = constant.output_desc[0].dtype = INT32
+            value.desc.dtype = constant.output_desc[0].dtype = proto_number("int32")
 
 
 def drop_what_is_not_asked(graph: Any) -> None:
@@ -122,8 +103,8 @@ def drop_what_is_not_asked(graph: Any) -> None:
             for name in ("_input_name_key", "_input_name_value"):
                 values = op.attr[name].list
                 del (values.s if name == "_input_name_key" else values.i)[-1]
-        for name, value in _DEFAULTS.get(op.type, {}).items():
-            if name in op.attr and getattr(op.attr[name], op.attr[name].WhichOneof("value")) == value:
+        for name, value in known(op.type).unwritten.items():
+            if name in op.attr and attribute_value(op.attr[name]) == value:
                 del op.attr[name]
         if "_inference_rule" in op.attr:
             del op.attr["_inference_rule"]
@@ -136,8 +117,8 @@ def describe_dtypes(graph: Any) -> None:
         if op.type in (*INPUTS, CONSTANT):
             continue
         for desc, dtype in zip(op.output_desc, dtypes[op.name], strict=True):
-            desc.dtype = dtype
+            desc.dtype = proto_number(dtype)
         # an input that is not fed keeps no dtype
-        for desc, dtype in zip(op.input_desc, input_dtypes(op, dtypes), strict=False):
-            if dtype:
-                desc.dtype = dtype
+        for desc, fed in zip(op.input_desc, input_dtypes(op, dtypes), strict=False):
+            if fed:
+                desc.dtype = proto_number(fed)

@@ -6,7 +6,10 @@ Every pass keeps the graph's outputs and in-place writes equal, bit for bit; tes
 from collections.abc import Callable, Iterable
 from typing import Any
 
-from ...artifacts.ge.ops import count_kinds, live_ops, op_of
+from ...artifacts.ge.ops import CONSTANT
+from ...runtime.ops import known
+from ...runtime.ops.base import SHAPE
+from ...runtime.ops.graphs import count_kinds, live_ops, op_of
 from .device_passes import (
     describe_dtypes,
     drop_what_is_not_asked,
@@ -39,7 +42,7 @@ def merge_equal_constants(graph: Any) -> None:
     first: dict[bytes, str] = {}
     renamed: dict[str, str] = {}
     for op in graph.op:
-        if op.type == "Const":
+        if op.type == CONSTANT:
             value = op.attr["value"].t
             key = value.desc.SerializeToString(deterministic=True) + b"\0" + value.data
             renamed[op.name] = first.setdefault(key, op.name)
@@ -67,19 +70,18 @@ def drop_same_dtype_casts(graph: Any) -> None:
     _keep(graph, [op.name for op in graph.op if op.name not in source])
 
 
-# Shape arithmetic: pure, so two that read the same give the same.
-_SHAPE_OPS = ("Shape", "Gather", "Pack")
-
-
 def merge_equal_shapes(graph: Any) -> None:
-    """Keep one of each set of operators that compute the same shape: torchair packs one for every view."""
+    """Keep one of each set of operators that compute the same shape: torchair packs one for every view.
+
+    Arithmetic on shapes is pure, so two that read the same give the same.
+    """
     first: dict[tuple[Any, ...], str] = {}
     renamed: dict[str, str] = {}
     for op in graph.op:
         for i, edge in enumerate(op.input):
             if edge and (name := renamed.get(_producer(edge))):
                 op.input[i] = f"{name}:{edge.rpartition(':')[2]}"
-        if op.type in _SHAPE_OPS:
+        if known(op.type).kind == SHAPE:
             attributes = tuple(
                 sorted((k, v.SerializeToString(deterministic=True)) for k, v in op.attr.items() if k[0] != "_")
             )
@@ -112,5 +114,5 @@ def run_passes(graph: Any, names: Iterable[str]) -> None:
 
 
 def count_ops(graph: Any) -> dict[str, int]:
-    """Operators by kind, as `artifacts.ge_ops` tells them apart."""
+    """Operators by kind, as `runtime.ops` tells them apart."""
     return count_kinds(op.type for op in graph.op)

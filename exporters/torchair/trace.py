@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
+from ...artifacts.dtypes import BY_GE
 from ...artifacts.errors import TargetError
 from ...artifacts.ge.binding import (
     ARGUMENT,
@@ -23,9 +24,11 @@ from ...artifacts.ge.binding import (
     BoundOutput,
     unknown_options,
 )
+from ...artifacts.ge.ops import INPUTS
 from ...artifacts.manifest import OperatorNote
 from ...runtime.models.base import GraphSpec
 from .converters import register_converters
+from .dtypes import dtype_name
 
 CONSTANTS_PREFIX = "constants."
 _MODULE_STEP = re.compile(r"\._modules\['([^']+)'\]|\._parameters\['([^']+)'\]|\.([A-Za-z_]\w*)")
@@ -125,7 +128,7 @@ def _bind_inputs(concrete: Any, sources: list[str], caches: frozenset[str], loca
             kind=ARGUMENT,
             name="",
             index=None,
-            dtype=ge_dtype_name(desc.dtype),
+            dtype=dtype_name(desc.dtype),
             shape=tuple(desc.shape.dim),
             host=info.device_type == "CPU",
             frozen=frozen[position] == "1",
@@ -154,33 +157,14 @@ def _bind_inputs(concrete: Any, sources: list[str], caches: frozenset[str], loca
 
 
 def _data_op(graph: Any, index: int) -> Any:
-    return next(op for op in graph.op if op.type in ("Data", "RefData") and op.attr["index"].i == index)
-
-
-def ge_dtype_name(dtype: int) -> str:
-    """The artifact's name of a ge.proto.DataType."""
-    from torchair._ge_concrete_graph.ge_ir_pb2 import DataType
-
-    names = {
-        DataType.DT_FLOAT: "fp32",
-        DataType.DT_FLOAT16: "fp16",
-        DataType.DT_BF16: "bf16",
-        DataType.DT_INT64: "int64",
-        DataType.DT_INT32: "int32",
-        DataType.DT_UINT8: "uint8",
-        DataType.DT_BOOL: "bool",
-    }
-    if dtype not in names:
-        raise TargetError(f"GE dtype {dtype} is not one that the runtime binds")
-    return names[dtype]
+    return next(op for op in graph.op if op.type in INPUTS and op.attr["index"].i == index)
 
 
 def _output_dtype_name(dtype: int) -> str:
     """The artifact's name of a dtype in `_output_dtypes`, which torchair numbers by GE's C++ enum."""
-    names = {0: "fp32", 1: "fp16", 27: "bf16", 9: "int64", 3: "int32", 4: "uint8", 12: "bool"}
-    if dtype not in names:
+    if dtype not in BY_GE:
         raise TargetError(f"GE output dtype {dtype} is not one that the runtime binds")
-    return names[dtype]
+    return BY_GE[dtype].name
 
 
 def trace(spec: GraphSpec, method: Callable[..., Any], arguments: Mapping[str, Any]) -> TracedGraph:

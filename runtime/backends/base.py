@@ -3,17 +3,14 @@
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from ..models.base import Inputs, VisualLimits
 from ..models.segments import VisualCall
-from ..phases import Phases
-
-if TYPE_CHECKING:
-    from typing_extensions import Self
+from ..phases import PhaseTimes
 
 Ints = NDArray[np.int64]
 
@@ -72,14 +69,10 @@ class Backend(ABC):
     # whether a cache that served one request, whatever numbers that left in it, may serve the next as it is
     reuses_caches: bool = True
 
-    # what making the engine took
-    loading: Phases
-
-    def __new__(cls, *args: Any, **options: Any) -> "Self":
-        backend = super().__new__(cls)
-        # the clock starts before any subclass's constructor does
-        backend.loading = Phases()
-        return backend
+    def __init__(self) -> None:
+        """Start the clock: a subclass's constructor calls this first."""
+        # what making the engine takes
+        self.loading = PhaseTimes()
 
     def close(self) -> None:
         """Let go of the weights and graphs; nothing runs afterwards."""

@@ -13,11 +13,11 @@ from torch import Tensor
 from ...artifacts.errors import ArtifactError, RequestError, TargetError
 from ...artifacts.ge.ops import MOST_PACKED, MOST_PATCHES
 from ...artifacts.store import Artifact, ge_part
+from ..dtypes import torch_dtype
 from ..models import config_of, graphs_of, spec_of
 from ..models.base import GraphSpec, VisualLimits
 from ..models.segments import Piece, VisualCall, rows_in
 from .base import Backend, Embeds, Ints, Step
-from .ge.operators import TORCH_DTYPES
 from .weights import load_weights, mapped_tensors
 
 
@@ -41,6 +41,7 @@ class ModelBackend(Backend):
     """
 
     def __init__(self, artifact: Artifact, check_weights: bool = True) -> None:
+        super().__init__()
         part = ge_part(artifact.manifest, artifact.path)
         self._part = part
         self.max_length = part.max_length
@@ -54,7 +55,7 @@ class ModelBackend(Backend):
         self._prefill = next(spec for spec in self._specs.values() if spec.kind == "prefill")
         self.visual_limits = VisualLimits(part.visual_attention, MOST_PATCHES, MOST_PATCHES, MOST_PACKED)
         self._where = str(artifact.path)
-        self._dtype = TORCH_DTYPES[part.dtype]
+        self._dtype = torch_dtype(part.dtype)
         self.max_rows = max(part.batches)
         # The recipe's operators multiply what the mask hides by zero, and zero times a stray NaN is NaN: its caches
         # start as zeros. The fused form never reads past a row's length.

@@ -16,7 +16,8 @@ from torch import Tensor
 
 from ...artifacts.cann import RELEASES, CannWarning, cann_release, is_newer
 from ...artifacts.errors import MissingDependencyError, TargetError
-from ...artifacts.ge.graph import INPUT_TYPES, read_graph
+from ...artifacts.ge.graph import read_graph
+from ...artifacts.ge.ops import CONSTANT, INPUTS, OUTPUT
 from ...artifacts.host.process import driver_version, emulated, release
 from ...artifacts.host.vendor import vendor_import
 from ...artifacts.manifest import GePart
@@ -24,10 +25,11 @@ from ...artifacts.own import own_cache
 from ...artifacts.soc import soc_family
 from ...artifacts.store import Artifact, ge_part
 from ..memory import check_fits, check_free
+from ..ops import kernel_of
+from ..phases import PhaseTimes
 from .base import Embeds, Ints, Step
 from .ge.bound import GeBackend
 from .ge.checks import check_graph
-from .ge.operators import operator
 from .model import KvCache
 
 # Greedy steps that may be in flight before the host reads the oldest token: enough to hide the read, few enough
@@ -58,17 +60,20 @@ class NpuBackend(GeBackend):
     def __init__(
         self, artifact: Artifact, check_weights: bool = True, before_placing: Callable[[], None] | None = None
     ) -> None:
+        loading = PhaseTimes()
         self._before_placing = before_placing
         self._torch_npu = vendor_modules()
-        self.loading.mark("imports")
+        loading.mark("imports")
         # torchair compiles for the current device: tensors and graphs must agree on it
         self._torch_npu.npu.set_device(DEVICE)
         cann = _check_graphs(self._torch_npu, artifact)
         _check_model(self._torch_npu, artifact)
         self.cache_folder = compile_cache(artifact, self._torch_npu, cann)
         self._graphs: dict[str, Any] = {}
-        self.loading.mark("device")
+        loading.mark("device")
         super().__init__(artifact, check_weights)
+        loading.include("device", self.loading)
+        self.loading = loading
         for name in self._bound:
             self._compile(name)
         self.loading.mark("graphs")
@@ -86,8 +91,8 @@ class NpuBackend(GeBackend):
         # what the reference executor knows is what this toolchain emits; another operator may read any file
         graph = read_graph(data, where)
         for node in graph.nodes:
-            if node.op not in (*INPUT_TYPES, "Const", "NetOutput"):
-                operator(node, where)
+            if node.op not in (*INPUTS, CONSTANT, OUTPUT):
+                kernel_of(node, where)
         check_graph(graph, self.binding(name), where)
         self._graphs[name] = GeGraph(serialized_model_def=data)
 

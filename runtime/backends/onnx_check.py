@@ -11,14 +11,14 @@ from typing import Any
 
 import numpy as np
 
+from ...artifacts.dtypes import BY_ONNX
 from ...artifacts.errors import ArtifactError
 from ...artifacts.manifest import OnnxGraph, Tensor
-from ...artifacts.onnx_ops import DTYPE_BITS, DTYPES, FLOAT, INLINE_BYTES, MICROSOFT, OPERATORS, SIZE, STANDARD
+from ...artifacts.onnx_ops import FLOAT, INLINE_BYTES, MICROSOFT, OPERATORS, SIZE, STANDARD
 from ..models import family_of
 from ..models.config import ModelConfig
 from .onnx_proto import parse_model
 
-_NAMES = {number: name for name, number in DTYPES.items()}
 # onnx.AttributeProto.AttributeType and onnx.TensorProto.DataLocation
 _FLOAT, _INT, _EXTERNAL = 1, 2, 1
 # Operators that read a tensor of the model at this input: it tells how much they read, and what they ask memory for.
@@ -98,31 +98,31 @@ class _Check:
         name = _shown(tensor.name)
         if tensor.name in self.stored or not tensor.name:
             raise _Refused(f"two tensors are called {name}")
-        dtype, shape = _NAMES.get(tensor.data_type), tuple(tensor.dims)
+        dtype, shape = BY_ONNX.get(tensor.data_type), tuple(tensor.dims)
         if dtype is None or len(shape) > 4 or not all(0 < size <= 1 << 31 for size in shape):
             raise _Refused(f"tensor {name} is of type {tensor.data_type} and shape {list(shape)[:8]}")
-        size = -(-math.prod(shape) * DTYPE_BITS[dtype] // 8)
+        size = -(-math.prod(shape) * dtype.bits // 8)
         if tensor.data_location == _EXTERNAL:
             if tensor.raw_data:
                 raise _Refused(f"tensor {name} is in the model and in a file")
             self._place(name, {entry.key: entry.value for entry in tensor.external_data}, size)
         elif tensor.external_data or len(tensor.raw_data) != size or size > INLINE_BYTES:
             raise _Refused(
-                f"tensor {name} of shape {list(shape)} {dtype} has {len(tensor.raw_data)} bytes in the model"
+                f"tensor {name} of shape {list(shape)} {dtype.name} has {len(tensor.raw_data)} bytes in the model"
             )
-        found = _Stored(dtype, shape)
+        found = _Stored(dtype.name, shape)
         parameter, form = _parameter(tensor.name)
         if parameter in self.shapes:
             if not _fits(form, found, self.shapes[parameter]):
                 raise _Refused(
-                    f"tensor {name} is {dtype} {list(shape)}, and that of the model {self.shapes[parameter]}"
+                    f"tensor {name} is {dtype.name} {list(shape)}, and that of the model {self.shapes[parameter]}"
                 )
         # what else there is are small constants, written by the exporter's own hand
         elif (len(shape) > 1 and not tensor.name.startswith(b"rope.")) or size > 4 * self.widest:
             raise _Refused(f"tensor {name} of shape {list(shape)} belongs to no parameter of this model")
         elif name == "'one_int'" and tensor.raw_data != (1).to_bytes(8, "little"):
             raise _Refused("the constant 'one_int' is another number")
-        elif dtype == "int64" and (abs(np.frombuffer(tensor.raw_data, "<i8")) > self.widest).any():
+        elif dtype.name == "int64" and (abs(np.frombuffer(tensor.raw_data, "<i8")) > self.widest).any():
             raise _Refused(f"the constant {name} is larger than any size of this model")
         self.stored[tensor.name] = found
 
@@ -278,7 +278,8 @@ def expected_tensors(name: str, config: ModelConfig, standard_only: bool) -> tup
 def _declared(value: Any) -> Tensor:
     kind = value.type.tensor_type
     dims = tuple(d.dim_value if d.HasField("dim_value") else -1 for d in kind.shape.dim)
-    return Tensor(value.name.decode(errors="replace"), _NAMES.get(kind.elem_type, str(kind.elem_type)), dims)
+    dtype = BY_ONNX.get(kind.elem_type)
+    return Tensor(value.name.decode(errors="replace"), dtype.name if dtype else str(kind.elem_type), dims)
 
 
 def _same(side: str, expected: list[Tensor], found: Iterable[Tensor], owner: str) -> None:

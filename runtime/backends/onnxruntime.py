@@ -48,7 +48,7 @@ _NO_MEMORY = re.compile(r"bad_?alloc|bad allocation|Failed to allocate memory|[O
 
 
 @dataclass(eq=False)
-class Cache:
+class OnnxKv:
     """A key and a value array a layer, by the name of the model's input, and the bindings that were made of them.
 
     Shapes: [rows, kv_heads, max_length, head_dim]; [rows, max_length, kv_dim] in models of standard operators only.
@@ -67,6 +67,7 @@ class OnnxBackend(Backend):
     max_rows = _MAX_ROWS
 
     def __init__(self, artifact: Artifact) -> None:
+        super().__init__()
         self._part = onnx_part(artifact.manifest, artifact.path)
         self.max_length = self._part.max_length
         # The standard attention multiplies what lies behind a row's length by zero, and zero times a stray NaN is NaN.
@@ -88,7 +89,7 @@ class OnnxBackend(Backend):
             self._visual, self._text = made
         self.loading.mark("graphs")
 
-    def allocate(self, rows: int) -> Cache:
+    def allocate(self, rows: int) -> OnnxKv:
         if not 1 <= rows <= self.max_rows:
             raise RequestError(f"{rows} rows: this backend takes 1 to {self.max_rows} at once")
         text, length = self._model.text, self.max_length
@@ -104,7 +105,7 @@ class OnnxBackend(Backend):
         with contextlib.suppress(OSError):
             memory.madvise(mmap.MADV_NOHUGEPAGE)
         arrays = (np.frombuffer(memory, np.float32, size, 4 * size * i).reshape(shape) for i in range(len(names)))
-        return Cache(rows, dict(zip(names, arrays, strict=True)))
+        return OnnxKv(rows, dict(zip(names, arrays, strict=True)))
 
     def visual(self, calls: Sequence[VisualCall]) -> NDArray[np.float32]:
         count = rows_in(calls)
@@ -121,7 +122,7 @@ class OnnxBackend(Backend):
         return embeds
 
     def prefill(
-        self, cache: Cache, row: int, start: int, token_ids: Ints, positions: Ints, embeds: Embeds | None, index: Ints
+        self, cache: OnnxKv, row: int, start: int, token_ids: Ints, positions: Ints, embeds: Embeds | None, index: Ints
     ) -> Step:
         step = None
         for begin in range(0, len(token_ids), _PREFILL_TOKENS):
@@ -139,10 +140,10 @@ class OnnxBackend(Backend):
             raise RequestError("a prompt needs at least one token")
         return step
 
-    def begin(self, cache: Cache, tokens: Ints | Step, cache_index: Ints, positions: Ints) -> Step:
+    def begin(self, cache: OnnxKv, tokens: Ints | Step, cache_index: Ints, positions: Ints) -> Step:
         return Step(self.tokens(tokens) if isinstance(tokens, Step) else tokens, None, cache_index, positions)
 
-    def decode(self, cache: Cache, step: Step, kv_lengths: list[int]) -> Step:
+    def decode(self, cache: OnnxKv, step: Step, kv_lengths: list[int]) -> Step:
         rows = len(kv_lengths)
         positions = np.broadcast_to(step.positions[None, :, None], (3, rows, 1))
         made = self._run(cache, (0, rows), step.next_token[:, None], positions, kv_lengths, None)
@@ -150,7 +151,7 @@ class OnnxBackend(Backend):
 
     def _run(
         self,
-        cache: Cache,
+        cache: OnnxKv,
         rows: tuple[int, int],
         token_ids: Ints,
         positions: Ints,
@@ -186,7 +187,7 @@ class OnnxBackend(Backend):
             self._text.run_with_iobinding(binding)
         return Step(outputs["next_token"], outputs["logits"])
 
-    def _binding(self, cache: Cache, first: int, count: int, longest: int) -> Any:
+    def _binding(self, cache: OnnxKv, first: int, count: int, longest: int) -> Any:
         """A binding of rows of the cache, as input and as output; made once."""
         length = self.max_length
         if self._part.standard_only and count == 1:
@@ -244,8 +245,8 @@ def import_onnxruntime() -> Any:
             f"onnxruntime cannot be imported: {error}; pip install --force-reinstall 'onnxruntime>={least}'"
         ) from error
 
-    found = re.match(r"(\d+)\.(\d+)", onnxruntime.__version__)
-    if found and tuple(map(int, found.groups())) < LEAST_VERSION:
+    version = re.match(r"(\d+)\.(\d+)", onnxruntime.__version__)
+    if version and tuple(map(int, version.groups())) < LEAST_VERSION:
         raise MissingDependencyError(
             f"onnxruntime {onnxruntime.__version__} is too old, these models need {least}; pip install "
             f"'onnxruntime>={least}'"

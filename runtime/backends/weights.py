@@ -7,14 +7,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ...artifacts.dtypes import BY_SAFETENSORS
 from ...artifacts.errors import ArtifactError
 from ...artifacts.manifest import FileEntry
-from ...artifacts.safetensors import GRAPH_DTYPE_NAMES, read_header
+from ...artifacts.safetensors import read_header
 from ...artifacts.store import Artifact
+from ..dtypes import torch_dtype
 from ..models import config_of, family_of
-from .ge.operators import TORCH_DTYPES
-
-_SAFETENSORS_DTYPES = {stored: name for name, stored in GRAPH_DTYPE_NAMES.items()}
 
 
 def mapped_tensors(artifact: Artifact, entry: FileEntry, check: bool) -> dict[str, Tensor]:
@@ -23,10 +22,11 @@ def mapped_tensors(artifact: Artifact, entry: FileEntry, check: bool) -> dict[st
     mapping = artifact.map(entry, check=check)
     found = {}
     for info in read_header(memoryview(mapping), where):
-        if info.dtype not in _SAFETENSORS_DTYPES:
+        dtype = BY_SAFETENSORS[info.dtype]
+        if dtype.proto is None:
             raise ArtifactError(f"{where}: tensor {info.name} is {info.dtype}, which no graph takes")
         raw = mapped_bytes(mapping, info.begin, info.end - info.begin)
-        found[info.name] = raw.view(TORCH_DTYPES[_SAFETENSORS_DTYPES[info.dtype]]).view(info.shape)
+        found[info.name] = raw.view(torch_dtype(dtype.name)).view(info.shape)
     return found
 
 
@@ -58,7 +58,7 @@ def load_weights(artifact: Artifact, check: bool) -> dict[str, Tensor]:
             tensors[name] = tensor
     for wanted in weights.values():
         tensor = tensors.get(wanted.name)  # type: ignore[assignment]
-        dtype = TORCH_DTYPES[wanted.dtype(part.dtype, part.bias_dtype)]
+        dtype = torch_dtype(wanted.dtype(part.dtype, part.bias_dtype))
         if tensor is None or tuple(tensor.shape) != wanted.shape or tensor.dtype != dtype:
             got = "nothing" if tensor is None else f"{list(tensor.shape)} {tensor.dtype}"
             raise ArtifactError(

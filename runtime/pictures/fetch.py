@@ -6,6 +6,7 @@ import ssl
 import threading
 import urllib.error
 import urllib.request
+from collections.abc import Callable
 from contextlib import suppress
 from http import HTTPStatus
 from typing import Any
@@ -32,11 +33,19 @@ def fetch(name: str, url: str, max_bytes: int, timeout_s: float) -> bytes:
             with suppress(OSError):
                 each.shutdown(socket.SHUT_RDWR)
 
+    def hold(connected: socket.socket) -> socket.socket:
+        # a duplicate: TLS takes the socket itself away before its handshake
+        sockets.append(connected.dup())
+        if expired.is_set():
+            connected.close()
+            raise TimeoutError("connected too late")
+        return connected
+
     expired, timer = threading.Event(), threading.Timer(timeout_s, expire)
     timer.daemon = True
     timer.start()
     try:
-        with _opener(_Visit(name, url), sockets, expired).open(url, timeout=timeout_s) as response:
+        with _opener(_Visit(name, url, hold)).open(url, timeout=timeout_s) as response:
             body = bytearray()
             while chunk := response.read(min(_CHUNK_BYTES, max_bytes + 1 - len(body))):
                 body += chunk
@@ -77,8 +86,10 @@ def _reason(error: BaseException) -> str:
 class _Visit:
     """Where one fetch may go: wherever its URL says, but from there not into the network around this machine."""
 
-    def __init__(self, name: str, url: str) -> None:
+    def __init__(self, name: str, url: str, hold: Callable[[socket.socket], socket.socket]) -> None:
+        """hold: is handed every connection that is made."""
         self._name = name
+        self._hold = hold
         self._given = _server(url)
         # None until the given URL's own host is looked up
         self._began_inside: bool | None = None
@@ -88,8 +99,8 @@ class _Visit:
 
         They have to be what is connected to: the name may have another address next time.
         """
-        found = [str(place[0]) for *_, place in socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)]
-        inside = [address for address in found if is_internal(address)]
+        addresses = [str(place[0]) for *_, place in socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)]
+        inside = [address for address in addresses if is_internal(address)]
         if self._began_inside is None:
             self._began_inside = bool(inside)
         elif inside and not (self._began_inside and _server(url) == self._given):
@@ -97,7 +108,7 @@ class _Visit:
                 f"{self._name}: redirects to {inside[0]}, an address of this machine or its network, where only a URL "
                 "that is given itself may lead"
             )
-        return found
+        return addresses
 
     def connection(self, kind: Any, request: urllib.request.Request) -> Any:
         """A class, to urllib, of connections that are made to addresses that were looked up, and so checked, once."""
@@ -115,12 +126,12 @@ class _Visit:
                     if self._began_inside is not None:
                         raise
                     self._began_inside = False
-                return socket.create_connection(place, timeout, source)
-            addresses = self.look_up(url, *place)
-            for address in addresses[:-1]:
+                return self._hold(socket.create_connection(place, timeout, source))
+            *others, last = self.look_up(url, *place)
+            for address in others:
                 with suppress(OSError):
-                    return socket.create_connection((address, place[1]), timeout, source)
-            return socket.create_connection((addresses[-1], place[1]), timeout, source)
+                    return self._hold(socket.create_connection((address, place[1]), timeout, source))
+            return self._hold(socket.create_connection((last, place[1]), timeout, source))
 
         def make(*given: Any, **named: Any) -> Any:
             made = kind(*given, **named)
@@ -138,19 +149,8 @@ def _server(url: str) -> tuple[str, str, int]:
     return parts.scheme, parts.hostname, parts.port or (443 if parts.scheme == "https" else 80)
 
 
-def _opener(visit: _Visit, sockets: list[socket.socket], expired: threading.Event) -> urllib.request.OpenerDirector:
+def _opener(visit: _Visit) -> urllib.request.OpenerDirector:
     """http and https, proxies and redirects between those: urllib's own opener also reads ftp:, file: and data:."""
-
-    class Http(http.client.HTTPConnection):
-        def connect(self) -> None:
-            super().connect()
-            # a duplicate: TLS takes the socket itself away before its handshake
-            sockets.append(self.sock.dup())
-            if expired.is_set():
-                raise TimeoutError("connected too late")
-
-    class Https(http.client.HTTPSConnection, Http):
-        """Between the connection and the handshake, the former's connect() calls the latter's."""
 
     class Redirects(urllib.request.HTTPRedirectHandler):
         def http_error_302(self, req: Any, fp: Any, code: int, msg: str, headers: Any) -> Any:
@@ -160,19 +160,20 @@ def _opener(visit: _Visit, sockets: list[socket.socket], expired: threading.Even
 
         http_error_301 = http_error_303 = http_error_307 = http_error_308 = http_error_302
 
-    class HttpHandler(urllib.request.HTTPHandler):
+    class Connections(urllib.request.AbstractHTTPHandler):
         def http_open(self, req: urllib.request.Request) -> Any:
-            return self.do_open(visit.connection(Http, req), req)
+            return self.do_open(visit.connection(http.client.HTTPConnection, req), req)
 
-    class HttpsHandler(urllib.request.HTTPSHandler):
         def https_open(self, req: urllib.request.Request) -> Any:
-            return self.do_open(visit.connection(Https, req), req, context=ssl.create_default_context())
+            context = ssl.create_default_context()
+            return self.do_open(visit.connection(http.client.HTTPSConnection, req), req, context=context)
+
+        http_request = https_request = urllib.request.AbstractHTTPHandler.do_request_
 
     opener = urllib.request.OpenerDirector()
     for handler in (
         urllib.request.ProxyHandler(),
-        HttpHandler(),
-        HttpsHandler(),
+        Connections(),
         urllib.request.HTTPDefaultErrorHandler(),
         Redirects(),
         urllib.request.HTTPErrorProcessor(),

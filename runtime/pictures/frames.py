@@ -11,7 +11,7 @@ from ...artifacts.errors import RequestError
 SAMPLING_RULES = ("qwen", "transformers")
 
 # qwen-vl-utils 0.0.14, vision_process.py; transformers 5.23 has the same bounds of the frame count
-_FPS, _MIN_FRAMES, _MAX_FRAMES = 2.0, 4, 768
+DEFAULT_FPS, _MIN_FRAMES, _MAX_FRAMES = 2.0, 4, 768
 # of any number that a request gives: beyond it, floats overflow
 _MOST = 1 << 31
 # floats in the vectors that torch.arange fills: the rounding of a vector's first value reaches the others
@@ -22,7 +22,8 @@ _VECTOR = 8
 class FrameRequest:
     """What a request says of a video's frames; None leaves it to the rule.
 
-    fps, within min_frames and max_frames, or nframes; from video_start to video_end, in seconds.
+    fps, within min_frames and max_frames, or nframes; from video_start to video_end, in seconds. sample_fps: the rate
+    at which a list of frames was sampled.
     """
 
     fps: float | None = None
@@ -31,29 +32,38 @@ class FrameRequest:
     max_frames: int | None = None
     video_start: float | None = None
     video_end: float | None = None
+    sample_fps: float | None = None
 
 
-def sample_frames(wanted: FrameRequest, rule: str, total: int, video_fps: float, multiple: int) -> list[int]:
-    """Indices, in order of display, of the frames to take from a video of `total` frames at video_fps.
+def sample_frames(
+    wanted: FrameRequest, rule: str, total: int, video_fps: float, multiple: int
+) -> tuple[list[int], float]:
+    """Indices, in order of display, of the frames to take from a video of `total` frames at video_fps, and their rate.
 
     multiple: what the count is rounded to, the model's temporal_patch_size.
 
     A video shorter than `multiple` is taken whole, whatever count is asked for: its last frame is repeated.
     "qwen": calculate_video_frame_range and smart_nframes, then torch.linspace in fp32, rounded half to even.
     "transformers": Qwen2VLVideoProcessor.sample_frames, torch.arange in fp32, rounded down; every frame where neither
-    fps nor nframes is given. Raises RequestError for values that make no sense and where the library raises.
+    fps nor nframes is given. The rate, in frames a second, is both libraries' (fetch_video, VideoMetadata.sampled_fps).
+    Raises RequestError for values that make no sense and where the library raises.
     """
-    _check(wanted)
+    check_frames(wanted)
     if total <= 0:
         raise RequestError("has no frames")
     if wanted.fps is not None and wanted.nframes is not None:
         raise RequestError("fps and nframes are both given; keep one")
     if rule == "qwen":
-        return _qwen(wanted, total, video_fps, multiple)
-    return _transformers(wanted, total, video_fps, multiple)
+        first, last = _range(wanted, total, video_fps)
+        total = last - first + 1
+        chosen = _qwen(wanted, first, last, video_fps, multiple)
+    else:
+        chosen = _transformers(wanted, total, video_fps, multiple)
+    return chosen, len(chosen) / total * video_fps
 
 
-def _check(wanted: FrameRequest) -> None:
+def check_frames(wanted: FrameRequest) -> None:
+    """Raises RequestError for a value that is no number, or one out of range."""
     for field in fields(wanted):
         value: Any = getattr(wanted, field.name)
         if value is None:
@@ -66,12 +76,11 @@ def _check(wanted: FrameRequest) -> None:
                 raise RequestError(f"{field.name} is {value!r}, expected a positive integer")
         elif isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
             raise RequestError(f"{field.name} is {value!r}, expected a number")
-        elif field.name == "fps" and value <= 0:
-            raise RequestError(f"fps is {value!r}, expected a positive number")
+        elif field.name in ("fps", "sample_fps") and value <= 0:
+            raise RequestError(f"{field.name} is {value!r}, expected a positive number")
 
 
-def _qwen(wanted: FrameRequest, total: int, video_fps: float, multiple: int) -> list[int]:
-    first, last = _range(wanted, total, video_fps)
+def _qwen(wanted: FrameRequest, first: int, last: int, video_fps: float, multiple: int) -> list[int]:
     total = last - first + 1
     if total < multiple:
         return list(range(first, last + 1))
@@ -80,7 +89,7 @@ def _qwen(wanted: FrameRequest, total: int, video_fps: float, multiple: int) -> 
     else:
         least = math.ceil((wanted.min_frames or _MIN_FRAMES) / multiple) * multiple
         most = math.floor((wanted.max_frames or min(_MAX_FRAMES, total)) / multiple) * multiple
-        exact = total / video_fps * (wanted.fps or _FPS)
+        exact = total / video_fps * (wanted.fps or DEFAULT_FPS)
         count = math.floor(min(max(exact, least), most, total) / multiple) * multiple
     if not multiple <= count <= total:
         raise RequestError(

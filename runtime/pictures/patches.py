@@ -1,20 +1,45 @@
 """Pixels to patches: resized pictures and frames cut into uint8 patches in the model's merge-window order."""
 
 from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
 from ...artifacts.errors import RequestError
-from .images import load_image
 from .resize import SizeRequest, image_size, resized_bands
 from .vision import ImageSettings
 
+Kind = Literal["image", "video"]
 Grid = tuple[int, int, int]
 Patches = NDArray[np.uint8]
 # four times what qwen-vl-utils' pixel budget lets a video have; more would fill memory before the model refuses it
 MAX_PATCH_BYTES = 1 << 31
+
+
+@dataclass(frozen=True, eq=False)
+class CutPicture:
+    """A picture or clip that was cut: all that later stages know of it. May stand in a message as its source.
+
+    patches uint8 [t * h * w, patch_dim]; grid (t, h, w) counts them. seconds: from one temporal patch of a
+    clip to the next, temporal_patch_size over the rate of its frames (transformers' second_per_grid_ts).
+    """
+
+    kind: Kind
+    patches: Patches
+    grid: Grid
+    seconds: float = 1.0
+
+    def tokens(self, merge_size: int) -> int:
+        """How many tokens of a prompt it takes: one a merge window."""
+        t, h, w = self.grid
+        return t * h * w // merge_size**2
+
+    def same(self, other: "CutPicture") -> bool:
+        facts, others = ((p.kind, p.grid, p.seconds) for p in (self, other))
+        return facts == others and np.array_equal(self.patches, other.patches)
 
 
 class PatchGrid:
@@ -39,9 +64,10 @@ class PatchGrid:
         # a row of a patch moves as one item: numpy copies 14 single bytes three times slower
         self._row = np.dtype(f"V{patch}")
         windows = (height // settings.factor, width // settings.factor)
-        self._rows = np.empty(
-            (self.grid[0], *windows, merge, merge, 3, settings.temporal_patch_size, patch), dtype=self._row
-        )
+        shape = (self.grid[0], *windows, merge, merge, 3, settings.temporal_patch_size, patch)
+        # uint8 [t * h * w, 3 * temporal_patch_size * patch_size**2], rows by window, then by patch in the window
+        self.patches: Patches = np.empty((size // settings.patch_dim, settings.patch_dim), np.uint8)
+        self._rows = self.patches.view(self._row).reshape(shape)
 
     def write(self, index: int, pixels: Image.Image | NDArray[np.uint8]) -> None:
         """Resize and cut frame `index`, RGB or uint8 [rows, columns, 3]; the last one also fills what is behind it."""
@@ -57,23 +83,16 @@ class PatchGrid:
         if index == self._frames - 1:
             target[..., k + 1 :, :] = target[..., k : k + 1, :]
 
-    def patches(self) -> Patches:
-        """uint8 [t * h * w, 3 * temporal_patch_size * patch_size**2], rows by window, then by patch in the window."""
-        return self._rows.view(np.uint8).reshape(-1, self._settings.patch_dim)
-
 
 def image_patches(
     image: Image.Image, settings: ImageSettings, wanted: SizeRequest | None = None
 ) -> tuple[Patches, Grid]:
-    """Resize a picture and cut it: patches uint8 [n, patch_dim] and its grid (1, h, w) in patches.
+    """Resize an RGB picture and cut it: patches uint8 [n, patch_dim] and its grid (1, h, w) in patches.
 
-    A picture is a clip of temporal_patch_size equal frames. Raises RequestError (see load_image and image_size).
+    A picture is a clip of temporal_patch_size equal frames. Raises RequestError (see image_size).
     """
-    image = load_image(image)
-    height, width = image_size(image.height, image.width, wanted or SizeRequest(), settings)
-    cut = PatchGrid(1, height, width, settings)
-    cut.write(0, image)
-    return cut.patches(), cut.grid
+    size = wanted or SizeRequest()
+    return clip_patches((image,), 1, lambda height, width: image_size(height, width, size, settings), settings)
 
 
 def clip_patches(
@@ -103,4 +122,4 @@ def clip_patches(
         raise RequestError("has no frames")
     if i + 1 != count:
         raise RequestError(f"ended after {i + 1} of {count} frames")
-    return cut.patches(), cut.grid
+    return cut.patches, cut.grid

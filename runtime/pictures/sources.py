@@ -65,11 +65,11 @@ def _may_be_url(location: str) -> bool:
 
 
 def _without_secrets(url: str, scheme: str) -> str:
-    found = _URL.match(url)
-    if found is None:
+    parts = _URL.match(url)
+    if parts is None:
         # a password that holds a slash, say: there is no telling what is the host
         return "http(s) URL that is not well-formed" if scheme == "http" else "URL that is not well-formed"
-    return found["scheme"] + found["place"] + ("?..." if found["query"] else "")
+    return parts["scheme"] + parts["place"] + ("?..." if parts["query"] else "")
 
 
 def readable(name: str, source: str | bytes | os.PathLike[str], http: HttpLimits) -> str | io.BytesIO:

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from ...artifacts.errors import MissingDependencyError, RequestError
 from .images import check_area
 from .orientation import upright
-from .video import FramesMissing
+from .reader import FramesMissing
 
 if TYPE_CHECKING:
     import av
@@ -52,7 +52,7 @@ class _Packet:
 
 
 class AvReader:
-    """A video file. See runtime.video.VideoReader.
+    """A video file. See VideoReader.
 
     Raises RequestError for what is no video, and MissingDependencyError without PyAV.
     """
@@ -97,11 +97,11 @@ class AvReader:
             yield from self._counted(indices)
             return
         wanted = [self._shown[index] for index in indices]
-        found = self._timed(self._packets, set(wanted))
+        frames = self._timed(self._packets, set(wanted))
         held: dict[int, NDArray[np.uint8]] = {}
         for pts in wanted:
             while pts not in held:
-                made = next(found, None)
+                made = next(frames, None)
                 if made is None or len(held) > _MAX_REORDERED:
                     self._count()
                     raise FramesMissing
@@ -190,21 +190,21 @@ class AvReader:
         with ExitStack() as opened:
             with suppress(self._av.error.FFmpegError):
                 self._container.seek(start.pts if start.dts is None else start.dts, stream=self._stream)
-            found = self._demux(self._container, self._stream)
-            packet = next(found, None)
+            demuxed = self._demux(self._container, self._stream)
+            packet = next(demuxed, None)
             place = None if packet is None or packet.pts is None else self._places.get(packet.pts)
             position = 0 if place is None else place
             if place is None or place > first:
                 # without an index, some containers are sought past the place or not at all
                 container, stream = self._open()
                 opened.enter_context(container)
-                found = self._demux(container, stream)
+                demuxed = self._demux(container, stream)
                 position = 0
-                packet = next(found, None)
+                packet = next(demuxed, None)
             while packet is not None:
                 if position >= first:
                     yield position, packet
-                packet, position = next(found, None), position + 1
+                packet, position = next(demuxed, None), position + 1
 
     def _chosen(self, frames: Iterable["VideoFrame"], wanted: set[int]) -> Iterator[tuple[int, NDArray[np.uint8]]]:
         for frame in frames:
@@ -261,8 +261,8 @@ class AvReader:
         if frame.rotation not in self._matrices:
             matrix: Any = frame.side_data.get("DISPLAYMATRIX")
             self._matrices[frame.rotation] = None if matrix is None else bytes(matrix)
-        found = self._matrices[frame.rotation]
-        return pixels if found is None else upright(pixels, found)
+        shown_by = self._matrices[frame.rotation]
+        return pixels if shown_by is None else upright(pixels, shown_by)
 
 
 def _metadata(version: str) -> dict[str, Any]:

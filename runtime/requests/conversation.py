@@ -10,11 +10,12 @@ from numpy.typing import NDArray
 
 from ...artifacts.errors import RequestError, ToolchainError
 from ..pictures.images import ImageSource
-from ..pictures.items import DEFAULT_VISION, VisionOptions
-from ..pictures.video import VideoSource
+from ..pictures.patches import CutPicture
+from ..pictures.request import DEFAULT_VISION, VideoSource, VisionOptions
 from ..text.messages import Message, given_items
-from ..text.prompt import CutPicture, Prompt
-from .generate import Generation, Row, Timings, Token, run_out, texts
+from ..text.prompt import Prompt
+from .answer import Generation, Row, Timings, Token
+from .generate import run_out, texts
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -99,20 +100,18 @@ class Conversation:
         content: list[dict[str, Any]] = [{"type": item.kind, item.kind: item.source} for item in items]
         messages: list[Message] = [*self.messages, {"role": "user", "content": [*content, said]}]
         prompt = model.processor.prepare(messages, vision=self._vision)
-        found = model.settings(settings)
+        asked = model.settings(settings)
         try:
-            row = model.row(prompt, found)
+            row = model.row(prompt, asked)
         except RequestError as error:
             if not self.messages:
                 raise
             raise RequestError(f"{error}; or forget the turns before: reset, /reset in a chat") from error
         # the next turns neither open nor resize these pictures again
-        pictures = [*zip(prompt.vision_kinds, prompt.pictures(), strict=True)]
+        content = []
         for kind, count in (("image", len(images)), ("video", len(videos))):
-            cut = [picture for known, picture in pictures if known == kind]
-            for part, picture in zip([part for part in content if kind in part], cut[len(cut) - count :], strict=True):
-                # a copy: a view would keep the patches of all pictures of this turn
-                part[kind] = CutPicture(picture.patches.copy(), picture.grid)
+            cut = [picture for picture in prompt.pictures if picture.kind == kind]
+            content += [{"type": kind, kind: picture} for picture in cut[len(cut) - count :]]
         return row, [*self.messages, {"role": "user", "content": [*content, said]}]
 
     def _kept(self, prompt: Prompt) -> int:
@@ -125,8 +124,7 @@ class Conversation:
         most = max(0, min(len(cached.token_ids), len(prompt.token_ids) - 2)) if self._cache is not None else 0
         differs = cached.token_ids[:most] != prompt.token_ids[:most]
         kept = int(np.argmax(differs)) if differs.any() else most
-        spans = prompt.picture_spans(self._model.processor.config.vision.spatial_merge_size)
-        for i, ((start, end), new) in enumerate(zip(spans, prompt.pictures(), strict=True)):
+        for i, ((start, end), new) in enumerate(zip(prompt.spans, prompt.pictures, strict=True)):
             # equal placeholders may stand for another picture, or for none, and a picture is run whole
             same = i < len(cached.pictures) and new.same(cached.pictures[i])
             if start < kept and (end > kept or not same):
@@ -145,7 +143,7 @@ class Conversation:
             if self._cache is None:
                 self._cache = self._model.take_cache(1)
             # until prefill is done, what lies behind the kept part is neither the old turn's nor the new one's
-            self._cached = _Cached(prompt.token_ids[:known], tuple(prompt.pictures()))
+            self._cached = _Cached(prompt.token_ids[:known], prompt.pictures)
             with closing(self._model.steps([row], timings, self._cache)) as steps:
                 for step in steps:
                     # the weights that made it are known to be good

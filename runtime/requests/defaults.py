@@ -1,11 +1,10 @@
 """generation_config.json: what a request that says nothing else gets."""
 
-import math
-from dataclasses import dataclass
 from typing import Any
 
 from ...artifacts.errors import ArtifactError
 from ...artifacts.schema import parse_json, shown
+from .settings import PLAIN, SETTINGS, Settings
 
 # settings that change the output and are not implemented, each with the values that change nothing
 _NEUTRAL: dict[str, tuple[Any, ...]] = {
@@ -37,25 +36,9 @@ _NEUTRAL: dict[str, tuple[Any, ...]] = {
 }
 
 
-@dataclass(frozen=True)
-class GenerationDefaults:
-    """generation_config.json: what a request that says nothing else gets. top_k 0 keeps every token."""
-
-    eos_token_ids: tuple[int, ...]
-    pad_token_id: int
-    do_sample: bool = False
-    temperature: float = 1.0
-    top_k: int = 50
-    top_p: float = 1.0
-    repetition_penalty: float = 1.0
-    max_new_tokens: int | None = None
-    min_new_tokens: int = 0
-    stop: tuple[str, ...] = ()
-
-
 def generation_defaults_from_hf(
     data: bytes | None, fallback_eos: tuple[int, ...], vocab_size: int, where: str = "generation_config.json"
-) -> GenerationDefaults:
+) -> Settings:
     """Parse generation_config.json strictly; fields it leaves out, or the whole file, have transformers' defaults.
 
     `fallback_eos` serves when it names no eos_token_id. Raises ArtifactError for values of a wrong type or range, and
@@ -76,19 +59,6 @@ def generation_defaults_from_hf(
             raise ArtifactError(f"{where}: {name} is {shown(value)}, expected a token id below {vocab_size}")
         return value
 
-    def number(name: str, default: float, least: float, most: float = float("inf")) -> float:
-        value = plain.get(name)
-        value = default if value is None else value
-        if type(value) not in (int, float) or not math.isfinite(value) or not least <= value <= most:
-            raise ArtifactError(f"{where}: {name} is {shown(value)}, expected a number from {least} to {most}")
-        return float(value)
-
-    def whole(name: str, least: int) -> int | None:
-        value = plain.get(name)
-        if value is not None and (type(value) is not int or value < least):
-            raise ArtifactError(f"{where}: {name} is {shown(value)}, expected an integer of at least {least}")
-        return value
-
     listed = plain.get("eos_token_id")
     eos = tuple(
         token("eos_token_id", value)
@@ -98,27 +68,23 @@ def generation_defaults_from_hf(
     eos = eos or fallback_eos
     if not eos:
         raise ArtifactError(f"{where}: names no eos_token_id, and the tokenizer has no <|im_end|>")
-    pad = plain.get("pad_token_id")
-    do_sample = False if plain.get("do_sample") is None else plain["do_sample"]
-    if type(do_sample) is not bool:
-        raise ArtifactError(f"{where}: do_sample is {shown(do_sample)}, expected true or false")
-    top_k = whole("top_k", 0)
+    if plain.get("pad_token_id") is not None:
+        token("pad_token_id", plain["pad_token_id"])
+    held = {name: plain[name] for name in PLAIN if SETTINGS[name].in_file and plain.get(name) is not None}
+    for name, value in held.items():
+        if not SETTINGS[name].takes(value, of_file=True):
+            raise ArtifactError(f"{where}: {name} is {shown(value)}, expected {SETTINGS[name].expected(of_file=True)}")
     stop = plain.get("stop_strings") or []
     stop = [stop] if isinstance(stop, str) else stop
     if not isinstance(stop, list) or not all(isinstance(text, str) and text for text in stop):
         raise ArtifactError(f"{where}: stop_strings is {shown(plain['stop_strings'])}, expected strings")
-    defaults = GenerationDefaults(
-        eos_token_ids=eos,
-        pad_token_id=eos[0] if pad is None else token("pad_token_id", pad),
-        do_sample=do_sample,
-        temperature=number("temperature", 1.0, 0.0),
-        top_k=50 if top_k is None else top_k,
-        top_p=number("top_p", 1.0, 0.0, 1.0),
-        repetition_penalty=number("repetition_penalty", 1.0, 1e-6),
-        max_new_tokens=whole("max_new_tokens", 1),
-        min_new_tokens=whole("min_new_tokens", 0) or 0,
+    longest = held.pop("max_new_tokens", None)
+    defaults = Settings(
+        eos,
+        default_new_tokens=longest,
         stop=tuple(stop),
+        **{name: SETTINGS[name].kind(value) for name, value in held.items()},
     )
-    if do_sample and not (defaults.temperature > 0 and defaults.top_p > 0):
+    if defaults.do_sample and not (defaults.temperature > 0 and defaults.top_p > 0):
         raise ArtifactError(f"{where}: sampling needs temperature and top_p above 0")
     return defaults

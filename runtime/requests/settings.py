@@ -1,17 +1,73 @@
 """What one request asks for beside its messages: lengths, sampling, and where the answer ends."""
 
 import math
+import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from numbers import Integral, Real
 from typing import Any, TypedDict
 
-import numpy as np
-
 from ...artifacts.errors import RequestError
-from .defaults import GenerationDefaults
 
-# below it, logits divided by it leave the range of fp32
-_LEAST_TEMPERATURE = 1e-30
+
+@dataclass(frozen=True)
+class Setting:
+    """One setting of a request. help: what the command line says of it.
+
+    kind: int, of at least `least`; float, above `above` and at most `most`; bool; str and Sequence: one or several
+    strings or tokens. in_file: whether generation_config.json may have it; a number there may be anything from
+    file_least on, since what does not sample does not use it.
+    """
+
+    kind: type
+    help: str
+    least: int = 0
+    above: float = 0.0
+    most: float = math.inf
+    in_file: bool = True
+    file_least: float = 0.0
+
+    def takes(self, value: Any, of_file: bool = False) -> bool:
+        """Whether a value is of this kind and in range."""
+        if isinstance(value, bool) or self.kind is bool:
+            return isinstance(value, bool) and self.kind is bool
+        if self.kind is int:
+            return isinstance(value, Integral) and int(value) >= self.least
+        number: Any = value if isinstance(value, Real) else math.nan
+        # neither NaN, nor infinite, nor an integer that no float holds
+        fits = abs(number) <= sys.float_info.max and number <= self.most
+        return bool(fits and (self.file_least <= number if of_file else self.above < number))
+
+    def expected(self, of_file: bool = False) -> str:
+        """What an error says was expected."""
+        if self.kind is bool:
+            return "true or false" if of_file else "True or False"
+        if self.kind is int:
+            return f"an integer of at least {self.least}"
+        if of_file:
+            return f"a number from {self.file_least} to {self.most}"
+        return f"a number above {self.above:g}" + (f" and at most {self.most:g}" if self.most < math.inf else "")
+
+
+# what the checks, generation_config.json's reader and the command line's options go by
+SETTINGS = {
+    "max_new_tokens": Setting(int, "Default: the model's own, or 128.", least=1),
+    "min_new_tokens": Setting(int, "No end of the answer before so many tokens."),
+    "do_sample": Setting(bool, "Draw tokens, or take the most likely one. Default: as the model's own settings say."),
+    # below it, logits divided by it leave the range of fp32
+    "temperature": Setting(float, "Default: the model's own.", above=1e-30),
+    "top_k": Setting(int, "Draw among the N most likely tokens; 0: among all."),
+    "top_p": Setting(float, "Draw among the likely tokens that together reach X.", most=1.0),
+    "repetition_penalty": Setting(float, "Above 1: what was said already becomes less likely.", file_least=1e-6),
+    "seed": Setting(int, "Makes --sample repeatable.", in_file=False),
+    "stop": Setting(str, "Ends an answer that says so; repeat it for several."),
+    "eos_token_id": Setting(Sequence, "Ends an answer, in place of the model's own; one or several."),
+    "ignore_eos": Setting(bool, "Go on to --max-new-tokens, as benchmarks do.", in_file=False),
+}
+# settings whose value is one number or switch
+PLAIN = tuple(name for name, setting in SETTINGS.items() if setting.kind in (int, float, bool))
+# used by sampling alone, among what a file may hold out of a request's range
+_SAMPLING = ("temperature", "top_p")
 
 
 class GivenSettings(TypedDict, total=False):
@@ -40,9 +96,12 @@ class GivenSettings(TypedDict, total=False):
 
 @dataclass(frozen=True)
 class Settings:
-    """One request's settings, checked and complete. max_new_tokens None: the default, as far as the cache allows."""
+    """One request's settings, checked and complete; or a checkpoint's own, for requests that say nothing else.
 
-    eos_token_ids: frozenset[int]
+    max_new_tokens None: default_new_tokens, the checkpoint's, or as far as the cache allows. Defaults: transformers'.
+    """
+
+    eos_token_ids: tuple[int, ...]
     max_new_tokens: int | None = None
     default_new_tokens: int | None = None
     min_new_tokens: int = 0
@@ -64,47 +123,20 @@ class Settings:
         return plain and (not self.do_sample or self.top_k == 1)
 
 
-def settings_for(defaults: GenerationDefaults, vocab_size: int, given: Mapping[str, Any]) -> Settings:
-    """Fill up what a request gave (GivenSettings) from generation_config.json.
+def settings_for(defaults: Settings, vocab_size: int, given: Mapping[str, Any]) -> Settings:
+    """Fill up what a request gave (GivenSettings) from the checkpoint's settings.
 
     Raises RequestError for an unknown setting, a value out of range, and sampling settings without sampling.
     """
-    known = GivenSettings.__annotations__
-    if unknown := sorted(set(given) - set(known)):
-        raise RequestError(f"unknown setting {', '.join(unknown)}; there are {', '.join(known)}")
+    if unknown := sorted(set(given) - set(SETTINGS)):
+        raise RequestError(f"unknown setting {', '.join(unknown)}; there are {', '.join(SETTINGS)}")
     asked = {name: value for name, value in given.items() if value is not None}
-
-    def number(name: str, default: float, above: float, most: float = math.inf) -> float:
-        value = asked.get(name, default)
-        real = isinstance(value, int | float | np.integer | np.floating) and not isinstance(value, bool)
-        if not real or not math.isfinite(value) or not above < value <= most:
-            cold = name == "temperature" and real and 0 <= value <= above
-            hint = "; use do_sample=False to take the most likely token" if cold else ""
-            limit = f" and at most {most:g}" if most < math.inf else ""
-            raise RequestError(f"{name} is {value!r}, expected a number above {above:g}{limit}{hint}")
-        return float(value)
-
-    def whole(name: str, default: int | None, least: int) -> int | None:
-        value = asked.get(name, default)
-        if value is None:
-            return None
-        if isinstance(value, bool) or not isinstance(value, int | np.integer) or value < least:
-            raise RequestError(f"{name} is {value!r}, expected an integer of at least {least}")
-        return int(value)
-
-    def switch(name: str, default: bool) -> bool:
-        value = asked.get(name, default)
-        if not isinstance(value, bool):
-            raise RequestError(f"{name} is {value!r}, expected True or False")
-        return value
-
-    do_sample = switch("do_sample", defaults.do_sample)
+    do_sample = _plain("do_sample", asked, defaults)
     if not do_sample and (unused := [name for name in ("temperature", "top_k", "top_p") if name in asked]):
         raise RequestError(f"{', '.join(unused)} given without sampling; add do_sample=True (--sample)")
-    top_k = whole("top_k", defaults.top_k, 0) or 0
     # Qwen2-VL is published with top_k 1: another temperature would change nothing, and say nothing
-    idle = [name for name in ("temperature", "top_p") if name in asked]
-    if do_sample and top_k == 1 and "top_k" not in asked and idle:
+    idle = [name for name in _SAMPLING if name in asked]
+    if do_sample and defaults.top_k == 1 and "top_k" not in asked and idle:
         raise RequestError(
             f"{', '.join(idle)} given, but the checkpoint's own top_k is 1, which takes the most likely token; add "
             "top_k=50 (--top-k 50), or 0 to draw among all"
@@ -115,24 +147,26 @@ def settings_for(defaults: GenerationDefaults, vocab_size: int, given: Mapping[s
         raise RequestError(f"stop is {stop!r}, expected a string or several, none empty")
     ends = asked.get("eos_token_id", defaults.eos_token_ids)
     ends = tuple(ends) if isinstance(ends, list | tuple | set | frozenset) else (ends,)
-    if not all(isinstance(i, int | np.integer) and not isinstance(i, bool) and 0 <= i < vocab_size for i in ends):
+    if not all(isinstance(i, Integral) and not isinstance(i, bool) and 0 <= int(i) < vocab_size for i in ends):
         raise RequestError(f"eos_token_id is {list(ends)!r}, expected token ids below {vocab_size}")
-    settings = Settings(
-        eos_token_ids=frozenset() if switch("ignore_eos", False) else frozenset(int(i) for i in ends),
-        max_new_tokens=whole("max_new_tokens", None, 1),
-        default_new_tokens=defaults.max_new_tokens,
-        min_new_tokens=whole("min_new_tokens", defaults.min_new_tokens, 0) or 0,
-        do_sample=do_sample,
-        # without sampling these are not used, and a checkpoint may hold values that sampling would refuse
-        temperature=number("temperature", defaults.temperature, _LEAST_TEMPERATURE) if do_sample else 1.0,
-        top_k=top_k,
-        top_p=number("top_p", defaults.top_p, 0, 1) if do_sample else 1.0,
-        repetition_penalty=number("repetition_penalty", defaults.repetition_penalty, 0),
-        seed=whole("seed", None, 0),
-        stop=tuple(stop),
-    )
+    # without sampling, a checkpoint may hold values that sampling would refuse
+    used = {name: _plain(name, asked, defaults) for name in PLAIN if do_sample or name not in _SAMPLING}
+    ends = () if used.pop("ignore_eos") else tuple(int(i) for i in ends)
+    settings = replace(defaults, **{"temperature": 1.0, "top_p": 1.0, **used}, eos_token_ids=ends, stop=tuple(stop))
     if settings.max_new_tokens is not None and settings.min_new_tokens > settings.max_new_tokens:
         raise RequestError(
             f"min_new_tokens {settings.min_new_tokens} is above max_new_tokens {settings.max_new_tokens}"
         )
     return settings
+
+
+def _plain(name: str, asked: Mapping[str, Any], defaults: Settings) -> Any:
+    setting = SETTINGS[name]
+    value = asked.get(name, getattr(defaults, name, False))
+    if value is None:
+        return None
+    if not setting.takes(value):
+        is_cold = name == "temperature" and isinstance(value, int | float) and 0 <= value <= setting.above
+        hint = "; use do_sample=False to take the most likely token" if is_cold else ""
+        raise RequestError(f"{name} is {value!r}, expected {setting.expected()}{hint}")
+    return setting.kind(value)

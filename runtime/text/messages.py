@@ -1,17 +1,17 @@
 """Messages as Qwen's users write them: checked, and their pictures and clips listed in order."""
 
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, fields, replace
-from typing import Any, Literal
+from dataclasses import fields, replace
+from typing import Any
 
 from ...artifacts.errors import RequestError
 from ..pictures.frames import FrameRequest
 from ..pictures.images import ImageSource
+from ..pictures.patches import Kind
+from ..pictures.request import VideoSource, VisionItem
 from ..pictures.resize import SizeRequest
 from ..pictures.sources import describe
-from ..pictures.video import VideoSource
 
-Kind = Literal["image", "video"]
 Message = Mapping[str, Any]
 
 ROLES = ("system", "user", "assistant", "tool")
@@ -23,8 +23,8 @@ _SOURCE_KEYS: dict[str, tuple[str, ...]] = {
 }
 _SIZE_KEYS = ("min_pixels", "max_pixels", "resized_height", "resized_width")
 _FRAME_KEYS = tuple(each.name for each in fields(FrameRequest))
-# what qwen-vl-utils takes for a list of frames: rates, which Qwen2-VL does not look at
-_IGNORED_KEYS = ("sample_fps", "raw_fps")
+# what qwen-vl-utils takes for a list of frames: the rate of the video that they were sampled from
+_IGNORED_KEYS = ("raw_fps",)
 # OpenAI's hint to its own models
 _IGNORED_URL_KEYS = ("detail",)
 _KEYS: dict[str, tuple[str, ...]] = {
@@ -32,17 +32,6 @@ _KEYS: dict[str, tuple[str, ...]] = {
     "image_url": _SIZE_KEYS,
     "video": (*_SIZE_KEYS, "total_pixels", *_FRAME_KEYS, *_IGNORED_KEYS),
 }
-
-
-@dataclass(frozen=True)
-class VisionItem:
-    """A picture or clip of a request; source None takes the next one given beside the messages. `where` names it."""
-
-    kind: Kind
-    source: Any
-    where: str
-    size: SizeRequest = field(default_factory=SizeRequest)
-    frames: FrameRequest = field(default_factory=FrameRequest)
 
 
 def given_items(kind: Kind, sources: Sequence[Any]) -> list[VisionItem]:

@@ -2,8 +2,7 @@
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from functools import cached_property
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -15,62 +14,58 @@ from ..models import family_of
 from ..models.base import Picture
 from ..models.config import ModelConfig
 from ..pictures.images import ImageSource
-from ..pictures.items import DEFAULT_VISION, VisionOptions, item_patches
-from ..pictures.video import VideoSource
+from ..pictures.items import cut_item
+from ..pictures.patches import CutPicture, Kind, Patches
+from ..pictures.request import DEFAULT_VISION, VideoSource, VisionItem, VisionOptions
 from ..pictures.vision import image_settings_from_hf
-from ..requests.defaults import GenerationDefaults, generation_defaults_from_hf
-from .messages import Kind, Message, VisionItem, given_items, vision_items, without_sources
+from ..requests.defaults import generation_defaults_from_hf
+from .messages import Message, given_items, vision_items, without_sources
 from .stream import TextStream
 from .template import ChatTemplate, Renderer
 from .tokenizer import open_tokenizer, refuse
 
-__all__ = ["GenerationDefaults", "Message", "Processor", "Prompt"]
-
 _TEMPLATE_TOKENS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
-
-
-@dataclass(frozen=True, eq=False)
-class CutPicture:
-    """A picture or clip that is patches already: uint8 [t * h * w, patch_dim]. May stand in a message as its source."""
-
-    patches: NDArray[np.uint8]
-    grid: tuple[int, int, int]
-
-    def same(self, other: "CutPicture") -> bool:
-        return self.grid == other.grid and np.array_equal(self.patches, other.patches)
 
 
 @dataclass(frozen=True, eq=False)
 class Prompt:
     """One request, ready for the graphs.
 
-    token_ids int64 [tokens]: every placeholder repeated once per merged patch. patches uint8 [n, patch_dim] and grids
-    int64 [pictures and clips, 3] (t, h, w): in order of appearance, whose kinds are vision_kinds. vision_slots int64
-    [merged patches]: which token_ids the rows of the visual output replace, in order. positions int64 [3, tokens] and
-    delta: see rope_positions. text: what was tokenised, placeholders not repeated.
+    token_ids int64 [tokens]: every placeholder repeated once per merged patch. pictures: in order of appearance; spans:
+    the first token of each, and the one behind its last. positions int64 [3, tokens] and delta: see rope_positions.
+    text: what was tokenised, placeholders not repeated.
     """
 
     text: str
     token_ids: NDArray[np.int64]
-    patches: NDArray[np.uint8]
-    grids: NDArray[np.int64]
-    vision_kinds: tuple[Kind, ...]
-    vision_slots: NDArray[np.int64]
+    pictures: tuple[CutPicture, ...]
+    spans: tuple[tuple[int, int], ...]
     positions: NDArray[np.int64]
     delta: int
 
-    def pictures(self) -> list[CutPicture]:
-        """The pictures and clips, in order of appearance."""
-        ends = np.cumsum(self.grids.prod(1))
-        parts = np.split(self.patches, ends[:-1]) if len(ends) else []
-        return [CutPicture(part, tuple(grid)) for part, grid in zip(parts, self.grids.tolist(), strict=True)]
+    @property
+    def patches(self) -> Patches:
+        """uint8 [n, patch_dim]: those of all pictures; a lone one's are not copied."""
+        parts = [each.patches for each in self.pictures] or [np.empty((0, 0), np.uint8)]
+        return parts[0] if len(parts) == 1 else np.concatenate(parts)
 
-    def picture_spans(self, merge_size: int) -> list[tuple[int, int]]:
-        """First token of each picture or clip, and the one behind its last."""
-        ends = np.cumsum(self.grids.prod(1)) // merge_size**2
-        starts = np.concatenate([np.zeros(1, np.int64), ends[:-1]]) if len(ends) else ends
-        slots = self.vision_slots
-        return [(int(slots[a]), int(slots[b - 1]) + 1) for a, b in zip(starts, ends, strict=True)]
+    @property
+    def grids(self) -> NDArray[np.int64]:
+        """int64 [pictures and clips, 3]: their (t, h, w)."""
+        return np.array([each.grid for each in self.pictures], np.int64).reshape(-1, 3)
+
+    @property
+    def vision_slots(self) -> NDArray[np.int64]:
+        """int64 [merged patches]: which token_ids the rows of the visual output replace, in order."""
+        return np.concatenate([np.empty(0, np.int64), *(np.arange(*span) for span in self.spans)])
+
+    def after(self, start: int) -> "Prompt":
+        """What is left behind the first `start` tokens, which must not end inside a picture."""
+        left = [i for i, (first, _) in enumerate(self.spans) if first >= start]
+        pictures = tuple(self.pictures[i] for i in left)
+        spans = tuple((self.spans[i][0] - start, self.spans[i][1] - start) for i in left)
+        positions = self.positions[:, start:]
+        return replace(self, token_ids=self.token_ids[start:], pictures=pictures, spans=spans, positions=positions)
 
 
 class Processor:
@@ -103,7 +98,7 @@ class Processor:
             self._token_text(config.video_token_id): "video",
         }
         known_ends = (self.tokenizer.token_to_id(token) for token in ("<|im_end|>", "<|endoftext|>"))
-        self.generation: GenerationDefaults = generation_defaults_from_hf(
+        self.generation = generation_defaults_from_hf(
             files.get("generation_config.json"),
             tuple(i for i in known_ends if i is not None),
             config.text.vocab_size,
@@ -114,27 +109,25 @@ class Processor:
         self._template_variables = _template_variables(plain)
         self._template_source = _template_source(files, plain)
         self._renderer = renderer
+        self._template: ChatTemplate | None = None
 
     @property
-    def eos_token_ids(self) -> tuple[int, ...]:
-        """Any of these ends an answer."""
-        return self.generation.eos_token_ids
-
-    @cached_property
     def template(self) -> ChatTemplate:
         """Compiled at first use: loading a model needs no template."""
-        name, source = self._template_source
-        if source is None:
-            raise ArtifactError(
-                "no chat template in the processor files; add chat_template.json, or give the prompt as text"
-            )
-        return ChatTemplate(source, name, renderer=self._renderer)
+        if self._template is None:
+            name, source = self._template_source
+            if source is None:
+                raise ArtifactError(
+                    "no chat template in the processor files; add chat_template.json, or give the prompt as text"
+                )
+            self._renderer = self._renderer or Renderer()
+            self._template = ChatTemplate(source, name, renderer=self._renderer)
+        return self._template
 
     def close(self) -> None:
         """End the process that renders the chat template."""
-        for each in (self._renderer, self.__dict__.get("template")):
-            if each is not None:
-                each.close()
+        if self._renderer is not None:
+            self._renderer.close()
 
     def stream(self, skip_special_tokens: bool = True) -> TextStream:
         """A new decoder of generated ids."""
@@ -179,24 +172,10 @@ class Processor:
                 add_vision_id=add_vision_id,
                 **self._template_variables,
             )
-        ordered = self._in_order(text, items)
-        cut = [self._patches(item, vision) for item in ordered]
-        grids = np.array([grid for _, grid in cut], dtype=np.int64).reshape(-1, 3)
-        kinds = tuple(item.kind for item in ordered)
-        token_ids, slots = self._token_ids(text, grids)
-        pictures = [Picture(item.kind, grid) for item, (_, grid) in zip(ordered, cut, strict=True)]
-        positions, delta = self.inputs.positions(token_ids, pictures)
-        patches = [part for part, _ in cut] or [np.empty((0, self.settings.patch_dim), dtype=np.uint8)]
-        return Prompt(
-            text=text,
-            token_ids=token_ids,
-            patches=np.concatenate(patches) if len(patches) > 1 else patches[0],
-            grids=grids,
-            vision_kinds=kinds,
-            vision_slots=slots,
-            positions=positions,
-            delta=delta,
-        )
+        pictures = tuple(cut_item(item, self.settings, vision) for item in self._in_order(text, items))
+        token_ids, spans = self._token_ids(text, pictures)
+        facts = [Picture(each.kind, each.grid, each.seconds) for each in pictures]
+        return Prompt(text, token_ids, pictures, spans, *self.inputs.positions(token_ids, facts))
 
     def _token_text(self, token_id: int) -> str:
         text = self.tokenizer.id_to_token(token_id)
@@ -220,13 +199,10 @@ class Processor:
         queues = {kind: iter(queue) for kind, queue in waiting.items()}
         return [next(queues[kind]) for kind in wanted]
 
-    def _patches(self, item: VisionItem, options: VisionOptions) -> tuple[NDArray[np.uint8], tuple[int, int, int]]:
-        if isinstance(item.source, CutPicture):
-            return item.source.patches, item.source.grid
-        return item_patches(item, self.settings, options)
-
-    def _token_ids(self, text: str, grids: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-        """Token ids with repeated placeholders, and where those stand."""
+    def _token_ids(
+        self, text: str, pictures: Sequence[CutPicture]
+    ) -> tuple[NDArray[np.int64], tuple[tuple[int, int], ...]]:
+        """Token ids with repeated placeholders, and where those of each picture begin and end."""
         # transformers leaves the post-processor out where the template already wrote the token it would add
         bos = self._template_variables.get("bos_token")
         try:
@@ -244,25 +220,22 @@ class Processor:
             )
         placeholder_ids = [self.config.image_token_id, self.config.video_token_id]
         slots = np.flatnonzero(np.isin(ids, placeholder_ids))
-        if len(slots) != len(grids):
-            raise ArtifactError(f"tokenizer.json: {len(grids)} placeholders in the text became {len(slots)} tokens")
+        if len(slots) != len(pictures):
+            raise ArtifactError(f"tokenizer.json: {len(pictures)} placeholders in the text became {len(slots)} tokens")
         # repeating ids equals tokenising repeated placeholders, which never merge with what is beside them
         repeats = np.ones(ids.size, dtype=np.int64)
-        repeats[slots] = grids.prod(axis=1) // self.settings.merge_size**2
-        ids = np.repeat(ids, repeats)
-        return ids, np.flatnonzero(np.isin(ids, placeholder_ids))
+        repeats[slots] = [each.tokens(self.settings.merge_size) for each in pictures]
+        ends = np.cumsum(repeats)[slots].tolist()
+        starts = [end - count for end, count in zip(ends, repeats[slots].tolist(), strict=True)]
+        return np.repeat(ids, repeats), tuple(zip(starts, ends, strict=True))
 
 
 def _template_variables(tokenizer_config: Mapping[str, Any]) -> dict[str, str]:
     """The special tokens that transformers hands to a template."""
-    found = {}
-    for name in _TEMPLATE_TOKENS:
-        value = tokenizer_config.get(name)
-        # saved either as text or as an AddedToken
-        value = value.get("content") if isinstance(value, dict) else value
-        if isinstance(value, str):
-            found[name] = value
-    return found
+    values = ((name, tokenizer_config.get(name)) for name in _TEMPLATE_TOKENS)
+    # saved either as text or as an AddedToken
+    texts = ((name, value.get("content") if isinstance(value, dict) else value) for name, value in values)
+    return {name: text for name, text in texts if isinstance(text, str)}
 
 
 def _template_source(files: Mapping[str, bytes], tokenizer_config: Mapping[str, Any]) -> tuple[str, str | None]:

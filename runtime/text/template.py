@@ -12,9 +12,10 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 import weakref
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
+from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -47,17 +48,12 @@ class Renderer:
 
     def __init__(self, limits: Limits | None = None) -> None:
         self.limits = limits or Limits()
-        self._reset()
+        self._lock, self._owner = threading.Lock(), os.getpid()
+        self._process: Any = None
+        self._stop: Any = None
         # where none can be started, the first request says so: a prompt that is text needs no template
         with suppress(OSError, TargetError):
             self._start()
-
-    def _reset(self) -> None:
-        self._process: Any = None
-        self._lock = threading.Lock()
-        self._owner = os.getpid()
-        self._stop: Any = None
-        self._is_late = False
 
     def _start(self) -> None:
         if not sys.executable:
@@ -68,13 +64,10 @@ class Renderer:
         # absolute folders only, behind the standard library's
         folders = [folder for folder in sys.path if os.path.isabs(folder)]
         words = [sys.executable, "-I", "-S", str(_PROGRAM), json.dumps(dataclasses.asdict(self.limits)), *folders]
+        pipe = subprocess.PIPE
+        # a session of its own: Ctrl-C in the terminal is not for it
         self._process = subprocess.Popen(
-            words,
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL,
-            # Ctrl-C in the terminal is not for it
-            start_new_session=True,
+            words, stdin=pipe, stdout=pipe, stderr=subprocess.DEVNULL, start_new_session=True
         )
         self._stop = weakref.finalize(self, _stop, self._process)
 
@@ -82,60 +75,54 @@ class Renderer:
         """{text}, or {kind, message} of an error, for a template and the JSON of its variables. Raises TargetError."""
         if self._owner != os.getpid():
             # another process' pipes and, perhaps, a lock that a thread of it held
-            self._reset()
+            self._lock, self._owner, self._stop = threading.Lock(), os.getpid(), None
         request = f'{{"source": {json.dumps(source)}, "values": {values or "null"}}}\n'.encode("utf-8", "surrogatepass")
         with self._lock:
             try:
-                if self._stop is None:
+                if self._stop is None or not self._stop.alive:
                     self._start()
-                with self._deadline():
-                    self._process.stdin.write(request)
-                    self._process.stdin.flush()
-                    reply = self._process.stdout.readline()
-            except BrokenPipeError:
-                reply = b""
+                reply, is_late = self._exchange(request)
+                return json.loads(reply) if reply else self._ended(is_late)
             except OSError as error:
                 raise TargetError(f"cannot start the process that renders chat templates: {error}") from error
-            except BaseException:
-                # what it answers would be taken for the answer to the next request
-                self.close()
-                raise
-            try:
-                return json.loads(reply) if reply else self._ended()
             except ValueError as error:
                 self.close()
                 raise TargetError(
                     f"the process that renders chat templates answers {reply[:80]!r}; {_WHOSE.format(sys.executable)}"
                 ) from error
+            except BaseException:
+                # what it answers would be taken for the answer to the next request
+                self.close()
+                raise
 
-    @contextmanager
-    def _deadline(self) -> Iterator[None]:
-        """Within this, a process that neither reads nor answers is killed in the end."""
-        self._is_late = False
-
-        def stop(process: Any = self._process) -> None:
-            self._is_late = True
-            process.kill()
-
-        timer = threading.Timer(self.limits.seconds + _GRACE_SECONDS, stop)
-        timer.daemon = True
+    def _exchange(self, request: bytes) -> tuple[bytes, bool]:
+        """The reply, empty if the process has ended; and whether that was for neither reading nor answering."""
+        allowed = self.limits.seconds + _GRACE_SECONDS
+        end = time.monotonic() + allowed
+        deadline = threading.Timer(allowed, self._process.kill)
+        deadline.daemon = True
         try:
-            timer.start()
+            deadline.start()
         except RuntimeError as error:
             raise TargetError(f"cannot wait for the process that renders chat templates: {error}") from error
         try:
-            yield
+            self._process.stdin.write(request)
+            self._process.stdin.flush()
+            reply = self._process.stdout.readline()
+        except BrokenPipeError:
+            reply = b""
         finally:
-            timer.cancel()
+            deadline.cancel()
+        return reply, time.monotonic() >= end
 
-    def _ended(self) -> dict[str, str]:
+    def _ended(self, is_late: bool) -> dict[str, str]:
         code = self._process.wait()
         self.close()
         if code >= 0:
             raise TargetError(
                 f"the process that renders chat templates failed ({code}); {_WHOSE.format(sys.executable)}"
             )
-        if self._is_late:
+        if is_late:
             message = f"gave no answer within {self.limits.seconds + _GRACE_SECONDS} s"
         elif code == -signal.SIGALRM:
             message = f"ran longer than {self.limits.seconds} s"
@@ -147,7 +134,6 @@ class Renderer:
         """End the process."""
         if self._stop is not None:
             self._stop()
-            self._stop = None
 
 
 def _stop(process: Any) -> None:
@@ -207,10 +193,6 @@ class ChatTemplate:
                 f"{self._name}: the conversation is too large: {len(plain)} characters, at most {self._limits.size}"
             )
         return self._ask(plain)
-
-    def close(self) -> None:
-        """End the process that renders."""
-        self._renderer.close()
 
     def _ask(self, values: str | None) -> str:
         reply = self._renderer.ask(self._source, values)

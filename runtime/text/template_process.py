@@ -25,7 +25,7 @@ def _environment() -> Any:
     from jinja2.sandbox import ImmutableSandboxedEnvironment
     from jinja2.utils import Namespace
 
-    class Generation(Extension):
+    class GenerationTag(Extension):
         """transformers' {% generation %} marks text for training; here it only frames it."""
 
         tags = {"generation"}  # noqa: RUF012 - the base class declares it so
@@ -41,9 +41,8 @@ def _environment() -> Any:
     class PlainNamespace(Namespace):
         """Without names that begin with an underscore."""
 
-        def __init__(*args: Any, **kwargs: Any) -> None:
-            self, args = args[0], args[1:]
-            Namespace.__init__(self)
+        def __init__(self, /, *args: Any, **kwargs: Any) -> None:
+            super().__init__()
             for name, value in dict(*args, **kwargs).items():
                 self[name] = value
 
@@ -62,19 +61,16 @@ def _environment() -> Any:
             """jinja2 prints nothing for what it forbids; an artifact that tries is refused."""
             raise SecurityError(f"access to attribute {attribute!r} of a {type(obj).__name__} is unsafe")
 
-    made = Environment(trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols, Generation])
+    made = Environment(trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols, GenerationTag])
     made.filters["tojson"] = to_json
     made.globals |= {
-        "dict": _dict,
+        # not the class itself, which has attributes
+        "dict": lambda *args, **kwargs: dict(*args, **kwargs),
         "namespace": PlainNamespace,
         "raise_exception": _raise_exception,
         "strftime_now": _strftime_now,
     }
     return made
-
-
-def _dict(*args: Any, **kwargs: Any) -> dict[Any, Any]:
-    return dict(*args, **kwargs)
 
 
 def _strftime_now(pattern: str) -> str:

@@ -19,7 +19,7 @@ class HfInputs:
 
     def __init__(self, processor: Processor) -> None:
         self._config = processor.config
-        self._pad = processor.generation.pad_token_id
+        self._pad = processor.tokenizer.token_to_id("<|endoftext|>")
         self._head = processor.tokenizer.encode("<|im_start|>assistant\n").ids
         self._end = processor.tokenizer.token_to_id("<|im_end|>")
         settings = preprocessor_config(processor.config)
@@ -40,7 +40,7 @@ class HfInputs:
             ("image", "pixel_values", "image_grid_thw"),
             ("video", "pixel_values_videos", "video_grid_thw"),
         ):
-            if chosen := [p for p in prompts if p.vision_kinds == (kind,)]:
+            if chosen := [p for p in prompts if [each.kind for each in p.pictures] == [kind]]:
                 inputs[pixels] = self.normalised(np.concatenate([p.patches for p in chosen]))
                 inputs[grids] = np.concatenate([p.grids for p in chosen])
         return {name: torch.from_numpy(value) for name, value in inputs.items()}

@@ -15,7 +15,7 @@ from qwen2vl_tc.artifacts.own import own_cache, own_folder
 from qwen2vl_tc.artifacts.staging import stage
 from qwen2vl_tc.artifacts.store import open_artifact, read_manifest
 from qwen2vl_tc.runtime.models import config_from_hf, to_plain
-from qwen2vl_tc.toolchain.demo.demo import run_demo
+from qwen2vl_tc.toolchain.demo.demo import prepare
 
 BESIDE = (".a.staging", ".a.resume", ".a.old", ".a.lock")
 
@@ -109,7 +109,7 @@ def test_the_demo_does_not_write_through_a_link(inside: bool, tmp_path: Path) ->
         (folder / ".gitignore").write_text("# made by qwen2vl-tc demo\n*\n")
     (folder / "tiny-qwen2-vl" if inside else folder).symlink_to(tmp_path / "victim")
     with pytest.raises(TargetError, match="is a symbolic link"):
-        run_demo(folder)
+        prepare(folder)
     assert not list((tmp_path / "victim").iterdir())
 
 

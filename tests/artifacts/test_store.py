@@ -13,9 +13,10 @@ import pytest
 from helpers.synthetic import tiny_config
 
 from qwen2vl_tc.artifacts import staging as staging_module
+from qwen2vl_tc.artifacts.disk import exchange, require_disk
 from qwen2vl_tc.artifacts.errors import ArtifactError, TargetError, WeightError
-from qwen2vl_tc.artifacts.manifest import FileEntry, Manifest, empty_manifest
-from qwen2vl_tc.artifacts.staging import Staging, stage, staging_path
+from qwen2vl_tc.artifacts.manifest import Manifest, empty_manifest
+from qwen2vl_tc.artifacts.staging import Staging, amend, stage, staging_path
 from qwen2vl_tc.artifacts.store import leftover, open_artifact, read_manifest
 from qwen2vl_tc.runtime.models import config_from_hf, to_plain
 
@@ -67,11 +68,11 @@ def test_exchange_swaps_two_folders(tmp_path: Path) -> None:
     (tmp_path / "a").mkdir()
     (tmp_path / "b").mkdir()
     (tmp_path / "a" / "was_a").touch()
-    if not staging_module.exchange(tmp_path / "a", tmp_path / "b"):
+    if not exchange(tmp_path / "a", tmp_path / "b"):
         pytest.skip("this file system has no RENAME_EXCHANGE")
     assert (tmp_path / "b" / "was_a").exists()
     with pytest.raises(FileNotFoundError):
-        staging_module.exchange(tmp_path / "a", tmp_path / "absent")
+        exchange(tmp_path / "a", tmp_path / "absent")
 
 
 def test_an_error_leaves_the_present_artifact_and_no_staging(tmp_path: Path) -> None:
@@ -153,17 +154,52 @@ def test_an_incomplete_tree_is_not_committed(tmp_path: Path) -> None:
     assert contents(target) == {"old"}
 
 
-def test_kept_files_are_links_and_replacing_them_spares_the_old_artifact(tmp_path: Path) -> None:
+def test_what_is_not_staged_anew_is_kept_as_a_link(tmp_path: Path) -> None:
     target = tmp_path / "artifact"
     build(target, "old")
-    inode = (target / "processor/0.json").stat().st_ino
+    inode = (target / "processor/1.json").stat().st_ino
     with stage(target) as staging:
         assert staging.base is not None
-        staging.keep(staging.base.processor)
-        assert (staging.path / "processor/0.json").stat().st_ino == inode
-        staging.add("processor/0.json", b"new")
-        assert (target / "processor/0.json").read_bytes() == b"old 0"
+        first, *rest = staging.base.processor
+        assert first.path == "processor/0.json"
+        changed = (staging.add(first.path, b"new"), *rest)
+        assert (target / first.path).read_bytes() == b"old 0"
+        staging.commit(dataclasses.replace(staging.base, processor=changed))
+    assert (target / first.path).read_bytes() == b"new"
+    assert (target / rest[0].path).stat().st_ino == inode
+
+
+def test_a_file_that_stays_must_be_whole_in_the_present_artifact_unless_it_is_staged_anew(tmp_path: Path) -> None:
+    target = tmp_path / "artifact"
+    build(target, "old")
+    (target / "processor/1.json").write_bytes(b"")
+    with pytest.raises(ArtifactError, match=r"processor/1.json is missing or not 5 bytes"), amend(target) as change:
+        staging, present = change
+        staging.commit(dataclasses.replace(present, name="new"))
+    with amend(target) as (staging, present):
+        assert staging.add("processor/1.json", b"old 1") in present.processor
+        staging.commit(present)
     assert contents(target) == {"old"}
+
+
+def test_what_a_killed_run_left_counts_only_after_it_was_checked(tmp_path: Path) -> None:
+    target = tmp_path / "artifact"
+    with pytest.raises(KeyboardInterrupt), stage(target, sync=False) as staging:
+        staging.journal["weights"] = "half"
+        staging.save_journal()
+        manifest = fill(staging, "new")
+        raise KeyboardInterrupt
+    with pytest.raises(ArtifactError, match=r"processor/1.json is missing"), stage(target, sync=False) as staging:
+        staging.take_up(manifest.processor[0])
+        staging.commit(manifest)
+    (staging.path / "processor/2.json").write_bytes(b"other")
+    with pytest.raises(ArtifactError, match=r"processor/2.json"), stage(target, sync=False) as staging:
+        staging.take_up(manifest.processor[2])
+
+
+def test_a_change_asks_for_an_artifact(tmp_path: Path) -> None:
+    with pytest.raises(ArtifactError, match=r"absent: no artifact there; make one"), amend(tmp_path / "absent"):
+        pass
 
 
 def test_without_hard_links_kept_files_are_copied(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -176,7 +212,6 @@ def test_without_hard_links_kept_files_are_copied(tmp_path: Path, monkeypatch: p
     monkeypatch.setattr(os, "link", refuse)
     with stage(target) as staging:
         assert staging.base is not None
-        staging.keep(staging.base.files())
         staging.commit(staging.base)
     assert contents(target) == {"old"}
 
@@ -226,7 +261,7 @@ KILLED = """
 import os, signal, sys
 from pathlib import Path
 from qwen2vl_tc.artifacts import staging as module
-sys.path[:0] = [{tests!r}, {tests!r} + "/.."]
+sys.path[:0] = {tests!r}
 from test_store import build
 die = lambda *a, **k: os.kill(os.getpid(), signal.SIGKILL)
 {patch}
@@ -255,7 +290,7 @@ def test_a_build_killed_at_any_point_leaves_a_whole_artifact_and_the_next_one_cl
 ) -> None:
     target = tmp_path / "artifact"
     build(target, "old")
-    code = KILLED.format(tests=str(Path(__file__).parent), patch=patch, target=str(target))
+    code = KILLED.format(tests=[str(path) for path in Path(__file__).parents[:2]], patch=patch, target=str(target))
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == -signal.SIGKILL, done.stderr
     assert contents(target) == {left}
@@ -331,7 +366,7 @@ def test_opening_says_what_is_not_there(tmp_path: Path) -> None:
 
 def test_free_disk_is_required(tmp_path: Path) -> None:
     with pytest.raises(TargetError, match=r"conversion needs .* GB free"):
-        staging_module.require_disk(tmp_path, 1 << 60, "conversion")
+        require_disk(tmp_path, 1 << 60, "conversion")
 
 
 def test_a_path_that_escapes_cannot_be_staged(tmp_path: Path) -> None:
@@ -339,8 +374,6 @@ def test_a_path_that_escapes_cannot_be_staged(tmp_path: Path) -> None:
         for path in ("../x", "/x", "a//b", "a\\b", ""):
             with pytest.raises(ArtifactError, match="plain relative path"):
                 staging.add(path, b"")
-        with pytest.raises(ArtifactError, match="missing or not 3 bytes"):
-            staging.keep([FileEntry("gone", 3, "")])
 
 
 @pytest.mark.parametrize("whole", [False, True])

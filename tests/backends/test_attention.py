@@ -8,7 +8,7 @@ import torch
 from helpers.kernels import assert_close, assert_rounded, attention, normal, rounded, run, wide
 
 from qwen2vl_tc.artifacts.errors import ArtifactError
-from qwen2vl_tc.runtime.backends.ge import attention as attention_kernels
+from qwen2vl_tc.runtime.ops import attention as attention_kernels
 
 TRIANGLE = torch.ones(2048, 2048, dtype=torch.bool).triu(1)
 SCALE = 0.3

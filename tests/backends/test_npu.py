@@ -16,12 +16,14 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from qwen2vl_tc.artifacts.errors import ArtifactError, MissingDependencyError, TargetError, ToolchainError
 from qwen2vl_tc.artifacts.ge.proto import message_class
+from qwen2vl_tc.artifacts.soc import DEFAULT_SOC
 from qwen2vl_tc.artifacts.store import Artifact
 from qwen2vl_tc.runtime import Model, load, loader
 from qwen2vl_tc.runtime.backends import npu
-from qwen2vl_tc.runtime.backends.ge import operators
 from qwen2vl_tc.runtime.memory import device_memory
-from qwen2vl_tc.runtime.requests.generate import Timings, Token, generate_rows
+from qwen2vl_tc.runtime.ops import OPERATORS
+from qwen2vl_tc.runtime.requests.answer import Timings, Token
+from qwen2vl_tc.runtime.requests.generate import generate_rows
 from qwen2vl_tc.toolchain.host.execute_mode import engine
 
 
@@ -54,7 +56,7 @@ def test_the_npu_backend_gives_the_reference_backends_tokens(model: Model, artif
 def started(model: Model, pictures: int, **settings: Any) -> Iterator[list[Token]]:
     """A request that is prefilled and whose steps are still to come."""
     row = model.row(model.processor.prepare(question(pictures)), model.settings(settings))  # type: ignore[arg-type]
-    return generate_rows(model.backend, model.backend.allocate(1), [row], 2, Timings())
+    return generate_rows(model.backend, model.backend.allocate(1), [row], model.processor, Timings())
 
 
 def decode_counts(model: Model, steps: int) -> DeviceWork:
@@ -81,7 +83,7 @@ def test_logits_that_are_no_numbers_are_an_error_at_every_token_and_the_next_req
     artifact: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, value: float, at_token: int, rows: int
 ) -> None:
     """Noticed by the token that is read anyway, in the row and at the token that they belong to."""
-    product, calls = operators.OPERATORS["MatMul"], [0]
+    product, calls = OPERATORS["MatMul"].kernel(DEFAULT_SOC), [0]
 
     def spoils_one(node: Any, *inputs: Any) -> Any:
         (logits,) = product(node, *inputs)
@@ -92,7 +94,7 @@ def test_logits_that_are_no_numbers_are_an_error_at_every_token_and_the_next_req
                 logits[min(rows, len(logits)) - 1, 7] = value
         return (logits,)
 
-    monkeypatch.setitem(operators.OPERATORS, "MatMul", spoils_one)
+    monkeypatch.setitem(OPERATORS.changed, "MatMul", dataclasses.replace(OPERATORS["MatMul"], run=spoils_one))
     seen: list[Token] = []
     with emulated_npu(monkeypatch, tmp_path):
         model = load_on_npu(artifact)

@@ -19,7 +19,8 @@ from qwen2vl_tc.artifacts.errors import ArtifactError, MissingDependencyError, R
 from qwen2vl_tc.artifacts.integrity import hash_bytes
 from qwen2vl_tc.runtime import Model, load
 from qwen2vl_tc.runtime.backends.onnxruntime import _products_saturate
-from qwen2vl_tc.runtime.requests.generate import Timings, prefill_prompt
+from qwen2vl_tc.runtime.requests.answer import Timings
+from qwen2vl_tc.runtime.requests.generate import prefill_prompt
 from qwen2vl_tc.runtime.text.prompt import Prompt
 from qwen2vl_tc.toolchain.cli.main import app
 from qwen2vl_tc.toolchain.verify.cases import Case

@@ -9,12 +9,13 @@ import pytest
 import torch
 from helpers.synthetic import tiny_config
 
-from qwen2vl_tc.artifacts.ge.graph import PROTO_DTYPES, read_graph
+from qwen2vl_tc.artifacts.dtypes import BY_PROTO
+from qwen2vl_tc.artifacts.ge.graph import read_graph
 from qwen2vl_tc.artifacts.ge.proto import message_class
 from qwen2vl_tc.exporters.torchair.passes import PASSES, run_passes
 from qwen2vl_tc.runtime import load
 from qwen2vl_tc.runtime.backends.ge.executor import Executor
-from qwen2vl_tc.runtime.backends.ge.operators import TORCH_DTYPES
+from qwen2vl_tc.runtime.dtypes import torch_dtype
 from qwen2vl_tc.toolchain.build.compile import CompileOptions, compile_artifact
 
 GRAPHS = ("visual", "prefill", "decode_b1")
@@ -114,12 +115,12 @@ def test_every_descriptor_says_the_dtype_that_its_tensor_has(untouched: Path, na
     described = 0
     for op in proto.graph[0].op:
         if op.name in made:
-            said = [TORCH_DTYPES[PROTO_DTYPES[desc.dtype]] for desc in op.output_desc]
+            said = [torch_dtype(BY_PROTO[desc.dtype].name) for desc in op.output_desc]
             assert said == made[op.name], op.name
         for edge, desc in zip(op.input, op.input_desc, strict=False):
             producer, _, index = edge.rpartition(":")
             if producer in made:
-                assert TORCH_DTYPES[PROTO_DTYPES[desc.dtype]] == made[producer][int(index)], (op.name, edge)
+                assert torch_dtype(BY_PROTO[desc.dtype].name) == made[producer][int(index)], (op.name, edge)
                 described += 1
     assert described > 20
 
@@ -134,7 +135,7 @@ def test_old_libraries_are_asked_for_nothing_that_they_lack(untouched: Path, nam
     assert not [op.name for op in ops if said & set(op.attr)]
     assert all(len(op.input) == len(op.input_desc) for op in ops if op.type == "FusedInferAttentionScore")
     norms = [constants[op.input[1].rpartition(":")[0]] for op in ops if op.type == "LayerNormV4"]
-    assert [PROTO_DTYPES[dtype] for dtype in norms] == (["int32"] if name == "visual" else [])
+    assert [BY_PROTO[dtype].name for dtype in norms] == (["int32"] if name == "visual" else [])
     assert not [op.name for op in ops if op.type == "TensorMove"]
 
 

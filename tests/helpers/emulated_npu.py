@@ -91,7 +91,7 @@ def load_on_npu(path: Path) -> Model:
 class EmulatedKernels(TorchDispatchMode):
     """Stands where torch_npu's kernels are: runs every operator on the device's memory with the CPU's kernels.
 
-    `names` collects what ran on the device. Operators of the npu namespace need toolchain.npu_ops registered.
+    `names` collects what ran on the device. Operators of the npu namespace need toolchain.eager.npu_ops registered.
     """
 
     def __init__(self) -> None:

@@ -1,6 +1,7 @@
 """Faults that were seen on real devices, put into the emulated one: operators, or a graph, that misbehave."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -9,7 +10,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from qwen2vl_tc.artifacts.ge.graph import Node
-from qwen2vl_tc.runtime.backends.ge.operators import OPERATORS, Operator, Outputs
+from qwen2vl_tc.artifacts.soc import DEFAULT_SOC
+from qwen2vl_tc.runtime.ops import OPERATORS, computed
+from qwen2vl_tc.runtime.ops.kernel import Kernel, Outputs
 
 from .emulated_npu import EmulatedGraph, host_view
 
@@ -21,34 +24,34 @@ WRITES = ("Scatter",)
 _LENGTHS, _LENGTHS_KV = 5, 6
 
 
-def uniform_average(right: Operator, node: Node, q: Tensor, *rest: Any) -> Outputs:
+def uniform_average(right: Kernel, node: Node, q: Tensor, *rest: Any) -> Outputs:
     # without a query, every key scores the same
     return right(node, torch.zeros_like(q), *rest)
 
 
-def one_row_uniform(right: Operator, node: Node, q: Tensor, *rest: Any) -> Outputs:
+def one_row_uniform(right: Kernel, node: Node, q: Tensor, *rest: Any) -> Outputs:
     out = right(node, q, *rest)[0].clone()
     if len(q) > 1:
         out[1] = uniform_average(right, node, q, *rest)[0][1]
     return out, torch.zeros(1)
 
 
-def columns_unturned(right: Operator, node: Node, x: Tensor, *rest: Any) -> Outputs:
+def columns_unturned(right: Kernel, node: Node, x: Tensor, *rest: Any) -> Outputs:
     out = right(node, x, *rest)[0].clone()
     kept = x.shape[-1] // 5  # 16 of 80
     out[..., -kept:] = x[..., -kept:]
     return (out,)
 
 
-def unwritten(right: Operator, node: Node, *inputs: Any) -> Outputs:
+def unwritten(right: Kernel, node: Node, *inputs: Any) -> Outputs:
     return tuple(torch.zeros_like(out) for out in right(node, *inputs))
 
 
-def not_numbers(right: Operator, node: Node, *inputs: Any) -> Outputs:
+def not_numbers(right: Kernel, node: Node, *inputs: Any) -> Outputs:
     return tuple(torch.full_like(out, float("nan")) for out in right(node, *inputs))
 
 
-def mask_ignored(right: Operator, node: Node, q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> Outputs:
+def mask_ignored(right: Kernel, node: Node, q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> Outputs:
     """Keys from position 512 on are seen by every query, where the mask says otherwise."""
     out, *others = right(node, q, k, v, *rest)
     length, tokens = int(rest[_LENGTHS_KV - 3][0]), q.shape[1]
@@ -66,7 +69,7 @@ def mask_ignored(right: Operator, node: Node, q: Tensor, k: Tensor, v: Tensor, *
     return (seen[0].transpose(0, 1).reshape(out.shape).to(out.dtype), *others)
 
 
-def lengths_misread(right: Operator, node: Node, *inputs: Any) -> Outputs:
+def lengths_misread(right: Kernel, node: Node, *inputs: Any) -> Outputs:
     """Cumulative lengths (TND) taken as plain ones, plain ones (BSH) as cumulative."""
     given: list[Any] = list(inputs)
     packed = node.attributes["input_layout"] == "TND"
@@ -86,11 +89,11 @@ def lengths_misread(right: Operator, node: Node, *inputs: Any) -> Outputs:
     return (out, *others)
 
 
-def written_one_off(right: Operator, node: Node, var: Tensor, indices: Tensor, updates: Tensor) -> Outputs:
+def written_one_off(right: Kernel, node: Node, var: Tensor, indices: Tensor, updates: Tensor) -> Outputs:
     return right(node, var, indices + 1, updates)
 
 
-def heads_swapped(right: Operator, node: Node, *inputs: Any) -> Outputs:
+def heads_swapped(right: Kernel, node: Node, *inputs: Any) -> Outputs:
     out, *others = right(node, *inputs)
     count = node.attributes["num_heads"]
     heads = out if node.attributes["input_layout"] == "TND" else out.unflatten(-1, (count, -1))
@@ -112,8 +115,9 @@ class Faulty:
         self._fault: tuple[str, tuple[str, ...], Fault] | None = None
         self._stale: str | None = None
         self._first: dict[str, list[Tensor]] = {}
-        for name, right in list(OPERATORS.items()):
-            patch.setitem(OPERATORS, name, self._operator(name, right))
+        for name in computed():
+            faulty = self._kernel(name, OPERATORS[name].kernel(DEFAULT_SOC))
+            patch.setitem(OPERATORS.changed, name, replace(OPERATORS[name], run=faulty, run_on={}))
         run = EmulatedGraph.run
 
         def recorded(graph: EmulatedGraph, *arguments: Any, **options: Any) -> list[Tensor]:
@@ -128,13 +132,13 @@ class Faulty:
 
         patch.setattr(EmulatedGraph, "run", recorded)
 
-    def _operator(self, name: str, right: Operator) -> Operator:
-        def operator(node: Node, *inputs: Any) -> Outputs:
+    def _kernel(self, name: str, right: Kernel) -> Kernel:
+        def kernel(node: Node, *inputs: Any) -> Outputs:
             if self._fault is None or self._fault[0] != self._graph or name not in self._fault[1]:
                 return right(node, *inputs)
             return self._fault[2](right, node, *inputs)
 
-        return operator
+        return kernel
 
     def set(self, graph: str, operators: tuple[str, ...], fault: Fault) -> None:
         """From now on, these operators of this graph do that."""

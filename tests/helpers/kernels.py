@@ -6,7 +6,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from qwen2vl_tc.runtime.backends.ge.operators import OPERATORS, operator
+from qwen2vl_tc.artifacts.soc import DEFAULT_SOC
+from qwen2vl_tc.runtime.ops import OPERATORS
 
 # one fp32 rounding each of a few operations on values of order 1
 FP32 = 2e-6
@@ -19,12 +20,11 @@ def node(op: str = "Op", **attributes: Any) -> Any:
 
 
 def run(op: str, *inputs: Any, **attributes: Any) -> tuple[torch.Tensor, ...]:
-    return OPERATORS[op](node(op, **attributes), *inputs)
+    return run_on(DEFAULT_SOC, op, *inputs, **attributes)
 
 
 def run_on(soc: str, op: str, *inputs: Any, **attributes: Any) -> tuple[torch.Tensor, ...]:
-    call = node(op, **attributes)
-    return operator(call, "test", soc)(call, *inputs)
+    return OPERATORS[op].kernel(soc)(node(op, **attributes), *inputs)
 
 
 def normal(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> torch.Tensor:

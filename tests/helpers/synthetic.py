@@ -10,11 +10,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
-import ml_dtypes
 import numpy as np
 
+from qwen2vl_tc.artifacts.dtypes import stored_name, torch_name
 from qwen2vl_tc.artifacts.naming import naming
-from qwen2vl_tc.artifacts.safetensors import DTYPE_NAMES, header_bytes
+from qwen2vl_tc.artifacts.safetensors import header_bytes
+from qwen2vl_tc.runtime.dtypes import numpy_dtype
 from qwen2vl_tc.runtime.models import config_from_hf, family_of
 from qwen2vl_tc.runtime.models.base import Role
 from qwen2vl_tc.runtime.models.config import ModelConfig
@@ -24,8 +25,6 @@ from .synthetic_tokenizer import SPECIAL_TOKENS, write_json, write_tokenizer
 
 LOGIT_STD = 5.0
 _BLOCK_VALUES = 1 << 22
-_NUMPY_DTYPES = {"bf16": np.dtype(ml_dtypes.bfloat16), "fp16": np.dtype(np.float16), "fp32": np.dtype(np.float32)}
-_TORCH_NAMES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
 # hidden, intermediate, layers, heads, kv heads, vocabulary, tied
 _PUBLISHED = {
     "2b": (1536, 8960, 28, 12, 2, 151936, True),
@@ -184,12 +183,12 @@ def nested_config(config: dict[str, Any], dtype: str = "bf16") -> dict[str, Any]
         "mrope_section": section,
         "rope_theta": text.pop("rope_theta"),
     }
-    text |= {"model_type": f"{config['model_type']}_text", "dtype": _TORCH_NAMES[dtype]}
+    text |= {"model_type": f"{config['model_type']}_text", "dtype": torch_name(dtype)}
     vision = {**config["vision_config"], "model_type": f"{config['model_type']}_vision"}
     vision["in_channels"] = vision.pop("in_chans", 3)
     vision.pop("spatial_patch_size", None)
     kept = {key: config[key] for key in (*outer, *tokens) if key in config}
-    return {**kept, "dtype": _TORCH_NAMES[dtype], "text_config": text, "vision_config": vision}
+    return {**kept, "dtype": torch_name(dtype), "text_config": text, "vision_config": vision}
 
 
 @dataclass(frozen=True)
@@ -230,7 +229,7 @@ def _fill(file: BinaryIO, tensor: _Tensor, seed: int, dtype: str) -> None:
         remaining -= len(values)
         values *= np.float32(tensor.std)
         values += np.float32(tensor.mean)
-        file.write(values.astype(_NUMPY_DTYPES[dtype]).view(np.uint8).data)
+        file.write(values.astype(numpy_dtype(dtype)).view(np.uint8).data)
 
 
 def _shards(tensors: list[_Tensor], count: int) -> list[list[_Tensor]]:
@@ -270,7 +269,7 @@ def write_checkpoint(
     """
     folder.mkdir(parents=True, exist_ok=True)
     model = config_from_hf(config)
-    plain = {**config, "torch_dtype": _TORCH_NAMES[dtype]}
+    plain = {**config, "torch_dtype": torch_name(dtype)}
     write_json(folder / "config.json", nested_config(plain, dtype) if layout == "nested" else plain)
     tensors = _tensors(model)
     # by name, as save_pretrained does: unlike the model's own order
@@ -284,15 +283,15 @@ def write_checkpoint(
             stored.append(("lm_head.weight", embedding))
         index |= dict.fromkeys((name for name, _ in stored), file_name)
         with naming(folder / file_name), open(folder / file_name, "wb") as file:
-            file.write(header_bytes((name, DTYPE_NAMES[dtype], t.shape) for name, t in stored))
+            file.write(header_bytes((name, stored_name(dtype), t.shape) for name, t in stored))
             if zeros:
                 values = sum(math.prod(t.shape) for _, t in stored)
-                file.truncate(file.tell() + values * _NUMPY_DTYPES[dtype].itemsize)
+                file.truncate(file.tell() + values * numpy_dtype(dtype).itemsize)
             else:
                 for _, tensor in stored:
                     _fill(file, tensor, seed, dtype)
     if shards > 1:
-        bytes_in_all = sum(math.prod(t.shape) for t in tensors) * _NUMPY_DTYPES[dtype].itemsize
+        bytes_in_all = sum(math.prod(t.shape) for t in tensors) * numpy_dtype(dtype).itemsize
         write_json(
             folder / "model.safetensors.index.json", {"metadata": {"total_size": bytes_in_all}, "weight_map": index}
         )

@@ -15,6 +15,9 @@ def gelu_mlp(width: int, inner: int) -> nn.Module:
     return Mlp(width, inner, gelu)
 
 
-class Model(qwen2_vl.Model):
+class Toy(qwen2_vl.Qwen2VL):
     norm_of: ClassVar[NormOf] = LayerNorm
     mlp_of: ClassVar[MlpOf] = gelu_mlp
+
+
+MODULES = Toy

@@ -15,8 +15,8 @@ from PIL import Image
 
 from qwen2vl_tc.artifacts.errors import ArtifactError, RequestError
 from qwen2vl_tc.runtime import Model, load
-from qwen2vl_tc.runtime.pictures.items import VisionOptions
-from qwen2vl_tc.runtime.requests.generate import Row, Token
+from qwen2vl_tc.runtime.pictures.request import VisionOptions
+from qwen2vl_tc.runtime.requests.answer import Row, Token
 
 QUESTION = [{"role": "user", "content": "Say something."}]
 OTHER = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "And what about the cat?"}]
@@ -249,9 +249,11 @@ def test_pictures_of_earlier_turns_are_neither_opened_nor_encoded_again(
 ) -> None:
     RED.save(tmp_path / "red.png")
     encoded: list[int] = []
-    visual = model.backend.visual
+    embed = model.backend.embed
     monkeypatch.setattr(
-        model.backend, "visual", lambda patches, *rest: (encoded.append(len(patches)), visual(patches, *rest))[1]
+        model.backend,
+        "embed",
+        lambda inputs, patches, grids: (encoded.append(len(patches)), embed(inputs, patches, grids))[1],
     )
     chat = model.chat()
     chat.send("What is this?", [str(tmp_path / "red.png")], max_new_tokens=4)
@@ -301,7 +303,9 @@ def test_a_kept_answer_gives_the_logits_of_a_fresh_prompt(
     small = VisionOptions(min_pixels=56 * 56, max_pixels=56 * 56)
     chat = model.chat(vision=small)
     with monkeypatch.context() as patch:
-        first = chat.send("Hello", **said, **forced(model, patch, [*answer, model.processor.eos_token_ids[0]]))
+        first = chat.send(
+            "Hello", **said, **forced(model, patch, [*answer, model.processor.generation.eos_token_ids[0]])
+        )
     kept = first_logits(model, lambda: chat.send("Go on.", max_new_tokens=1), monkeypatch)
     assert chat._cached.token_ids.size
     whole = first_logits(model, lambda: fresh(model, chat.messages[:-1], max_new_tokens=1), monkeypatch)

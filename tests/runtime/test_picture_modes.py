@@ -10,9 +10,9 @@ from PIL import Image
 
 from qwen2vl_tc.artifacts.errors import RequestError
 from qwen2vl_tc.runtime.pictures.images import load_image
-from qwen2vl_tc.runtime.pictures.items import VisionOptions, item_patches
+from qwen2vl_tc.runtime.pictures.items import cut_item
+from qwen2vl_tc.runtime.pictures.request import VisionItem, VisionOptions
 from qwen2vl_tc.runtime.pictures.vision import ImageSettings
-from qwen2vl_tc.runtime.text.messages import VisionItem
 
 SETTINGS = ImageSettings(min_pixels=3136, max_pixels=100_000, patch_size=14, temporal_patch_size=2, merge_size=2)
 # one shade a column
@@ -219,8 +219,8 @@ def test_integers_of_8_bits_keep_their_values():
 def test_a_request_chooses_transformers_bits_for_pictures_and_frames(kind):
     clear = saved(clear_left_half("RGBA").resize((56, 56)), "PNG")
     item = VisionItem(kind, clear if kind == "image" else [clear, clear], "here")
-    shown, _ = item_patches(item, SETTINGS, VisionOptions())
-    kept, _ = item_patches(item, SETTINGS, VisionOptions(picture_modes="transformers"))
+    shown = cut_item(item, SETTINGS, VisionOptions()).patches
+    kept = cut_item(item, SETTINGS, VisionOptions(picture_modes="transformers")).patches
     assert shown.max() == 255 and kept.max() == 0
     with pytest.raises(RequestError, match="'all': expected viewer or transformers"):
         VisionOptions(picture_modes="all")

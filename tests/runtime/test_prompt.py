@@ -15,7 +15,7 @@ from transformers.processing_utils import ProcessorMixin
 from qwen2vl_tc.artifacts.errors import ArtifactError, RequestError
 from qwen2vl_tc.runtime.models import config_from_hf
 from qwen2vl_tc.runtime.models.config import ModelConfig
-from qwen2vl_tc.runtime.pictures.patches import image_patches
+from qwen2vl_tc.runtime.pictures.patches import PatchGrid, image_patches
 from qwen2vl_tc.runtime.text.prompt import Processor
 from qwen2vl_tc.toolchain.verify.hf_processor import default_image_processor
 
@@ -109,11 +109,46 @@ def test_a_request_becomes_what_transformers_makes_of_it(processor, original, me
     assert prompt.token_ids.tolist() == expected["input_ids"][0]
     grids = np.asarray(expected.get("image_grid_thw", np.empty((0, 3))))
     np.testing.assert_array_equal(prompt.grids, grids)
-    np.testing.assert_array_equal(prompt.patches, expected.get("pixel_values", np.empty((0, 1176))))
-    assert prompt.vision_kinds == ("image",) * len(grids)
+    if len(grids):
+        np.testing.assert_array_equal(prompt.patches, expected["pixel_values"])
+    assert [each.kind for each in prompt.pictures] == ["image"] * len(grids)
     assert prompt.vision_slots.tolist() == np.flatnonzero(expected["mm_token_type_ids"][0]).tolist()
     assert prompt.positions.shape == (3, len(prompt.token_ids))
     assert prompt.positions.max() + 1 == len(prompt.token_ids) + prompt.delta
+
+
+class Counted:
+    """A picture that counts how often its pixels are asked for."""
+
+    def __init__(self, pixels):
+        self.pixels, self.reads = pixels, 0
+
+    def __array__(self, dtype=None, copy=None):
+        self.reads += 1
+        return self.pixels
+
+
+def test_a_picture_is_read_and_its_grid_computed_once_however_often_it_is_used(processor, monkeypatch):
+    cut, start = [], PatchGrid.__init__
+    monkeypatch.setattr(PatchGrid, "__init__", lambda self, *given: cut.append(given[:3]) or start(self, *given))
+    shown = [Counted(np.asarray(picture(56, 84, i))) for i in range(4)]
+    content = [{"type": "image", "image": shown[0]}, {"type": "video", "video": shown[1:], "min_pixels": 3136}]
+    prompt = processor.prepare([user(*content)])
+    assert [each.reads for each in shown] == [1, 1, 1, 1]
+    assert cut == [(1, 84, 56), (3, 84, 56)]
+    # the records go into the next request as they are
+    again = processor.prepare([user(*({"type": each.kind, each.kind: each} for each in prompt.pictures))])
+    assert again.pictures == prompt.pictures and again.token_ids.tolist() == prompt.token_ids.tolist()
+    assert [each.reads for each in shown] == [1, 1, 1, 1] and len(cut) == 2
+    assert prompt.spans == tuple(
+        (int(slots[0]), int(slots[-1]) + 1) for slots in np.split(prompt.vision_slots, [prompt.pictures[0].tokens(2)])
+    )
+
+
+def test_patches_of_a_clip_are_no_picture(processor):
+    (clip,) = processor.prepare([user({"type": "video", "video": [picture(56, 56)] * 2})]).pictures
+    with pytest.raises(RequestError, match=r"content\[0\]: its patches are of kind video, expected image"):
+        processor.prepare([user({"type": "image", "image": clip})])
 
 
 def test_a_prompt_as_text_takes_its_images_in_order(processor, original):
@@ -129,7 +164,7 @@ def test_pictures_and_clips_keep_their_order_of_appearance(processor):
     frames = [picture(56, 56, i) for i in range(3)]
     clip = {"type": "video", "video": frames, "min_pixels": 3136}
     prompt = processor.prepare([user(image(84, 56, 7), text("then"), clip, image(56, 84, 8))])
-    assert prompt.vision_kinds == ("image", "video", "image")
+    assert [each.kind for each in prompt.pictures] == ["image", "video", "image"]
     assert prompt.grids.tolist() == [[1, 4, 6], [2, 4, 4], [1, 6, 4]]
     first, last = (image_patches(picture(*size), processor.settings)[0] for size in ((84, 56, 7), (56, 84, 8)))
     np.testing.assert_array_equal(prompt.patches[:24], first)
@@ -299,16 +334,16 @@ def test_a_tokenizer_without_the_models_placeholders_is_refused(files):
 def test_the_published_generation_config_is_read_as_it_is(processor, files):
     plain = json.loads(files["generation_config.json"])
     defaults = processor.generation
-    assert defaults.eos_token_ids == processor.eos_token_ids == tuple(plain["eos_token_id"])
+    assert defaults.eos_token_ids == tuple(plain["eos_token_id"])
     assert (defaults.do_sample, defaults.top_k, defaults.top_p) == (True, 1, 0.001)
-    assert (defaults.temperature, defaults.pad_token_id) == (0.01, plain["pad_token_id"])
-    assert (defaults.repetition_penalty, defaults.max_new_tokens) == (1.0, None)
+    assert defaults.temperature == 0.01
+    assert (defaults.repetition_penalty, defaults.default_new_tokens) == (1.0, None)
 
 
 def test_without_a_generation_config_answers_end_at_the_tokenizers_ends(files):
     bare = Processor({name: data for name, data in files.items() if name != "generation_config.json"}, CONFIG)
     ends = [bare.tokenizer.token_to_id(token) for token in ("<|im_end|>", "<|endoftext|>")]
-    assert list(bare.eos_token_ids) == ends
+    assert list(bare.generation.eos_token_ids) == ends
     assert not bare.generation.do_sample
 
 
@@ -344,7 +379,7 @@ def test_generation_settings_that_cannot_be_honoured_are_refused(files, plain):
 
 
 def test_generated_ids_come_back_as_text(processor):
-    ids = [*processor.prepare("the cat 日本").token_ids.tolist(), processor.eos_token_ids[0]]
+    ids = [*processor.prepare("the cat 日本").token_ids.tolist(), processor.generation.eos_token_ids[0]]
     assert processor.decode(ids) == "the cat 日本"
     stream = processor.stream()
     assert "".join(stream.feed(i) for i in ids) + stream.flush() == "the cat 日本"

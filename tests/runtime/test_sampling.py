@@ -11,12 +11,11 @@ from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
 from qwen2vl_tc.artifacts.errors import RequestError, ToolchainError
-from qwen2vl_tc.runtime.requests.defaults import GenerationDefaults
 from qwen2vl_tc.runtime.requests.sampling import Sampler, check_logits, probabilities, process_logits
-from qwen2vl_tc.runtime.requests.settings import Settings, settings_for
+from qwen2vl_tc.runtime.requests.settings import SETTINGS, GivenSettings, Settings, settings_for
 
 VOCAB = 211
-DEFAULTS = GenerationDefaults(eos_token_ids=(7, 9), pad_token_id=7)
+DEFAULTS = Settings(eos_token_ids=(7, 9))
 
 
 def theirs(logits: np.ndarray, settings: Settings, seen: list[int], prompt: int) -> np.ndarray:
@@ -63,7 +62,7 @@ def test_processed_logits_are_those_of_transformers(
     logits = rng.normal(0, 4, VOCAB).astype(np.float32)
     seen = rng.integers(0, VOCAB, 20).tolist()
     settings = Settings(
-        eos_token_ids=frozenset((7, 9)),
+        eos_token_ids=(7, 9),
         do_sample=do_sample,
         temperature=temperature,
         top_k=top_k,
@@ -82,7 +81,7 @@ def test_the_comparison_sees_every_processor() -> None:
     """What the test above compares does depend on each setting."""
     logits = np.random.default_rng(0).normal(0, 4, VOCAB).astype(np.float32)
     seen = list(range(20))
-    plain = Settings(eos_token_ids=frozenset((7,)), do_sample=True, top_k=0)
+    plain = Settings(eos_token_ids=(7,), do_sample=True, top_k=0)
     base = theirs(logits, plain, seen, 19)
     for name, value in (
         ("temperature", 0.7),
@@ -95,7 +94,7 @@ def test_the_comparison_sees_every_processor() -> None:
 
 
 def test_draws_follow_the_distribution() -> None:
-    settings = Settings(eos_token_ids=frozenset(), do_sample=True, top_k=4, temperature=0.9, seed=11)
+    settings = Settings(eos_token_ids=(), do_sample=True, top_k=4, temperature=0.9, seed=11)
     logits = np.random.default_rng(1).normal(0, 2, VOCAB).astype(np.float32)
     expected = probabilities(process_logits(logits, settings, (), 0))
     sampler = Sampler(settings)
@@ -110,7 +109,7 @@ def test_a_seed_repeats_its_draws_and_another_does_not() -> None:
     logits = np.random.default_rng(2).normal(0, 1, VOCAB).astype(np.float32)
 
     def drawn(seed: int | None) -> list[int]:
-        sampler = Sampler(Settings(eos_token_ids=frozenset(), do_sample=True, top_k=0, seed=seed))
+        sampler = Sampler(Settings(eos_token_ids=(), do_sample=True, top_k=0, seed=seed))
         return [sampler.choose(logits, (), 0) for _ in range(20)]
 
     assert drawn(5) == drawn(5)
@@ -132,7 +131,11 @@ def test_what_a_request_leaves_out_comes_from_the_checkpoint() -> None:
     )
     settings = settings_for(defaults, VOCAB, {"temperature": 0.5, "top_p": None})
     assert (settings.temperature, settings.top_k, settings.top_p) == (0.5, 12, 0.7)
-    assert (settings.repetition_penalty, settings.stop, settings.eos_token_ids) == (1.05, ("x",), frozenset((7, 9)))
+    assert (settings.repetition_penalty, settings.stop, settings.eos_token_ids) == (1.05, ("x",), (7, 9))
+
+
+def test_the_table_of_settings_is_what_callers_may_give() -> None:
+    assert list(SETTINGS) == list(GivenSettings.__annotations__)
 
 
 def test_the_published_settings_are_decoded_on_the_device() -> None:
@@ -157,6 +160,7 @@ def test_a_temperature_that_the_published_top_k_makes_idle_is_refused_by_name() 
         ({"do_sample": True, "temperature": 0}, "temperature is 0, .* do_sample=False"),
         ({"do_sample": True, "temperature": 1e-38}, "temperature is 1e-38, .* do_sample=False"),
         ({"do_sample": True, "temperature": float("nan")}, "temperature is nan"),
+        ({"do_sample": True, "temperature": 10**400}, "temperature is 1000"),
         ({"do_sample": True, "temperature": "hot"}, "temperature is 'hot', expected a number above"),
         ({"do_sample": True, "top_p": 1.5}, "top_p is 1.5, expected a number above 0 and at most 1"),
         ({"do_sample": True, "top_k": -1}, "top_k is -1, expected an integer of at least 0"),

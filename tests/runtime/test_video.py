@@ -17,9 +17,10 @@ from qwen2vl_tc.artifacts.errors import MissingDependencyError, RequestError
 from qwen2vl_tc.runtime.pictures import video_av
 from qwen2vl_tc.runtime.pictures.frames import FrameRequest, sample_frames
 from qwen2vl_tc.runtime.pictures.patches import image_patches
+from qwen2vl_tc.runtime.pictures.reader import FramesMissing
+from qwen2vl_tc.runtime.pictures.request import VisionOptions
 from qwen2vl_tc.runtime.pictures.resize import SizeRequest, frame_size
-from qwen2vl_tc.runtime.pictures.sources import LOCAL_ONLY
-from qwen2vl_tc.runtime.pictures.video import FramesMissing, VideoRequest, video_patches
+from qwen2vl_tc.runtime.pictures.video import cut_video
 from qwen2vl_tc.runtime.pictures.video_av import AvReader
 from qwen2vl_tc.runtime.pictures.vision import ImageSettings
 
@@ -28,8 +29,9 @@ RECORDED = json.loads((Path(__file__).parent / "video_sampling.json").read_text(
 SMALL = SizeRequest(min_pixels=3136, max_pixels=20_000)
 
 
-def patches_of(source, rule="qwen", size=SMALL, **wanted):
-    return video_patches(source, PUBLISHED, VideoRequest(FrameRequest(**wanted), size, rule), LOCAL_ONLY, AvReader)
+def patches_of(source, rule="qwen", size=SMALL, settings=PUBLISHED, **wanted):
+    cut = cut_video(source, FrameRequest(**wanted), size, settings, VisionOptions(video_sampling=rule))
+    return cut.patches, cut.grid
 
 
 @pytest.mark.parametrize("rule", ["qwen", "transformers"])
@@ -44,7 +46,7 @@ def test_frames_are_sampled_as_the_libraries_sample_them(rule):
                 sample_frames(*given)
         else:
             # torch.arange may end behind the last frame, where the library fails to read it
-            assert sample_frames(*given) == [index for index in case[rule] if index < case["total"]], case["given"]
+            assert sample_frames(*given)[0] == [index for index in case[rule] if index < case["total"]], case["given"]
             compared += 1
     assert compared >= 50
 
@@ -162,7 +164,7 @@ def test_only_what_sampled_frames_need_is_decoded_and_only_those_become_rgb(clip
 def test_a_video_becomes_the_patches_of_its_sampled_frames(clips, rule):
     path = clips("short.mp4")
     wanted = {"fps": 4.0}
-    indices = sample_frames(FrameRequest(**wanted), rule, 60, 24.0, 2)
+    indices, _ = sample_frames(FrameRequest(**wanted), rule, 60, 24.0, 2)
     patches, (t, h, w) = patches_of(str(path), rule, **wanted)
     assert t == len(indices) // 2
     pixels = patches.reshape(t, h * w, 3, 2, 196)
@@ -172,6 +174,44 @@ def test_a_video_becomes_the_patches_of_its_sampled_frames(clips, rule):
         expected, grid = image_patches(Image.fromarray(frames[index]), PUBLISHED, SMALL)
         assert grid == (1, h, w)
         np.testing.assert_array_equal(pixels[i // 2, :, :, i % 2], expected.reshape(h * w, 3, 2, 196)[:, :, 0])
+
+
+@pytest.mark.parametrize(
+    ("rule", "wanted", "sampled"),
+    [
+        ("qwen", {}, "4 of 60"),
+        ("qwen", {"nframes": 20}, "20 of 60"),
+        # from frame 12 to frame 36
+        ("qwen", {"video_start": 0.5, "video_end": 1.5, "nframes": 4}, "4 of 25"),
+        ("transformers", {}, "60 of 60"),
+        ("transformers", {"fps": 4.0}, "10 of 60"),
+    ],
+)
+def test_a_clip_records_the_rate_that_its_frames_were_sampled_at(clips, rule, wanted, sampled):
+    opened = []
+
+    def counted(location):
+        opened.append(location)
+        return AvReader(location)
+
+    options = VisionOptions(video_sampling=rule, open_video=counted)
+    clip = cut_video(clips("short.mp4"), FrameRequest(**wanted), SMALL, PUBLISHED, options)
+    taken, of = map(int, sampled.split(" of "))
+    # transformers: second_per_grid_ts = temporal_patch_size / (len(frames_indices) / total_num_frames * fps)
+    assert clip.seconds == pytest.approx(2 / (taken / of * 24))
+    assert clip.kind == "video" and clip.grid[0] == taken // 2
+    assert len(opened) == 1
+
+
+@pytest.mark.parametrize(
+    ("wanted", "seconds"),
+    [({}, 1.0), ({"fps": 4.0}, 0.5), ({"sample_fps": 1.0}, 2.0), ({"fps": 9, "sample_fps": 8}, 0.25)],
+)
+def test_a_list_of_frames_has_the_rate_that_the_request_says(wanted, seconds):
+    frames = [moving_frame(i, 56, 56) for i in range(3)]
+    assert cut_video(frames, FrameRequest(**wanted), SMALL, PUBLISHED, VisionOptions()).seconds == seconds
+    with pytest.raises(RequestError, match="fps is 'fast', expected a number"):
+        cut_video(frames, FrameRequest(**dict.fromkeys(wanted or ["fps"], "fast")), SMALL, PUBLISHED, VisionOptions())
 
 
 def test_transformers_rule_takes_every_frame_and_fills_up_an_odd_count(tmp_path):
@@ -204,12 +244,9 @@ def test_a_clip_of_one_frame_is_that_frame_twice(tmp_path, rule, name):
 def test_a_clip_shorter_than_a_temporal_patch_ends_with_its_last_frame_over_and_over(tmp_path, rule, frames):
     settings = replace(PUBLISHED, temporal_patch_size=4)
     path = write_clip(tmp_path / "short.mp4", frames=frames)
-    wanted = VideoRequest(FrameRequest(nframes=4), SMALL, rule)
     shown = every_frame(path)
-    for source in (path, shown):
-        if source is shown:
-            wanted = replace(wanted, frames=FrameRequest())
-        patches, (t, h, w) = video_patches(source, settings, wanted, LOCAL_ONLY, AvReader)
+    for source, wanted in ((path, {"nframes": 4}), (shown, {})):
+        patches, (t, h, w) = patches_of(source, rule, settings=settings, **wanted)
         assert t == 1
         pixels = patches.reshape(h * w, 3, 4, 196)
         for i in range(4):
@@ -388,9 +425,8 @@ def test_a_file_whose_frames_differ_at_every_reading_is_refused_by_name(clips):
         def read(self, indices):
             raise FramesMissing
 
-    wanted = VideoRequest(FrameRequest(), SMALL, "qwen")
     with pytest.raises(RequestError, match=r"short\.mp4: frames that were counted do not come"):
-        video_patches(clips("short.mp4"), PUBLISHED, wanted, LOCAL_ONLY, Fickle)
+        cut_video(clips("short.mp4"), FrameRequest(), SMALL, PUBLISHED, VisionOptions(open_video=Fickle))
 
 
 def test_a_file_of_endless_tiny_packets_is_refused(clips, monkeypatch):
@@ -488,18 +524,16 @@ def test_without_pyav_the_way_out_is_named(monkeypatch, clips):
 MEMORY = """
 import sys
 from qwen2vl_tc.runtime.pictures.frames import FrameRequest
+from qwen2vl_tc.runtime.pictures.request import VisionOptions
 from qwen2vl_tc.runtime.pictures.resize import SizeRequest
-from qwen2vl_tc.runtime.pictures.sources import LOCAL_ONLY
-from qwen2vl_tc.runtime.pictures.video import VideoRequest, video_patches
-from qwen2vl_tc.runtime.pictures.video_av import AvReader
+from qwen2vl_tc.runtime.pictures.video import cut_video
 from qwen2vl_tc.runtime.pictures.vision import ImageSettings
 settings = ImageSettings(3136, 12845056, 14, 2, 2)
-wanted = VideoRequest(FrameRequest(), SizeRequest(), "qwen")
-patches, grid = video_patches(sys.argv[1], settings, wanted, LOCAL_ONLY, AvReader)
+cut = cut_video(sys.argv[1], FrameRequest(), SizeRequest(), settings, VisionOptions())
 assert "torch" not in sys.modules and "transformers" not in sys.modules
 # not ru_maxrss: a child starts with its parent's
 (peak,) = (line.split()[1] for line in open("/proc/self/status") if line.startswith("VmHWM"))
-print(grid[0], patches.nbytes, int(peak) * 1024)
+print(cut.grid[0], cut.patches.nbytes, int(peak) * 1024)
 """
 
 

@@ -15,10 +15,9 @@ from qwen2vl_tc.artifacts.errors import RequestError
 from qwen2vl_tc.runtime.pictures.frames import FrameRequest
 from qwen2vl_tc.runtime.pictures.images import load_image
 from qwen2vl_tc.runtime.pictures.patches import image_patches
+from qwen2vl_tc.runtime.pictures.request import VisionOptions
 from qwen2vl_tc.runtime.pictures.resize import SizeRequest
-from qwen2vl_tc.runtime.pictures.sources import LOCAL_ONLY
-from qwen2vl_tc.runtime.pictures.video import VideoRequest, video_patches
-from qwen2vl_tc.runtime.pictures.video_av import AvReader
+from qwen2vl_tc.runtime.pictures.video import cut_video
 from qwen2vl_tc.runtime.pictures.vision import ImageSettings
 
 SETTINGS = ImageSettings(min_pixels=3136, max_pixels=50_000, patch_size=14, temporal_patch_size=2, merge_size=2)
@@ -30,7 +29,7 @@ VIDEOS = {
     "d.avi": {"codec": "mpeg4"},
     "e.webm": {"codec": "libvpx-vp9", "deadline": "realtime", "cpu-used": "8"},
 }
-WANTED = VideoRequest(FrameRequest(), SizeRequest(min_pixels=3136, max_pixels=10_000), "qwen")
+SIZE = SizeRequest(min_pixels=3136, max_pixels=10_000)
 # what one damaged file may add to the process, above what decoding needs
 HEADROOM_BYTES = 1 << 30
 
@@ -82,7 +81,7 @@ def outcome(data: bytes, is_video: bool) -> bool:
     """Whether it was read; anything but patches or RequestError fails the test."""
     try:
         if is_video:
-            patches, _ = video_patches(data, SETTINGS, WANTED, LOCAL_ONLY, AvReader)
+            patches = cut_video(data, FrameRequest(), SIZE, SETTINGS, VisionOptions()).patches
         else:
             patches, _ = image_patches(load_image(data), SETTINGS)
     except RequestError as error:

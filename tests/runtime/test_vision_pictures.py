@@ -15,11 +15,12 @@ from transformers.models.qwen2_vl import image_processing_pil_qwen2_vl as origin
 from qwen2vl_tc.artifacts.errors import MissingDependencyError, RequestError
 from qwen2vl_tc.runtime.pictures import resize as resizing
 from qwen2vl_tc.runtime.pictures.images import load_image
-from qwen2vl_tc.runtime.pictures.items import VisionOptions, item_patches
+from qwen2vl_tc.runtime.pictures.items import cut_item
 from qwen2vl_tc.runtime.pictures.patches import image_patches
+from qwen2vl_tc.runtime.pictures.request import VisionItem, VisionOptions
 from qwen2vl_tc.runtime.pictures.resize import SizeRequest, image_size, resize, smart_resize
 from qwen2vl_tc.runtime.pictures.vision import ImageSettings
-from qwen2vl_tc.runtime.text.messages import VisionItem, vision_items
+from qwen2vl_tc.runtime.text.messages import vision_items
 from qwen2vl_tc.toolchain.verify.hf_processor import default_image_processor
 
 PUBLISHED = ImageSettings(min_pixels=3136, max_pixels=12845056, patch_size=14, temporal_patch_size=2, merge_size=2)
@@ -155,7 +156,7 @@ def test_a_messages_bounds_come_first_and_the_checkpoints_hold_for_what_they_giv
             for kind, source in (("image", picture((1148, 840))), ("video", [picture((1148, 840))] * 2)):
                 small = {"min_pixels": 3136, **said} if kind == "video" else said
                 item = VisionItem(kind, source, "here", SizeRequest(**small))
-                yield item_patches(item, settings, VisionOptions(video_sampling=sampling))[1]
+                yield cut_item(item, settings, VisionOptions(video_sampling=sampling)).grid
 
     # asked for more than the checkpoint allows, and for less
     assert set(grid_of(3136, 200_704, max_pixels=2_000_000)) == {(1, 26, 36)}
@@ -191,7 +192,7 @@ def test_bounds_of_the_whole_request_hold_wherever_a_message_gives_none(said, pa
     for kind, source in (("image", picture((400, 400))), ("video", [picture((400, 400))] * 2)):
         # a frame has at least 128 windows unless it is said otherwise
         small = said if kind == "image" else {"min_pixels": 3136, **said}
-        _, (_, h, w) = item_patches(VisionItem(kind, source, "here", SizeRequest(**small)), PUBLISHED, options)
+        _, h, w = cut_item(VisionItem(kind, source, "here", SizeRequest(**small)), PUBLISHED, options).grid
         assert h * w == patches
 
 

@@ -88,6 +88,37 @@ def test_a_violated_rule_is_named_with_its_node_its_source_and_what_to_do(
     assert plain["graphs"]["prefill"]["9.0"]["accepted"]
 
 
+FIA = "FusedInferAttentionScore"
+
+
+@pytest.mark.parametrize(
+    ("kind", "attribute", "field", "value", "said"),
+    [
+        (FIA, "num_heads", "s", b"x", "num_heads is 'x', expected an integer of at least 1"),
+        (FIA, "num_heads", "i", -3, "num_heads is -3, expected an integer of at least 1"),
+        (FIA, "num_heads", "i", 0, "num_heads is 0, expected an integer of at least 1"),
+        (FIA, "num_key_value_heads", "b", True, "num_key_value_heads is True, expected an integer of at least 0"),
+        (FIA, "scale", "f", float("nan"), "scale is nan, expected a positive number"),
+        (FIA, "input_layout", "i", 7, "input_layout is 7, expected BSH or TND"),
+        ("MatMul", "transpose_x2", "s", b"yes", "transpose_x2 is 'yes', expected true or false"),
+        ("SplitV", "num_split", "f", 2.0, "num_split is 2.0, expected an integer of at least 1"),
+        ("RmsNorm", "epsilon", "f", 0.0, "epsilon is 0.0, expected a positive number"),
+    ],
+)
+def test_an_attribute_that_makes_no_sense_is_refused_by_its_name(
+    run: Any, artifact: Path, tmp_path: Path, kind: str, attribute: str, field: str, value: Any, said: str
+) -> None:
+    def edit(graph: Any) -> None:
+        setattr(first(graph, kind).attr[attribute], field, value)
+
+    result = run("check", edited(artifact, tmp_path, edit), "--cann", "9.0", "--json")
+    assert result.exit_code == 1, result.output
+    (refused,) = verdict(result, "decode_b1", "9.0")["violations"]
+    assert (refused["rule"], refused["severity"]) == (f"nonsense, {kind}.{attribute}", "refused")
+    assert refused["reason"] == said and len(refused["nodes"]) == 1
+    assert verdict(result, "prefill", "9.0")["accepted"]
+
+
 def test_an_operator_without_a_rule_is_never_accepted(run: Any, artifact: Path, tmp_path: Path) -> None:
     def edit(graph: Any) -> None:
         first(graph, "SwiGlu").type = "SwiGluMaybe"

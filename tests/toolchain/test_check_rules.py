@@ -6,12 +6,17 @@ from typing import Any
 import pytest
 
 from qwen2vl_tc.artifacts.cann import RELEASES
+from qwen2vl_tc.runtime.ops import OPERATORS, computed
+from qwen2vl_tc.runtime.ops.base import TensorSpec
+from qwen2vl_tc.runtime.ops.rule import Rule
 from qwen2vl_tc.toolchain.check.facts import GraphFacts, NodeFacts
-from qwen2vl_tc.toolchain.check.rules import GRAPH, Rule, rule_set
-from qwen2vl_tc.toolchain.inspect.shapes import TensorSpec
+from qwen2vl_tc.toolchain.check.rules import GRAPH, GRAPH_RULES, missing_from, obeyed
 
 FIA, PFA, IFA = "FusedInferAttentionScore", "PromptFlashAttention", "IncreFlashAttention"
-RULES = {rule.id: rule for rule in rule_set().rules}
+RULES = [(name, rule) for name, operator in OPERATORS.items() for rule in operator.rules]
+RULES += [(GRAPH, rule) for rule in GRAPH_RULES]
+SENTENCES = [(op, rule) for op, rule in RULES if not rule.lists]
+LISTS = [(op, rule) for op, rule in RULES if rule.lists]
 
 
 def t(*shape: int, dtype: str = "bf16") -> TensorSpec:
@@ -177,15 +182,15 @@ CASES: dict[str, tuple[NodeFacts, NodeFacts]] = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("rule", [rule for rule in RULES.values() if not rule.lists], ids=lambda rule: rule.id)
-def test_a_node_obeys_each_rule_and_another_violates_it(rule: Rule) -> None:
+@pytest.mark.parametrize(("op", "rule"), SENTENCES, ids=[rule.id for _, rule in SENTENCES])
+def test_a_node_obeys_each_rule_and_another_violates_it(op: str, rule: Rule) -> None:
     obeying, violating = CASES[rule.id]
-    assert rule.op == obeying.op == violating.op
-    assert rule.obeyed(obeying)
-    assert not rule.obeyed(violating)
+    assert op == obeying.op == violating.op
+    assert obeyed(rule, obeying)
+    assert not obeyed(rule, violating)
 
 
-def listed(rule: Rule, row: str) -> NodeFacts:
+def listed(op: str, rule: Rule, row: str) -> NodeFacts:
     """A node with the dtypes of one row of a library."""
     inputs: dict[str, TensorSpec | None] = {}
     outputs: dict[int, TensorSpec] = {}
@@ -196,30 +201,28 @@ def listed(rule: Rule, row: str) -> NodeFacts:
             inputs[key] = t(2, dtype=dtype)
         else:
             outputs[int(key)] = t(2, dtype=dtype)
-    return NodeFacts(rule.op, inputs, tuple(outputs[i] for i in sorted(outputs)))
+    return NodeFacts(op, inputs, tuple(outputs[i] for i in sorted(outputs)))
 
 
-@pytest.mark.parametrize("rule", [rule for rule in RULES.values() if rule.lists], ids=lambda rule: rule.id)
-def test_dtypes_that_a_library_lists_are_taken_and_others_are_not(rule: Rule) -> None:
+@pytest.mark.parametrize(("op", "rule"), LISTS, ids=[rule.id for _, rule in LISTS])
+def test_dtypes_that_a_library_lists_are_taken_and_others_are_not(op: str, rule: Rule) -> None:
     for row in rule.require[2]:
-        assert rule.obeyed(listed(rule, row)), row
-    facts = listed(rule, rule.require[2][0])
+        assert obeyed(rule, listed(op, rule, row)), row
+    facts = listed(op, rule, rule.require[2][0])
     first = next(iter(facts.inputs))
-    assert not rule.obeyed(replace(facts, inputs={**facts.inputs, first: t(2, dtype="complex64")}))
-    assert not rule.obeyed(replace(facts, inputs={**facts.inputs, first: None}))
+    assert not obeyed(rule, replace(facts, inputs={**facts.inputs, first: t(2, dtype="complex64")}))
+    assert not obeyed(rule, replace(facts, inputs={**facts.inputs, first: None}))
 
 
 def test_every_rule_says_what_to_do_and_where_it_was_read() -> None:
-    for rule in RULES.values():
+    for _, rule in RULES:
         assert rule.rule and rule.fix and rule.source.repository and rule.source.ref and rule.source.path, rule.id
         assert rule.releases, rule.id
 
 
 def test_the_operators_that_this_toolchain_knows_are_listed_from_8_1_on() -> None:
-    from qwen2vl_tc.toolchain.inspect.shapes import RULES as shape_rules
-
-    assert {op: rule_set().missing_from(op) for op in shape_rules} == dict.fromkeys(shape_rules, ("8.0",))
-    assert rule_set().missing_from("Erf") == RELEASES
+    assert {op: missing_from(op) for op in computed()} == dict.fromkeys(computed(), ("8.0",))
+    assert missing_from("Erf") == RELEASES
 
 
 @pytest.mark.parametrize(
@@ -235,5 +238,5 @@ def test_the_operators_that_this_toolchain_knows_are_listed_from_8_1_on() -> Non
     ],
 )
 def test_what_the_graphs_end_with_is_listed_in_the_dtypes_that_they_use(op: str, row: str) -> None:
-    (rule,) = (rule for rule in rule_set().by_op[op] if rule.lists)
-    assert rule.obeyed(listed(rule, row))
+    (rule,) = (rule for rule in OPERATORS[op].rules if rule.lists)
+    assert obeyed(rule, listed(op, rule, row))

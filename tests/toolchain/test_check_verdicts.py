@@ -17,14 +17,16 @@ from helpers.synthetic import published
 from qwen2vl_tc.artifacts.cann import cann_release
 from qwen2vl_tc.artifacts.ge.binding import binding_from_bytes
 from qwen2vl_tc.artifacts.ge.graph import read_graph
-from qwen2vl_tc.artifacts.ge.ops import ATTENTIONS
 from qwen2vl_tc.artifacts.store import ge_part, open_artifact
 from qwen2vl_tc.runtime.models import config_of, graphs_of
+from qwen2vl_tc.runtime.ops import OPERATORS, known
+from qwen2vl_tc.runtime.ops.base import TensorSpec
+from qwen2vl_tc.runtime.ops.rule import BLOCKING
 from qwen2vl_tc.toolchain.check.facts import NodeFacts, graph_facts, node_facts
-from qwen2vl_tc.toolchain.check.rules import BLOCKING, rule_set
+from qwen2vl_tc.toolchain.check.rules import obeyed
 from qwen2vl_tc.toolchain.check.sizes import pictures, prompt
 from qwen2vl_tc.toolchain.inspect.cost import Lengths, input_specs
-from qwen2vl_tc.toolchain.inspect.shapes import TensorSpec, live_nodes, propagate
+from qwen2vl_tc.toolchain.inspect.shapes import live_nodes, propagate
 
 FIA = "FusedInferAttentionScore"
 # heads, key heads
@@ -109,8 +111,8 @@ def row_node(name: str) -> tuple[Form, int, int, int, NodeFacts]:
 def refused_by_rules(facts: NodeFacts, release: str) -> set[str]:
     return {
         rule.id
-        for rule in rule_set().by_op[FIA]
-        if release in rule.releases and rule.severity in BLOCKING and not rule.obeyed(facts)
+        for rule in OPERATORS[FIA].rules
+        if release in rule.releases and rule.severity in BLOCKING and not obeyed(rule, facts)
     }
 
 
@@ -223,7 +225,7 @@ def attentions(path: Path) -> Iterator[tuple[str, Attention, NodeFacts]]:
             for title, lengths in sizes_of(graph.name):
                 specs = propagate(parsed, input_specs(binding, specs_of[graph.name], config, lengths), graph.name)
                 for each in live_nodes(parsed):
-                    if each.op in ATTENTIONS:
+                    if known(each.op).attention:
                         facts = node_facts(each, specs, frozenset(), about)
                         yield f"{graph.name} {title} {each.name}", described(graph.name, facts), facts
 

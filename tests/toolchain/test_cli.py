@@ -360,7 +360,7 @@ def test_verify_prints_a_table_or_one_object_and_ends_with_1_when_it_fails(
 
     passed = from_plain(VerifyReport, json.loads((built / "reports/verify.json").read_text()), "report")
     reports = iter([passed, passed, dataclasses.replace(passed, passed=False)])
-    monkeypatch.setattr(verify, "verify_artifact", lambda path, against, progress: next(reports))
+    monkeypatch.setattr(verify, "verify_artifact", lambda path, against, part, progress, trusted_keys: next(reports))
     words = ("verify", built, "--against", checkpoint)
     table, as_json, failed = run(*words), run(*words, "--json"), run(*words)
     assert (table.exit_code, as_json.exit_code, failed.exit_code) == (0, 0, 1)

@@ -10,6 +10,7 @@ from PIL import Image
 
 from qwen2vl_tc.artifacts.errors import TargetError, ToolchainError
 from qwen2vl_tc.artifacts.store import open_artifact
+from qwen2vl_tc.toolchain.build import build
 from qwen2vl_tc.toolchain.demo import demo
 from qwen2vl_tc.toolchain.demo.pictures import kept_from_training
 
@@ -71,8 +72,8 @@ def test_its_summary_says_what_was_real_what_was_measured_and_what_is_next(shown
 
 
 def test_it_runs_again_over_an_earlier_demo_and_over_nothing_else(tmp_path: Path) -> None:
-    demo._prepare(tmp_path / "demo")
-    demo._prepare(tmp_path / "demo")
+    demo.prepare(tmp_path / "demo")
+    demo.prepare(tmp_path / "demo")
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.txt").touch()
     # another .gitignore, in another encoding
@@ -80,7 +81,7 @@ def test_it_runs_again_over_an_earlier_demo_and_over_nothing_else(tmp_path: Path
         if ignored:
             (tmp_path / "mine" / ".gitignore").write_bytes(ignored)
         with pytest.raises(ToolchainError, match="holds something else than a demo"):
-            demo._prepare(tmp_path / "mine")
+            demo.prepare(tmp_path / "mine")
 
 
 def test_no_keep_deletes_what_it_made_and_nothing_that_a_user_added(
@@ -89,7 +90,7 @@ def test_no_keep_deletes_what_it_made_and_nothing_that_a_user_added(
     def refuse(*arguments: object, **options: object) -> None:
         raise TargetError("no compiler")
 
-    monkeypatch.setattr(demo, "build", refuse)
+    monkeypatch.setattr(build, "build", refuse)
     out = tmp_path / "demo"
     result = run("demo", "--out", out, "--no-keep")
     assert result.exit_code == 2

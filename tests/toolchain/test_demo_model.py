@@ -12,7 +12,8 @@ import pytest
 import torch
 
 from qwen2vl_tc.runtime import Model, load
-from qwen2vl_tc.runtime.requests.generate import Timings, prefill_prompt
+from qwen2vl_tc.runtime.requests.answer import Timings
+from qwen2vl_tc.runtime.requests.generate import prefill_prompt
 from qwen2vl_tc.toolchain.demo import CHECKPOINT
 from qwen2vl_tc.toolchain.demo.pictures import (
     COLOURS,

@@ -94,7 +94,7 @@ def test_without_a_compiler_only_stand_ins_that_are_built_already_let_it_compile
 
 
 def test_little_memory_is_a_warning_in_gib(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(doctor, "memory_available_bytes", lambda: 1 << 30)
+    monkeypatch.setattr(doctor, "available_bytes", lambda: 1 << 30)
     found = piece(diagnose(), "memory")
     assert (found.status, found.detail) == ("warning", "1.0 GiB available")
 

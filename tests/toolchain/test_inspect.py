@@ -14,8 +14,8 @@ from qwen2vl_tc.artifacts.ge.graph import GeGraph, read_graph
 from qwen2vl_tc.artifacts.ge.proto import message_class, parse_graph
 from qwen2vl_tc.artifacts.store import read_manifest
 from qwen2vl_tc.exporters.torchair.passes import count_ops, remove_dead_ops
-from qwen2vl_tc.toolchain.cli.console import format_bytes
 from qwen2vl_tc.toolchain.inspect.inspect import RECIPE_7B, count_graph_ops, inspect_artifact, render
+from qwen2vl_tc.toolchain.words import format_bytes
 
 from .conftest import TINY, Run
 

@@ -11,10 +11,10 @@ from helpers.synthetic import tiny_config
 from rich.console import Console
 
 from qwen2vl_tc.artifacts.ge.graph import GeGraph
+from qwen2vl_tc.runtime.ops.base import OpCost, Specs, TensorSpec
 from qwen2vl_tc.toolchain.inspect.cost import DEFAULT_PATCHES, DEFAULT_TOKENS, peak_activations
 from qwen2vl_tc.toolchain.inspect.inspect import inspect_artifact, render
-from qwen2vl_tc.toolchain.inspect.roofline import Assumptions, OpCost, assumptions_for, estimate, why_no_assumptions
-from qwen2vl_tc.toolchain.inspect.shapes import Specs, TensorSpec
+from qwen2vl_tc.toolchain.inspect.roofline import Assumptions, assumptions_for, estimate, why_no_assumptions
 
 from ..conftest import Build
 from .conftest import TINY, Run

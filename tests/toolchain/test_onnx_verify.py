@@ -13,7 +13,9 @@ from safetensors.numpy import load_file, save_file
 
 from qwen2vl_tc.artifacts.errors import ArtifactError
 from qwen2vl_tc.runtime import load
-from qwen2vl_tc.toolchain.verify.report import TOLERANCES, VerifyReport, compare, output_departs
+from qwen2vl_tc.toolchain.verify.compare import compare, output_departs
+from qwen2vl_tc.toolchain.verify.report import VerifyReport
+from qwen2vl_tc.toolchain.verify.tolerances import TOLERANCES
 
 from .conftest import Run
 

@@ -25,9 +25,9 @@ from qwen2vl_tc.artifacts.staging import stage
 from qwen2vl_tc.artifacts.store import Artifact, open_artifact, read_manifest
 from qwen2vl_tc.runtime import load
 from qwen2vl_tc.runtime.backends.base import Step
-from qwen2vl_tc.runtime.backends.ge import operators
 from qwen2vl_tc.runtime.backends.reference import ReferenceBackend
 from qwen2vl_tc.runtime.models import config_from_hf, config_of
+from qwen2vl_tc.runtime.ops import mat_mul
 from qwen2vl_tc.toolchain.selftest import inputs as inputs_module
 from qwen2vl_tc.toolchain.selftest import wide
 from qwen2vl_tc.toolchain.selftest.compare import FLOOR, distance, limit_of
@@ -36,7 +36,8 @@ from qwen2vl_tc.toolchain.selftest.inputs import SCRIPTS, VISUAL_CALLS, make_inp
 from qwen2vl_tc.toolchain.selftest.known import Known, known_of
 from qwen2vl_tc.toolchain.selftest.make import SELFTEST_PATH, by_reference, by_transformers
 from qwen2vl_tc.toolchain.selftest.observe import KINDS, Observed, _groups, observe
-from qwen2vl_tc.toolchain.verify.verify import VerifyReport, store_report, verify, with_selftest
+from qwen2vl_tc.toolchain.verify.report import VerifyReport
+from qwen2vl_tc.toolchain.verify.verify import store_report, verify, with_selftest
 
 from .conftest import TINY, Run
 
@@ -134,7 +135,7 @@ def test_weights_are_widened_a_block_at_a_time(build: Any, monkeypatch: pytest.M
     block = 2048
     with open_artifact(path) as artifact:
         inputs = make_inputs(config_of(artifact.manifest), 64)
-        monkeypatch.setattr(operators, "_WIDENED_VALUES", block)
+        monkeypatch.setattr(mat_mul, "_WIDENED_VALUES", block)
         backend = wide.WideBackend(artifact)
         cache = backend.allocate(1)
         assert cache.keys[0].dtype == torch.float32
@@ -153,7 +154,7 @@ def test_a_cache_too_short_for_it_is_said_and_the_verification_stands(built: Pat
         assert artifact.manifest.ge is not None
         ge = dataclasses.replace(artifact.manifest.ge, max_length=40)
         short = Artifact(artifact.path, dataclasses.replace(artifact.manifest, ge=ge), "", {})
-        report, selftest = with_selftest(short, checkpoint, passed)
+        report, selftest = with_selftest(short, checkpoint, "ge", passed)
     assert selftest is None and report.passed
     assert report.notes[-1].startswith("no self-test: the self-test needs a cache of ")
     with pytest.raises(TargetError, match=r"the self-test needs a cache of \d+ tokens, the artifact has 40; compile"):
@@ -213,11 +214,11 @@ def test_new_weights_drop_the_self_test(copy: Path, checkpoint: Path, run: Run) 
 def test_a_failed_verification_leaves_no_self_test(copy: Path, checkpoint: Path) -> None:
     with open_artifact(copy) as artifact:
         failed = dataclasses.replace(verify(artifact, checkpoint, steps=1), passed=False)
-        report, selftest = with_selftest(artifact, checkpoint, failed)
+        report, selftest = with_selftest(artifact, checkpoint, "ge", failed)
     assert report == failed and selftest is None
     with stage(copy, sync=False) as staging:
         assert staging.base is not None
-        manifest = store_report(staging, staging.base, report, selftest)
+        manifest = store_report(staging, staging.base, "ge", report, selftest)
     assert (manifest.verification, manifest.selftest) == ("failed", None)
 
 

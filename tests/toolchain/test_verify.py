@@ -31,12 +31,17 @@ from qwen2vl_tc.toolchain.build.compile import CompileOptions, compile_artifact
 from qwen2vl_tc.toolchain.models.build import constant_tables
 from qwen2vl_tc.toolchain.verify import verify as module
 from qwen2vl_tc.toolchain.verify.cases import make_cases
+from qwen2vl_tc.toolchain.verify.compare import compare, second_opinion
 from qwen2vl_tc.toolchain.verify.reference import trained_positions
-from qwen2vl_tc.toolchain.verify.report import TOLERANCES, compare, second_opinion
-from qwen2vl_tc.toolchain.verify.verify import REPORT_PATH, VerifyReport, render, verify, verify_artifact
+from qwen2vl_tc.toolchain.verify.render import render
+from qwen2vl_tc.toolchain.verify.report import VerifyReport
+from qwen2vl_tc.toolchain.verify.subjects import PARTS, ge_memory
+from qwen2vl_tc.toolchain.verify.tolerances import TOLERANCES
+from qwen2vl_tc.toolchain.verify.verify import verify, verify_artifact
 from qwen2vl_tc.toolchain.weights.convert import convert
 
 STEPS = 4
+REPORT_PATH = PARTS["ge"].report_path
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -362,7 +367,7 @@ def test_too_little_memory_is_said_in_gigabytes_before_anything_is_loaded(
     def never(*args: object) -> None:
         raise AssertionError("loaded")
 
-    monkeypatch.setattr(module, "available_memory", lambda: 1_000_000)
+    monkeypatch.setattr(module, "available_bytes", lambda: 1_000_000)
     monkeypatch.setattr(verify_run, "open_reference", never)
     with pytest.raises(TargetError, match=r"needs 0\.\d GB of memory for both models together, 0\.0 GB are available"):
         verified(fp32, source)
@@ -371,7 +376,7 @@ def test_too_little_memory_is_said_in_gigabytes_before_anything_is_loaded(
 def test_memory_is_counted_for_both_models(fp32: Path, source: Path) -> None:
     with open_artifact(fp32) as artifact:
         cases = make_cases(open_processor(artifact), 256)
-        needed = module.needed_memory(artifact.manifest, cases, 16)
+        needed = ge_memory(artifact.manifest, cases, 16)
         weights = sum(entry.bytes for entry in artifact.manifest.weights.files)  # type: ignore[union-attr]
     assert needed > 2 * weights
 
@@ -379,7 +384,7 @@ def test_memory_is_counted_for_both_models(fp32: Path, source: Path) -> None:
 def test_where_free_memory_is_unknown_the_report_says_so(
     fp32: Path, source: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(module, "available_memory", lambda: None)
+    monkeypatch.setattr(module, "available_bytes", lambda: None)
     report = verified(fp32, source, steps=1)
     assert report.passed and "memory was not checked" in report.notes[0]
 

@@ -25,7 +25,7 @@ from qwen2vl_tc.runtime.models import config_from_hf
 from qwen2vl_tc.runtime.models.qwen2_vl import weights
 from qwen2vl_tc.toolchain.weights import convert as convert_module
 from qwen2vl_tc.toolchain.weights import stream
-from qwen2vl_tc.toolchain.weights.convert import convert, convert_checkpoint
+from qwen2vl_tc.toolchain.weights.convert import convert, convert_planned, plan_conversion
 
 NUMPY = {
     "bf16": np.dtype(ml_dtypes.bfloat16),
@@ -328,7 +328,6 @@ def with_graphs(out: Path, dtype: str = "bf16") -> GePart:
     with stage(out, sync=False) as staging:
         base = staging.base
         assert base is not None and base.weights is not None
-        staging.keep([*base.weights.files, *base.processor])
         part = GePart(
             soc="Ascend910B2",
             operators="fused",
@@ -386,13 +385,14 @@ def test_graphs_that_do_not_fit_are_refused(tmp_path: Path, change: dict[str, An
 
 
 def test_a_build_converts_into_its_own_staging(tmp_path: Path) -> None:
-    with stage(tmp_path / "out", sync=False) as staging:
-        result = convert_checkpoint(checkpoint(tmp_path / "hf"), staging)
+    source = checkpoint(tmp_path / "hf")
+    with plan_conversion(source) as plan, stage(tmp_path / "out", sync=False) as staging:
+        result = convert_planned(plan, staging)
         assert isinstance(result.weights.files[0], FileEntry)
         assert (staging.path / result.weights.files[0].path).stat().st_size == result.weights.files[0].bytes
     # no commit: kept, so that the next build resumes
-    with stage(tmp_path / "out", sync=False) as staging:
-        assert convert_checkpoint(tmp_path / "hf", staging).resumed_shards == 1
+    with plan_conversion(source) as plan, stage(tmp_path / "out", sync=False) as staging:
+        assert convert_planned(plan, staging).resumed_shards == 1
 
 
 def test_a_full_disk_is_found_before_anything_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

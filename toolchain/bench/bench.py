@@ -18,10 +18,11 @@ from PIL import Image
 
 from ...artifacts.errors import RequestError
 from ..host.machine import Machine, compute_threads, device_name, engine_versions, on_npu, this_machine, weights_dtype
+from ..words import question
 
 if TYPE_CHECKING:
     from ...runtime import Generation, Model
-    from ..cli.console import StepProgress
+    from ..progress import StepProgress
 
 PROMPT = "Describe this in detail."
 DEFAULT_TOKENS = 128
@@ -115,9 +116,7 @@ def bench_messages(options: BenchOptions, folder: Path) -> tuple[list[dict[str, 
         noise = np.random.default_rng(0).integers(0, 256, (height, width, 3), np.uint8)
         Image.fromarray(noise).save(images[0])
         stated = [f"generated picture of {width} x {height}"]
-    content = [{"type": "image", "image": image} for image in images]
-    content += [{"type": "video", "video": path} for path in options.videos]
-    return [{"role": "user", "content": [*content, {"type": "text", "text": PROMPT}]}], ", ".join(stated)
+    return question(PROMPT, images, options.videos), ", ".join(stated)
 
 
 def bench(model: "Model", options: BenchOptions, progress: "StepProgress") -> Bench:

@@ -19,7 +19,7 @@ from . import page_cache
 from .bench import BenchOptions, bench_messages
 
 if TYPE_CHECKING:
-    from ..cli.console import StepProgress
+    from ..progress import StepProgress
 
 WARM, COLD = "warm", "cold"
 CLOCK = "from just before the parent starts the process (CLOCK_MONOTONIC) to the child's first token"

@@ -1,55 +1,49 @@
 """`compile --mode air`: offline models for ATC beside the GE graphs of an artifact, over the same files of weights."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
-from ...artifacts.ge.binding import CONSTANT, PARAMETER, Binding, binding_from_bytes
+from ...artifacts.dtypes import stored_name
 from ...artifacts.errors import ArtifactError
+from ...artifacts.ge.binding import CONSTANT, PARAMETER, Binding, binding_from_bytes
 from ...artifacts.manifest import AirGraph, AirPart, FileEntry, GePart, Graph, Manifest, WeightsPart
-from ...artifacts.safetensors import GRAPH_DTYPE_NAMES, TensorInfo, read_header
-from ...artifacts.staging import Staging, stage
+from ...artifacts.safetensors import TensorInfo, read_header
+from ...artifacts.staging import Staging, amend
 from ...artifacts.store import Artifact, ge_part, open_artifact
 from ...exporters.torchair.air import FileSlice, atc_command, convert_to_air
+from ..progress import StepProgress, no_steps
 
 FOLDER = "graphs/air"
-Progress = Callable[[str, int, int], None]
 
 
-def export_air(artifact: Path, progress: Progress | None = None, *, sync: bool = True) -> Manifest:
+def export_air(artifact: Path, progress: StepProgress = no_steps, *, sync: bool = True) -> Manifest:
     """Make the offline models of the artifact at `artifact` anew; all its other files stay as they are.
 
     Needs neither a device nor torch: the GE graphs that are there are converted. Raises ArtifactError if there are no
     graphs or no weights, and naming the file or the tensor where one is missing, damaged or does not fit.
     """
-    with stage(artifact, sync=sync, resumes=False) as staging:
-        if staging.base is None:
-            raise ArtifactError(
-                f"{artifact}: no artifact there; make one with `qwen2vl-tc build --src <hf_dir> --out {artifact}`"
-            )
+    with amend(artifact, sync=sync) as (staging, _):
         with open_artifact(staging.target) as opened:
             manifest = stage_air(staging, opened, progress)
-        kept = set(staging.base.files())
-        staging.keep(entry for entry in manifest.files() if entry in kept)
         staging.commit(manifest)
     return manifest
 
 
-def stage_air(staging: Staging, artifact: Artifact, progress: Progress | None = None) -> Manifest:
+def stage_air(staging: Staging, artifact: Artifact, progress: StepProgress = no_steps) -> Manifest:
     """Stage the .air files made from the graphs of `artifact`; returns its manifest with the new part."""
     part, weights = _parts(artifact)
-    report = progress or (lambda step, done, total: None)
     # the files are hashed here: what ATC reads from them later, nobody checks
     total = len(part.graphs) + 1
-    report("weights", 0, total)
+    progress("weights", 0, total)
     tensors = {
         info.name: (entry, info) for entry in (*weights.files, part.constants) for info in _tensors(artifact, entry)
     }
     graphs = []
     for done, graph in enumerate(part.graphs, start=1):
-        report(graph.name, done, total)
+        progress(graph.name, done, total)
         graphs.append(_stage_graph(staging, artifact, graph, tensors))
-    report("done", total, total)
+    progress("done", total, total)
     return replace(artifact.manifest, air=AirPart(tuple(graphs)))
 
 
@@ -110,7 +104,7 @@ def _slices(
                     f"{artifact.path}: {bound.kind} {bound.name} of graph {binding.graph} is in no file"
                 )
             entry, info = tensors[bound.name]
-            if (info.dtype, info.shape) != (GRAPH_DTYPE_NAMES.get(bound.dtype), bound.shape):
+            if (info.dtype, info.shape) != (stored_name(bound.dtype), bound.shape):
                 raise ArtifactError(
                     f"{artifact.path}: {entry.path}: {bound.name} is {list(info.shape)} {info.dtype}, graph "
                     f"{binding.graph} was compiled for {list(bound.shape)} {bound.dtype}; compile the artifact again"

@@ -1,40 +1,20 @@
 """`build`: convert, compile and verify in one staged tree that is committed once, or not at all."""
 
 import importlib.util
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ...artifacts.errors import MissingDependencyError
 from ...artifacts.manifest import Manifest, empty_manifest
-from ...runtime.models import to_plain
 from ...artifacts.staging import Staging, stage
-from .compile import CompileOptions, stage_graphs
-from ..cli.console import BytesProgress, StepProgress
+from ...runtime.models import to_plain
+from ..progress import Displays, StepProgress
 from ..weights.convert import ConvertResult, artifact_name, convert_planned, plan_conversion
+from .compile import CompileOptions, stage_graphs
 
 if TYPE_CHECKING:
     from ..verify.report import VerifyReport
-
-
-@contextmanager
-def _no_bytes(task: str) -> Iterator[BytesProgress]:
-    yield lambda done, total: None
-
-
-@contextmanager
-def _no_steps(task: str) -> Iterator[StepProgress]:
-    yield lambda step, done, total: None
-
-
-@dataclass(frozen=True)
-class Phases:
-    """How each phase's progress is shown: context managers, entered with the phase's name while it runs."""
-
-    copy: Callable[[str], AbstractContextManager[BytesProgress]] = _no_bytes
-    steps: Callable[[str], AbstractContextManager[StepProgress]] = _no_steps
 
 
 @dataclass(frozen=True)
@@ -51,42 +31,40 @@ def build(
     src: Path,
     out: Path,
     *,
-    dtype: str | None = None,
     options: CompileOptions | None = None,
     verify: bool = True,
     sync: bool = True,
-    phases: Phases | None = None,
+    displays: Displays | None = None,
 ) -> BuildResult:
     """Build the artifact at `out` from the HF checkpoint at `src`; an artifact there is replaced at the very end.
 
-    dtype: of the weights and the graphs; None takes the checkpoint's. A build that was killed resumes at its first
-    unfinished weight file. If verification fails, nothing is committed and the result's report says why.
+    options.dtype: of the weights and the graphs; None takes the checkpoint's. A build that was killed resumes at its
+    first unfinished weight file. If verification fails, nothing is committed and the result's report says why.
     Raises ToolchainError, and then leaves `out` as it was.
     """
     options = options or CompileOptions()
-    phases = phases or Phases()
-    with plan_conversion(src, dtype) as plan, stage(out, sync=sync, whole=True) as staging:
+    displays = displays or Displays()
+    with plan_conversion(src, options.dtype) as plan, stage(out, sync=sync, whole=True) as staging:
         options = replace(options, dtype=plan.dtype)
         # everything that can be refused is refused before gigabytes are written
         options.check(plan.checkpoint.config)
         if verify:
             _require_transformers()
-        with phases.steps("prepare") as step:
+        with displays.steps("prepare") as step:
             step("opening the device", 0, 1)
             _open_device(options.soc)
             step("done", 1, 1)
-        with phases.copy("convert") as copied:
+        with displays.copy("convert") as copied:
             converted = convert_planned(plan, staging, copied)
-        manifest = replace(
-            empty_manifest(artifact_name(src), to_plain(converted.model)),
-            weights=converted.weights,
-            processor=converted.processor,
+        model = to_plain(converted.model)
+        manifest = empty_manifest("", model).with_weights(
+            artifact_name(src), model, converted.weights, converted.processor
         )
-        with phases.steps("compile") as step:
+        with displays.steps("compile") as step:
             manifest = stage_graphs(staging, manifest, options, step)
         report = None
         if verify:
-            with phases.steps("verify") as step:
+            with displays.steps("verify") as step:
                 report, manifest = _verify(staging, manifest, src, step)
         else:
             manifest = replace(manifest, verification="skipped")
@@ -117,5 +95,5 @@ def _verify(staging: Staging, manifest: Manifest, src: Path, progress: StepProgr
 
     staging.write_manifest(manifest)
     with staging.open() as artifact:
-        report, selftest = with_selftest(artifact, src, verify(artifact, src, progress=progress), progress)
-    return report, store_report(staging, manifest, report, selftest)
+        report, selftest = with_selftest(artifact, src, "ge", verify(artifact, src, progress=progress), progress)
+    return report, store_report(staging, manifest, "ge", report, selftest)

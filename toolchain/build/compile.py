@@ -1,28 +1,40 @@
 """`compile --mode dynamo`: trace the graphs for a target and put them into an artifact, with or without weights."""
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ...artifacts.ge.binding import CONSTANT, LENGTHS, PARAMETER, Binding
+from ...artifacts.dtypes import BY_TORCH, stored_name
 from ...artifacts.errors import ArtifactError, ConfigError, TargetError
-from ...artifacts.manifest import DTYPES, OPERATORS, VISUAL_ATTENTION, FileEntry, GePart, Graph, Manifest, OperatorNote, Tensor, empty_manifest
-from ...artifacts.safetensors import GRAPH_DTYPE_NAMES, header_bytes
+from ...artifacts.ge.binding import CONSTANT, LENGTHS, PARAMETER, Binding
+from ...artifacts.host.vendor import no_lost_interrupt
+from ...artifacts.manifest import (
+    DTYPES,
+    OPERATORS,
+    VISUAL_ATTENTION,
+    FileEntry,
+    GePart,
+    Graph,
+    Manifest,
+    OperatorNote,
+    Tensor,
+    empty_manifest,
+)
+from ...artifacts.safetensors import header_bytes
 from ...artifacts.schema import parse_json
 from ...artifacts.soc import DEFAULT_SOC
-from ...artifacts.staging import Staging, stage
-from ...artifacts.host.vendor import no_lost_interrupt
+from ...artifacts.staging import Staging, amend, stage
 from ...runtime.models import config_from_hf, config_of, family_of, to_plain
 from ...runtime.models.base import FP32, GraphOptions, GraphSpec
 from ...runtime.models.config import ModelConfig
+from ..progress import StepProgress, no_steps
 
 if TYPE_CHECKING:
     from ..check.check import GraphCheck
 
 _DEFAULT_MAX_LENGTH = 8192
 FOLDER = "graphs/ge"
-Progress = Callable[[str, int, int], None]
 
 
 def cache_length(max_length: int | None, config: ModelConfig) -> int:
@@ -56,9 +68,7 @@ class CompileOptions:
 
     def graphs(self, config: ModelConfig) -> GraphOptions:
         """The forms and fixed sizes of a model's graphs."""
-        return GraphOptions(
-            cache_length(self.max_length, config), self.operators, self.visual_attention, self.batches
-        )
+        return GraphOptions(cache_length(self.max_length, config), self.operators, self.visual_attention, self.batches)
 
     def check(self, config: ModelConfig) -> None:
         """Raises TargetError for values that no graph can be made for."""
@@ -86,21 +96,17 @@ class CompileOptions:
 
 
 def compile_artifact(
-    artifact: Path, options: CompileOptions, progress: Progress | None = None, *, sync: bool = True
+    artifact: Path, options: CompileOptions, progress: StepProgress = no_steps, *, sync: bool = True
 ) -> Manifest:
     """Replace the GE graphs of the artifact at `artifact`; its weights and processor files stay as they are."""
-    with stage(artifact, sync=sync, resumes=False) as staging:
-        if staging.base is None:
-            raise ArtifactError(
-                f"{artifact}: no artifact there; make one with `qwen2vl-tc convert --src <hf_dir> --out {artifact}`"
-            )
-        manifest = stage_graphs(staging, staging.base, options, progress)
-        _commit(staging, manifest)
+    with amend(artifact, sync=sync) as (staging, base):
+        manifest = stage_graphs(staging, base, options, progress)
+        staging.commit(manifest)
     return manifest
 
 
 def compile_config(
-    config_file: Path, out: Path, options: CompileOptions, progress: Progress | None = None, *, sync: bool = True
+    config_file: Path, out: Path, options: CompileOptions, progress: StepProgress = no_steps, *, sync: bool = True
 ) -> Manifest:
     """Compile from a config.json alone, before or without any weights.
 
@@ -120,18 +126,12 @@ def compile_config(
         if base.model != to_plain(config):
             raise ArtifactError(f"{out}: holds a model of another shape than {config_file}; use another --out")
         manifest = stage_graphs(staging, base, options, progress)
-        _commit(staging, manifest)
+        staging.commit(manifest)
     return manifest
 
 
-def _commit(staging: Staging, manifest: Manifest) -> None:
-    kept = set(staging.base.files()) if staging.base else set()
-    staging.keep(entry for entry in manifest.files() if entry in kept)
-    staging.commit(manifest)
-
-
 def stage_graphs(
-    staging: Staging, manifest: Manifest, options: CompileOptions, progress: Progress | None = None
+    staging: Staging, manifest: Manifest, options: CompileOptions, progress: StepProgress = no_steps
 ) -> Manifest:
     """Trace all graphs of the manifest's model into the staged tree; returns the manifest with the new part."""
     config = config_of(manifest)
@@ -149,9 +149,8 @@ def stage_graphs(
             f"{staging.target}: an earlier release converted its weights, whose biases cost the device a Cast each; "
             f"run `qwen2vl-tc convert --src <hf_dir> --out {staging.target}` first"
         )
-    report = progress or (lambda step, done, total: None)
     total = 4 + len(options.batches)
-    report("opening the device", 0, total)
+    progress("opening the device", 0, total)
     from ...exporters.torchair.device import open_device
     from ..check.check import admitted
     from ..check.target import require_admitted
@@ -159,23 +158,22 @@ def stage_graphs(
     device = open_device(options.soc)
     if not device.emulated:
         _check_room(manifest, options, dtype)
-    report("constants", 1, total)
+    progress("constants", 1, total)
     constants = _stage_constants(staging, config, options, dtype)
     graphs: list[Graph] = []
     checks: list[GraphCheck] = []
     notes: set[OperatorNote] = set()
     for traced in _trace_all(config, options, dtype):
-        report(traced.name, 2 + len(graphs), total)
+        progress(traced.name, 2 + len(graphs), total)
         with no_lost_interrupt():
             graph, check, found = traced.run(staging)
         graphs.append(graph)
         checks.append(check)
         notes.update(found)
     require_admitted(checks, options.cann)
-    report("done", total, total)
-    return replace(
-        manifest,
-        ge=GePart(
+    progress("done", total, total)
+    return manifest.with_graphs(
+        GePart(
             soc=device.soc,
             operators=options.operators,
             visual_attention=options.visual_attention,
@@ -189,12 +187,7 @@ def stage_graphs(
             admitted=admitted(checks),
             constants=constants,
             graphs=tuple(graphs),
-        ),
-        # what was verified and exported were the graphs that this replaces
-        air=None,
-        selftest=None,
-        verification="none",
-        reports=(),
+        )
     )
 
 
@@ -272,8 +265,8 @@ def _stage_graph(
 ) -> "tuple[Graph, GraphCheck]":
     from google.protobuf import text_format
 
-    from ...exporters.torchair.passes import count_ops, run_passes
     from ...artifacts.ge.graph import read_graph
+    from ...exporters.torchair.passes import count_ops, run_passes
     from ..check.check import check_graph
 
     graph = model.graph[0]  # type: ignore[attr-defined]
@@ -325,8 +318,7 @@ def _stage_constants(staging: Staging, config: ModelConfig, options: CompileOpti
     from ..models.build import constant_tables
 
     tables = constant_tables(config, options.graphs(config), dtype)
-    named = {torch.bool: "bool", torch.int64: "int64"}
-    names = {name: named.get(table.dtype, dtype) for name, table in tables.items()}
-    header = header_bytes((name, GRAPH_DTYPE_NAMES[names[name]], tuple(t.shape)) for name, t in tables.items())
+    dtypes = {name: BY_TORCH[str(table.dtype).removeprefix("torch.")].name for name, table in tables.items()}
+    header = header_bytes((name, stored_name(dtypes[name]), tuple(t.shape)) for name, t in tables.items())
     body = b"".join(table.view(torch.uint8).numpy().tobytes() for table in tables.values())
     return staging.add(f"{FOLDER}/constants.safetensors", header + body)

@@ -3,19 +3,21 @@
 import importlib.metadata
 import importlib.util
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ...runtime.models.config import ModelConfig
-from ...artifacts.errors import ArtifactError, MissingDependencyError, TargetError
+from ...artifacts.disk import require_disk
+from ...artifacts.dtypes import BY_ONNX
+from ...artifacts.errors import MissingDependencyError, TargetError
 from ...artifacts.integrity import hash_bytes
 from ...artifacts.manifest import FileEntry, Manifest, OnnxGraph, OnnxPart, Tensor, empty_manifest
-from ...runtime.models import config_of, family_of
-from ...runtime.models.base import Role
-from ...artifacts.staging import Staging, require_disk, stage
+from ...artifacts.staging import Staging, amend
 from ...artifacts.store import Artifact, open_artifact
+from ...runtime.models import config_of, family_of
+from ...runtime.models.config import ModelConfig
+from ..progress import StepProgress, no_steps
 from .compile import cache_length
 
 if TYPE_CHECKING:
@@ -28,7 +30,6 @@ DEFAULT_WEIGHTS = "int8"
 _VALUE_BYTES = {"int8": 1 + 4 / 256, "int4": 0.5 + 4 / 128, "fp32": 4.0, "fp16": 2.0}
 _EMBEDDING = "model.embed_tokens.weight"
 _TABLES = (_EMBEDDING, "lm_head.weight")
-Progress = Callable[[str, int, int], None]
 
 
 @dataclass(frozen=True)
@@ -47,7 +48,7 @@ class OnnxOptions:
 
 
 def export_onnx(
-    artifact: Path, options: OnnxOptions, progress: Progress | None = None, *, sync: bool = True
+    artifact: Path, options: OnnxOptions, progress: StepProgress = no_steps, *, sync: bool = True
 ) -> Manifest:
     """Make the ONNX models of the artifact at `artifact` anew; all its other files stay as they are.
 
@@ -55,16 +56,9 @@ def export_onnx(
     Raises ArtifactError without weights or for damaged ones, TargetError for too little disk, MissingDependencyError.
     """
     require_onnx()
-    with stage(artifact, sync=sync, resumes=False) as staging:
-        if staging.base is None:
-            raise ArtifactError(
-                f"{artifact}: no artifact there; make one with `qwen2vl-tc convert --src <hf_dir> --out {artifact}`"
-            )
+    with amend(artifact, sync=sync) as (staging, _):
         with open_artifact(staging.target) as opened:
             manifest = stage_onnx(staging, opened, options, progress)
-        part = manifest.onnx
-        made = set(part.files()) if part else set()
-        staging.keep(entry for entry in manifest.files() if entry not in made)
         staging.commit(manifest)
     return manifest
 
@@ -92,7 +86,7 @@ def planned_bytes(config: ModelConfig, weights: str, standard_only: bool = False
 
 
 def stage_onnx(
-    staging: Staging, artifact: Artifact, options: OnnxOptions, progress: Progress | None = None
+    staging: Staging, artifact: Artifact, options: OnnxOptions, progress: StepProgress = no_steps
 ) -> Manifest:
     """Stage the models made from the weights of `artifact`; returns its manifest with the new part."""
     from ...exporters.onnx.graph import OPSET
@@ -104,17 +98,16 @@ def stage_onnx(
     options.check(config)
     planned = planned_bytes(config, options.weights, options.standard_only)
     require_disk(staging.path, planned, f"{options.weights} ONNX")
-    report = progress or (lambda step, done, total: None)
-    report("checking the weights", 0, 3)
+    progress("checking the weights", 0, 3)
     weights = Weights(artifact)
     form = Form(options.weights, options.standard_only)
     made_from = replace(empty_manifest(manifest.name, manifest.model), weights=manifest.weights)
     source = hash_bytes(made_from.to_bytes())
     graphs = []
     for done, name in enumerate(("visual", "text"), start=1):
-        report(name, done, 3)
+        progress(name, done, 3)
         graphs.append(_stage_model(staging, name, config, weights, form, source))
-    report("done", 3, 3)
+    progress("done", 3, 3)
     part = OnnxPart(
         weights=options.weights,
         block_size=BLOCK_LIMIT[form.bits] if form.bits else None,
@@ -161,8 +154,6 @@ def _stage_model(
 
 
 def _tensors(values: Any) -> Iterator[Tensor]:
-    from ...exporters.onnx.graph import NAMES
-
     for value in values:
         kind = value.type.tensor_type
-        yield Tensor(value.name, NAMES[kind.elem_type], tuple(d.dim_value or -1 for d in kind.shape.dim))
+        yield Tensor(value.name, BY_ONNX[kind.elem_type].name, tuple(d.dim_value or -1 for d in kind.shape.dim))

@@ -2,9 +2,9 @@
 
 from pathlib import Path
 
-from ...artifacts.errors import ArtifactError
 from ...artifacts.signing import signer
-from ...artifacts.staging import stage
+from ...artifacts.staging import amend
+from ...artifacts.store import open_artifact
 
 
 def sign_artifact(path: Path, key_file: Path, *, sync: bool = True) -> None:
@@ -13,13 +13,7 @@ def sign_artifact(path: Path, key_file: Path, *, sync: bool = True) -> None:
     Raises TargetError for a file that is no private key, ArtifactError for an artifact that is not whole.
     """
     sign = signer(key_file)
-    with stage(path, sync=sync, resumes=False) as staging:
-        if staging.base is None:
-            raise ArtifactError(
-                f"{path}: no artifact there; make one with `qwen2vl-tc build --src <hf_dir> --out {path}`"
-            )
-        staging.keep(staging.base.files())
-        staging.write_manifest(staging.base)
-        with staging.open() as staged:
-            staged.check_all()
-        staging.commit(staging.base, sign)
+    with amend(path, sync=sync) as (staging, manifest):
+        with open_artifact(staging.target) as artifact:
+            artifact.check_all()
+        staging.commit(manifest, sign)

@@ -1,14 +1,13 @@
 """`check`: every node of every graph against the rules, at the smallest and the largest sizes of the artifact."""
 
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from ...artifacts.cann import RELEASES
 from ...artifacts.errors import ToolchainError
 from ...artifacts.ge.binding import Binding, binding_from_bytes
 from ...artifacts.ge.graph import GeGraph, Node, read_graph
-from ...artifacts.ge.ops import op_kind
 from ...artifacts.soc import soc_family
 from ...artifacts.store import ge_part, open_artifact
 from ...runtime.backends.ge.checks import check_binding
@@ -16,10 +15,14 @@ from ...runtime.backends.ge.checks import check_graph as check_structure
 from ...runtime.models import config_of, graphs_of, spec_of
 from ...runtime.models.base import GraphSpec
 from ...runtime.models.config import ModelConfig
+from ...runtime.ops import known
+from ...runtime.ops.base import DATA, Specs
+from ...runtime.ops.rule import BLOCKING, Rule, Source
 from ..inspect.cost import input_specs
-from ..inspect.shapes import Specs, live_nodes, propagate
+from ..inspect.shapes import live_nodes, propagate
+from .attributes import nonsense
 from .facts import GraphFacts, NodeFacts, graph_facts, node_facts
-from .rules import BLOCKING, GRAPH, Rule, Source, rule_set
+from .rules import GRAPH, GRAPH_RULES, missing_from, obeyed
 from .sizes import extremes
 
 # Whose libraries and host code the rules were read from.
@@ -107,11 +110,17 @@ def check_graph(
     """Check one graph for a SoC, at both ends of the sizes that prompts of up to `max_length` tokens and pictures of up
     to 65,536 patches give it."""
     found: dict[str, Violation] = {}
-    nodes = [node for node in live_nodes(graph) if op_kind(node.op) != "data"]
+    nodes = [node for node in live_nodes(graph) if known(node.op).kind != DATA]
     if soc_family(soc) not in FAMILIES:
-        known = " and ".join(FAMILIES)
-        _add(found, _unproven("no rules", f"the rules are of {known}, and not of {soc}", "ask CANN on the device"), [])
+        have = " and ".join(FAMILIES)
+        _add(found, _unproven("no rules", f"the rules are of {have}, and not of {soc}", "ask CANN on the device"), [])
     _add_unknown(found, nodes)
+    for name, attribute, problem in nonsense(nodes):
+        rule = replace(_unproven(f"nonsense, {attribute}", problem, "compile the artifact again"), severity="refused")
+        _add(found, rule, [name])
+    if any(each.severity == "refused" for each in found.values()):
+        # the rules compare and divide what makes sense
+        return GraphCheck(binding.graph, len(nodes), tuple(found.values()))
     facts = graph_facts(graph, binding)
     for title, lengths in extremes(spec, config, max_length):
         try:
@@ -126,22 +135,22 @@ def check_graph(
 
 def violations(graph: GeGraph, specs: Mapping[str, Specs], about: GraphFacts) -> Iterator[tuple[Rule, Node | None]]:
     """Every rule that a node violates, with None for the node where the graph does. specs: of every live node."""
-    rules = rule_set().by_op
-    for rule in rules.get(GRAPH, ()):
-        if not rule.obeyed(NodeFacts(GRAPH, {}, graph=about)):
+    for rule in GRAPH_RULES:
+        if not obeyed(rule, NodeFacts(GRAPH, {}, graph=about)):
             yield rule, None
     nodes = live_nodes(graph)
     constants = frozenset(node.name for node in nodes if node.constant is not None)
     # layers repeat each other: a node like one before it needs no second look
-    known: dict[tuple[object, ...], tuple[Rule, ...]] = {}
+    seen: dict[tuple[object, ...], tuple[Rule, ...]] = {}
     for node in nodes:
-        if op_kind(node.op) == "data" or node.op not in rules:
+        rules = known(node.op).rules
+        if not rules:
             continue
         facts = node_facts(node, specs, constants, about)
         key = (node.op, *facts.inputs.items(), facts.outputs, repr(facts.attributes), facts.constants)
-        if key not in known:
-            known[key] = tuple(rule for rule in rules[node.op] if not rule.obeyed(facts))
-        for rule in known[key]:
+        if key not in seen:
+            seen[key] = tuple(rule for rule in rules if not obeyed(rule, facts))
+        for rule in seen[key]:
             yield rule, node
 
 
@@ -159,7 +168,7 @@ def _add_unknown(found: dict[str, Violation], nodes: list[Node]) -> None:
     """Operators of which no rule says that a release has them: one violation for those that the same releases lack."""
     lacking: dict[tuple[str, ...], dict[str, None]] = {}
     for node in nodes:
-        if releases := rule_set().missing_from(node.op):
+        if releases := missing_from(node.op):
             lacking.setdefault(releases, {})[node.op] = None
     for releases, ops in lacking.items():
         rule = _unproven(
@@ -171,7 +180,7 @@ def _add_unknown(found: dict[str, Violation], nodes: list[Node]) -> None:
 
 
 def _unproven(rule: str, reason: str, fix: str) -> Rule:
-    return Rule(rule, "", reason, [], [], RELEASES, "unproven", fix, None, Source("", "", ""))
+    return Rule(rule, reason, "(true)", fix, Source("", "", ""), severity="unproven")
 
 
 def _add(

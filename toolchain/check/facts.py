@@ -15,9 +15,9 @@ from typing import Any
 
 from ...artifacts.ge.binding import Binding
 from ...artifacts.ge.graph import GeGraph, Node
-from ...artifacts.ge.ops import ATTENTIONS
-from ..inspect.shapes import Specs, TensorSpec, node_inputs
-from .rules import rule_set
+from ...runtime.ops import known
+from ...runtime.ops.base import Specs, TensorSpec
+from ..inspect.shapes import node_inputs
 
 _DIMENSION = re.compile(r"dim(-?\d+)", re.ASCII)
 _KEYS = ("key", "key0")
@@ -53,7 +53,8 @@ class NodeFacts:
             index = int(rest.partition(".")[0])
             return self.outputs[index].dtype if index < len(self.outputs) else None
         if head == "attr":
-            return self.attributes.get(rest, rule_set().defaults.get(self.op, {}).get(rest))
+            operator = known(self.op)
+            return self.attributes.get(rest, operator.defaults.get(rest, operator.unwritten.get(rest)))
         if head == "graph":
             return getattr(self.graph, rest)
         return self._attention.get(name)
@@ -79,7 +80,7 @@ class NodeFacts:
         query = self.inputs.get("query")
         key = next((spec for name in _KEYS if (spec := self.inputs.get(name))), None)
         value = next((spec for name in _VALUES if (spec := self.inputs.get(name))), None)
-        if self.op not in ATTENTIONS or not query or not key or not value or len(query.shape) != 3:
+        if not known(self.op).attention or not query or not key or not value or len(query.shape) != 3:
             return {}
         heads, kv_heads = self("attr.num_heads"), self("attr.num_key_value_heads")
         found = {"layout": self("attr.input_layout"), "heads": heads, "kv_heads": kv_heads}

@@ -1,22 +1,43 @@
-"""The language of the rules' conditions: small prefix lists over the facts of a node.
+"""The language of the rules' conditions: small prefix expressions over the facts of a node.
 
-    ["and", ["eq", "layout", "'BSH'"], ["le", "d", 512]]
+    (and (eq layout 'BSH') (le d 512))
 
-A name is a fact, a name in single quotes is itself, a number is itself. A fact that a node does not have is None: it
-equals no value, is neither less nor more than one, and is written "-" in the rows of a library.
+A name is a fact, a name in single quotes is itself, a number is itself; so is all that follows the fact in
+(in d 64 128). A fact that a node does not have is None: it equals no value, is neither less nor more than one, and is
+written "-" in the rows of a library.
 """
 
+import functools
+import re
 from collections.abc import Callable, Mapping
 from typing import Any
 
 from ...artifacts.errors import ArtifactError
 
 Lookup = Callable[[str], Any]
+_TOKENS = re.compile(r"[()]|[^\s()]+")
 
 
 def holds(expression: Any, look: Lookup) -> bool:
     """Whether a condition holds of the facts that `look` finds. Raises ArtifactError for one that is no condition."""
-    return bool(_value(expression, look))
+    return bool(_value(parsed(expression) if isinstance(expression, str) else expression, look))
+
+
+@functools.cache
+def parsed(text: str) -> Any:
+    """The tuples, names and numbers that a condition's text says. Raises ArtifactError for one that says none."""
+    stack: list[list[Any]] = [[]]
+    for token in _TOKENS.findall(text):
+        if token == "(":
+            stack.append([])
+        elif token == ")" and len(stack) > 1:
+            form = tuple(stack.pop())
+            stack[-1].append(form)
+        else:
+            stack[-1].append(int(token) if token.isdecimal() else token)
+    if len(stack) != 1 or len(stack[0]) != 1:
+        raise ArtifactError(f"the rules of check: no condition: {text!r:.80}")
+    return stack[0][0]
 
 
 def _value(expression: Any, look: Lookup) -> Any:
@@ -25,7 +46,7 @@ def _value(expression: Any, look: Lookup) -> Any:
         return expression[1:-1] if quoted else look(expression)
     if isinstance(expression, int):
         return expression
-    if not isinstance(expression, list) or not expression or expression[0] not in _FORMS:
+    if not isinstance(expression, tuple) or not expression or expression[0] not in _FORMS:
         raise ArtifactError(f"the rules of check: no condition: {expression!r:.80}")
     return _FORMS[expression[0]](look, *expression[1:])
 
@@ -65,7 +86,7 @@ _FORMS: Mapping[str, Callable[..., Any]] = {
     "mult": _compared(lambda a, b: b != 0 and a % b == 0),
     "mul": _computed(lambda a, b: a * b),
     "div": _computed(lambda a, b: a // b),
-    "in": lambda look, fact, values: _value(fact, look) in values,
+    "in": lambda look, fact, *values: _value(fact, look) in values,
     # the facts, joined, are one of the rows: how a library lists the dtypes that go together
     "row": _row,
     "hasattr": lambda look, name: look(f"attr.{name}") is not None,

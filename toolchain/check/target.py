@@ -5,10 +5,12 @@ from collections.abc import Iterable
 from ...artifacts.cann import RELEASES
 from ...artifacts.errors import TargetError
 from ...runtime.models.config import ModelConfig
-from ..inspect.shapes import TensorSpec
+from ...runtime.ops import OPERATORS
+from ...runtime.ops.base import TensorSpec
+from ...runtime.ops.rule import BLOCKING, Rule
 from .check import GraphCheck, admitted
 from .facts import NodeFacts
-from .rules import BLOCKING, Rule, rule_set
+from .rules import missing_from, obeyed
 
 _FUSED = "FusedInferAttentionScore"
 # What the language model attends with where a row has several tokens, by set of operators.
@@ -62,8 +64,8 @@ def _attention(op: str, dtype: str, layout: str, heads: int, kv_heads: int, widt
 
 def _refused_everywhere(facts: NodeFacts) -> Rule | None:
     """The rule that refuses a node in most releases, where every release has one that does."""
-    refusing = [rule for rule in rule_set().by_op[facts.op] if rule.severity == "refused" and not rule.obeyed(facts)]
-    known = set(RELEASES) - set(rule_set().missing_from(facts.op))
+    refusing = [rule for rule in OPERATORS[facts.op].rules if rule.severity == "refused" and not obeyed(rule, facts)]
+    known = set(RELEASES) - set(missing_from(facts.op))
     if not known <= {release for rule in refusing for release in rule.releases}:
         return None
     return max(refusing, key=lambda rule: len(rule.releases))

@@ -7,20 +7,19 @@ from typing import Annotated
 import typer
 
 from ...artifacts.errors import RequestError
-from .generate import Backend, Image
-from .options import Artifact, ExecuteMode, Json, TrustedKeys, examples
+from .asking import GivenEngine, GivenPictures
+from .options import Artifact, Json
 
-BENCH_EXAMPLES = examples(
+BENCH_EXAMPLES = (
     "qwen2vl-tc bench qwen2-vl-7b.artifact",
     "qwen2vl-tc bench qwen2-vl-7b.artifact --execute-mode eager --max-new-tokens 128 --image cat.jpg",
     "qwen2vl-tc bench qwen2-vl-7b.artifact --batch 4 --warmup 2 --runs 10 --json",
 )
-COLD_START_EXAMPLES = examples(
+COLD_START_EXAMPLES = (
     "qwen2vl-tc bench cold-start qwen2-vl-7b.artifact --json",
     "qwen2vl-tc bench cold-start qwen2-vl-7b.artifact --cold --runs 5",
 )
 
-Video = Annotated[list[str] | None, typer.Option("--video", metavar="FILE", help="A video; repeat it for several.")]
 Size = Annotated[
     str, typer.Option("--size", metavar="WxH", help="Without --image and --video: pixels of a generated picture.")
 ]
@@ -29,8 +28,8 @@ Runs = Annotated[int, typer.Option("--runs", metavar="N", help="Measured runs.")
 
 def bench(
     artifact: Artifact,
-    image: Image = None,
-    video: Video = None,
+    *,
+    pictures: GivenPictures,
     size: Size = "728x504",
     max_new_tokens: Annotated[
         int, typer.Option("--max-new-tokens", metavar="N", help="Tokens of every answer; end tokens are ignored.")
@@ -38,24 +37,20 @@ def bench(
     batch: Annotated[int, typer.Option("--batch", metavar="N", help="Equal requests, answered together.")] = 1,
     warmup: Annotated[int, typer.Option("--warmup", metavar="N", help="Runs before those that are measured.")] = 1,
     runs: Runs = 3,
-    backend: Backend = None,
-    execute_mode: ExecuteMode = None,
-    trusted_key: TrustedKeys = None,
+    engine: GivenEngine,
     as_json: Json = False,
 ) -> None:
     """Measure ViT+prefill, decode and memory; prints a Markdown table with all that its figures depend on.
 
     `qwen2vl-tc bench cold-start ARTIFACT` measures loading.
     """
-    from ...runtime import load
     from ..bench.bench import BenchOptions, markdown
     from ..bench.bench import bench as bench_model
-    from ..host.execute_mode import engine
-    from .console import note, result, result_json, step_progress
+    from .console import result, result_json, step_progress
 
-    options = BenchOptions(max_new_tokens, tuple(image or ()), tuple(video or ()), _size(size), batch, warmup, runs)
-    model = load(artifact, engine(execute_mode, backend), trusted_keys=trusted_key or None)
-    note(f"backend: {model.backend.name} ({model.reason})")
+    images, videos = tuple(pictures.images), tuple(pictures.videos)
+    options = BenchOptions(max_new_tokens, images, videos, _size(size), batch, warmup, runs)
+    model = engine.load(artifact)
     with step_progress("bench") as progress:
         measured = bench_model(model, options, progress)
     if as_json:
@@ -66,16 +61,14 @@ def bench(
 
 def cold_start(
     artifact: Artifact,
-    image: Image = None,
-    video: Video = None,
+    *,
+    pictures: GivenPictures,
     size: Size = "728x504",
     cold: Annotated[
         bool, typer.Option("--cold", help="Put the artifact out of the page cache before each run, not into it.")
     ] = False,
     runs: Runs = 3,
-    backend: Backend = None,
-    execute_mode: ExecuteMode = None,
-    trusted_key: TrustedKeys = None,
+    engine: GivenEngine,
     as_json: Json = False,
 ) -> None:
     """Measure, by phase, what passes between starting a process and its first token.
@@ -87,9 +80,10 @@ def cold_start(
     from ..bench.cold_start import markdown
     from .console import result, result_json, step_progress
 
-    options = BenchOptions(images=tuple(image or ()), videos=tuple(video or ()), size=_size(size), runs=runs)
+    images, videos = tuple(pictures.images), tuple(pictures.videos)
+    options = BenchOptions(images=images, videos=videos, size=_size(size), runs=runs)
     with step_progress("cold-start") as progress:
-        measured = measure(artifact, options, progress, backend, execute_mode, cold, trusted_key or None)
+        measured = measure(artifact, options, progress, engine.backend, engine.execute_mode, cold, engine.trusted_keys)
     if as_json:
         result_json(dataclasses.asdict(measured))
     else:

@@ -7,8 +7,8 @@ from ...artifacts.errors import MissingDependencyError, RequestError, ToolchainE
 from .console import fail, note, result, write_text
 
 if TYPE_CHECKING:
+    from ...runtime.requests.answer import Generation
     from ...runtime.requests.conversation import Conversation
-    from ...runtime.requests.generate import Generation
 
 HELP = """/image FILE   show a picture with the next message; several may be given
 /video FILE   show a clip with the next message

@@ -6,10 +6,10 @@ from typing import Annotated
 import typer
 
 from .errors import FAILED
-from .options import Json, OptionalArtifact, examples
+from .options import Json, OptionalArtifact
 from .values import releases
 
-EXAMPLES = examples(
+EXAMPLES = (
     "qwen2vl-tc check",
     "qwen2vl-tc check qwen2-vl-7b.artifact --cann 9.1",
     "qwen2vl-tc check qwen2-vl-7b.artifact --cann 8.1,8.5 --json",

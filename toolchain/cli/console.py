@@ -9,6 +9,9 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 from unicodedata import category
 
+from ..progress import BytesProgress, StepProgress
+from ..words import format_bytes
+
 if TYPE_CHECKING:
     from rich.console import Console
     from rich.progress import Progress
@@ -20,11 +23,6 @@ _LINE_SECONDS = 5.0
 
 # Unicode's bidirectional controls: they show text in another order than it has
 _DIRECTIONS = "\u061c\u200e\u200f\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069"
-
-# (bytes done, bytes in all)
-BytesProgress = Callable[[int, int], None]
-# (step, steps done, steps in all)
-StepProgress = Callable[[str, int, int], None]
 
 
 def stdout() -> "Console":
@@ -117,16 +115,6 @@ def write_text(piece: str) -> None:
     """A piece of generated text, as it comes; whole where a file or a program takes it, clean on a terminal."""
     sys.stdout.write(clean(piece) if sys.stdout.isatty() else piece)
     sys.stdout.flush()
-
-
-def format_bytes(count: int) -> str:
-    """Decimal units, as the manifests' and the vendors' numbers are."""
-    size = float(count)
-    for unit in ("B", "kB", "MB", "GB"):
-        if size < 999.5:
-            return f"{size:.3g} {unit}"
-        size /= 1000
-    return f"{size:.3g} TB"
 
 
 @contextmanager

@@ -1,6 +1,5 @@
 """What the commands print about what they did."""
 
-import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -9,18 +8,14 @@ from ...artifacts.errors import TargetError
 from ...artifacts.manifest import GePart, Graph, Manifest
 from ...artifacts.store import is_signed
 from ...runtime.memory import check_fits, soc_memory
-from .console import format_bytes, result, stdout, warn
+from ..words import command, format_bytes
+from .console import result, stdout, warn
 
 if TYPE_CHECKING:
     from rich.table import Table
 
     from ..host.warm import Warmed
     from ..weights.convert import ConvertResult
-
-
-def command(*words: "str | Path") -> str:
-    """A command line that can be copied into a shell."""
-    return shlex.join(str(word) for word in words)
 
 
 def warn_signed(target: Path) -> None:

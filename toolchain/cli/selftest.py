@@ -6,22 +6,21 @@ from typing import Annotated
 import typer
 
 from ...artifacts.errors import TargetError
+from ..words import command
+from .asking import Backend
 from .errors import FAILED
-from .options import Artifact, Json, TrustedKeys, examples
+from .options import Artifact, Json, TrustedKeys
 
-SELFTEST_EXAMPLES = examples(
+SELFTEST_EXAMPLES = (
     "qwen2vl-tc selftest qwen2-vl-7b.artifact --backend npu",
     "qwen2vl-tc selftest qwen2-vl-7b.artifact --make",
 )
-WARM_EXAMPLES = examples("qwen2vl-tc warm qwen2-vl-7b.artifact")
+WARM_EXAMPLES = ("qwen2vl-tc warm qwen2-vl-7b.artifact",)
 
 
 def selftest(
     artifact: Artifact,
-    backend: Annotated[
-        str | None,
-        typer.Option("--backend", metavar="npu|reference|onnxruntime", help="Default: the best that is here."),
-    ] = None,
+    backend: Backend = None,
     make: Annotated[
         bool,
         typer.Option(
@@ -41,7 +40,7 @@ def selftest(
     from ..selftest.make import make_selftest
     from ..selftest.report import headline, render
     from .console import fail, result, result_json, stdout, step_progress
-    from .output import command, warn_signed
+    from .output import warn_signed
 
     if make:
         if backend is not None or as_json:

@@ -9,7 +9,7 @@ from ...artifacts.cann import RELEASES, cann_release
 from ...artifacts.errors import ArtifactError, ConfigError, RequestError, TargetError
 
 if TYPE_CHECKING:
-    from ...runtime.pictures.items import VisionOptions
+    from ...runtime.pictures.request import VisionOptions
 
 MODES = ("dynamo", "onnx", "air")
 DUMPS = ("pbtxt",)
@@ -72,25 +72,6 @@ def check_source(src: Path) -> None:
         raise ConfigError(f"{src}: no such folder; --src is a checkpoint as downloaded from Hugging Face")
     if not src.is_dir():
         raise ConfigError(f"{src}: is a file; --src is the checkpoint's folder")
-
-
-def chat_messages(prompt: str, images: list[str], videos: list[str], system: str | None) -> list[dict[str, Any]]:
-    """One question in the form that the runtime takes: pictures first, as the model was trained."""
-    pictures = [*(("image", path) for path in images), *(("video", path) for path in videos)]
-    content = [*({"type": kind, kind: path} for kind, path in pictures), {"type": "text", "text": prompt}]
-    question = {"role": "user", "content": content}
-    return [question] if system is None else [{"role": "system", "content": system}, question]
-
-
-def vision_options(
-    min_pixels: int | None, max_pixels: int | None, video_sampling: str, picture_modes: str, allow_http: bool
-) -> "VisionOptions":
-    """Raises RequestError for an unknown sampling or modes, and for bounds that make no sense."""
-    from ...runtime.pictures.items import VisionOptions
-    from ...runtime.pictures.sources import HttpLimits
-
-    http = HttpLimits(allowed=allow_http)
-    return VisionOptions(min_pixels, max_pixels, video_sampling, http, picture_modes=picture_modes)
 
 
 def _read(path: Path) -> bytes:

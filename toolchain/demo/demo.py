@@ -1,23 +1,20 @@
 """`demo`: with no weights at hand, a tiny trained model goes the whole way, by the commands that a user types."""
 
 import shutil
-import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ...artifacts.errors import ToolchainError
 from ...artifacts.own import make_own, own_folder
-from ..build.build import BuildResult, Phases, build
-from ..build.compile import CompileOptions
-from ..cli.console import bytes_progress, note, result, stdout, step_progress, write_text
-from ..cli.output import command
-from ..inspect.inspect import RECIPE_7B, Inspection, inspect_artifact, render
+from ..build.build import BuildResult
+from ..inspect.inspect import RECIPE_7B, Inspection
+from ..words import command
 from . import CHECKPOINT as TRAINED
 from .pictures import Scene, Thing, description, draw
 
 if TYPE_CHECKING:
-    from ...runtime.requests.generate import Generation
+    from ...runtime.requests.answer import Generation
 
 DEFAULT_FOLDER = Path("qwen2vl-tc-demo")
 CHECKPOINT = "tiny-qwen2-vl"
@@ -52,63 +49,8 @@ class DemoResult:
     seconds: float
 
 
-def run_demo(folder: Path, keep: bool = True) -> DemoResult:
-    """Put a tiny model and a picture into `folder`, then build, generate and inspect, printing each command and what
-    came of it.
-
-    Raises ToolchainError if the folder holds something else than an earlier demo, if verification fails, or if the
-    model's answer is wrong.
-    """
-    begin = time.perf_counter()
-    _prepare(folder)
-    src, artifact, picture = folder / CHECKPOINT, folder / ARTIFACT, folder / PICTURE
-    try:
-        _title("1. A tiny checkpoint, trained on pictures of coloured shapes, and a picture that it has never seen")
-        make_own(src)
-        for file in TRAINED.iterdir():
-            shutil.copyfile(file, src / file.name)
-        draw(SCENE)[0].save(picture)
-        result(f"{src}: in the form that Hugging Face publishes, but tiny")
-        result(f"{picture}: {', '.join(f'{thing} at the {thing.where}' for thing in SCENE.things)}")
-
-        _title("2. Build: convert the weights, compile the graphs, verify both against transformers")
-        _show("build", "--src", src, "--out", artifact, "--max-length", MAX_LENGTH)
-        phases = Phases(bytes_progress, step_progress)
-        built = build(src, artifact, options=CompileOptions(max_length=MAX_LENGTH), phases=phases)
-        if built.report is not None:
-            from ..verify.report import render as render_report
-
-            render_report(built.report, stdout())
-        if not built.committed:
-            raise ToolchainError(f"{artifact}: verification failed; `qwen2vl-tc doctor` shows what is installed here")
-
-        _title("3. Generate: the runtime loads the artifact, traces nothing, and answers")
-        shown = ("--image", picture, "--prompt", PROMPT, "--max-new-tokens", NEW_TOKENS)
-        _show("generate", artifact, *shown)
-        answer = _answer(artifact, picture)
-        write_text(answer.text)
-        result("")
-        if answer.text != EXPECTED:
-            raise ToolchainError(f"{artifact}: answered {answer.text!r}, expected {EXPECTED!r}; please report this")
-        result("The picture shows just that.")
-
-        _title("4. Inspect: what is in the artifact")
-        _show("inspect", artifact)
-        inspection = inspect_artifact(artifact)
-        render(inspection, stdout())
-
-        made = DemoResult(folder, built, answer, inspection, time.perf_counter() - begin)
-        _title("Summary")
-        for line in summary(made, keep):
-            result(line)
-    finally:
-        if not keep:
-            _remove(folder)
-    return made
-
-
 def summary(made: DemoResult, keep: bool) -> list[str]:
-    """What happened, for somebody who sees all of this for the first time."""
+    """What happened, in lines, for somebody who sees all of this for the first time."""
     inspection, answer = made.inspection, made.answer
     text, vision = inspection.model.text, inspection.model.vision
     values = inspection.weights.values if inspection.weights else 0
@@ -147,30 +89,10 @@ def _transposes(inspection: Inspection) -> str:
     return f"{ours} (recipe at 7B: {sum(figures['transpose_weight'] for figures in RECIPE_7B.values())})"
 
 
-def _answer(artifact: Path, picture: Path) -> "Generation":
-    from ...runtime import load
-    from ..cli.values import chat_messages
+def prepare(folder: Path) -> None:
+    """Make the folder, or take an earlier demo's, and put the checkpoint and the picture into it.
 
-    model = load(artifact)
-    note(f"backend: {model.backend.name} ({model.reason})")
-    try:
-        return model.generate(chat_messages(PROMPT, [str(picture)], [], None), max_new_tokens=NEW_TOKENS)
-    finally:
-        model.close()
-
-
-def _title(text: str) -> None:
-    console = stdout()
-    console.print()
-    console.print(text, style="bold")
-
-
-def _show(*words: "str | int | Path") -> None:
-    result("$ " + command("qwen2vl-tc", *map(str, words)))
-
-
-def _prepare(folder: Path) -> None:
-    """Make the folder, or take an earlier demo's. Raises ToolchainError for any other that is not empty."""
+    Raises ToolchainError for any other that is not empty."""
     mark = folder / _IGNORE
     # whoever made the folder could have put links into it
     if own_folder(folder) and any(folder.iterdir()) and not (mark.is_file() and mark.read_bytes() == _MARK.encode()):
@@ -178,9 +100,13 @@ def _prepare(folder: Path) -> None:
     folder.parent.mkdir(parents=True, exist_ok=True)
     make_own(folder)
     mark.write_text(_MARK)
+    make_own(folder / CHECKPOINT)
+    for file in TRAINED.iterdir():
+        shutil.copyfile(file, folder / CHECKPOINT / file.name)
+    draw(SCENE)[0].save(folder / PICTURE)
 
 
-def _remove(folder: Path) -> None:
+def remove(folder: Path) -> None:
     """Delete what a demo makes, and the folder unless a user put something into it."""
     for name in (CHECKPOINT, ARTIFACT):
         shutil.rmtree(folder / name, ignore_errors=True)

@@ -22,10 +22,11 @@ from ...artifacts.errors import ToolchainError
 from ...artifacts.host.process import cann_problem, npu_count, npu_usable, release
 from ...artifacts.store import ge_part, read_manifest
 from ...exporters.torchair.cann_stubs.build import find_compiler, stubs_folder
+from .memory import available_bytes
 
 Status = Literal["ok", "missing", "warning"]
 
-BASE = ("blake3", "jinja2", "ml-dtypes", "numpy", "pillow", "protobuf", "rich", "safetensors", "tokenizers", "typer")
+BASE = ("blake3", "jinja2", "ml-dtypes", "numpy", "pillow", "protobuf", "rich", "tokenizers", "typer")
 # What torch-npu and torchair import without declaring it, by the name of the package and of the module.
 TORCH_NPU_IMPORTS = {
     "attrs": "attr",
@@ -80,6 +81,7 @@ def diagnose(artifact: Path | None = None) -> Diagnosis:
         _python(),
         _platform(),
         _base(),
+        _families(),
         _package("torch", "reference", "running graphs on the CPU, compiling and verifying need it"),
         _torch_npu(),
         _torch_npu_imports(),
@@ -194,6 +196,12 @@ def _base() -> Finding:
     return Finding("base packages", "ok", ", ".join(f"{name} {_version(name)}" for name in BASE))
 
 
+def _families() -> Finding:
+    from ...runtime.models import FAMILIES
+
+    return Finding("models", "ok", ", ".join(f"{each.title} ({each.name})" for each in FAMILIES.values()))
+
+
 def _package(name: str, extra: str, purpose: str) -> Finding:
     version = _version(name)
     if version is None:
@@ -285,23 +293,8 @@ def _stubs() -> Finding:
     return Finding("CANN stand-ins", "ok", "not built yet; the first compile does it")
 
 
-def memory_available_bytes() -> int | None:
-    """Memory that can be taken without swapping, within the container's limit; None where the system does not say."""
-    try:
-        text = Path("/proc/meminfo").read_text()
-        available = int(re.search(r"MemAvailable:\s+(\d+) kB", text)[1]) * 1024  # type: ignore[index]
-    except (OSError, TypeError, ValueError):
-        return None
-    try:
-        limit = int(Path("/sys/fs/cgroup/memory.max").read_text())
-        used = int(Path("/sys/fs/cgroup/memory.current").read_text())
-    except (OSError, ValueError):
-        return available
-    return max(0, min(available, limit - used))
-
-
 def _memory() -> Finding:
-    available = memory_available_bytes()
+    available = available_bytes()
     if available is None:
         return Finding("memory", "warning", "unknown on this system", "compiling takes about 1 GB")
     detail = f"{available / GIB:.1f} GiB available"

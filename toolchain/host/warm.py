@@ -11,7 +11,7 @@ from ...artifacts.host.process import driver_version, npu_problem
 from ...artifacts.store import ge_part
 
 if TYPE_CHECKING:
-    from ..cli.console import StepProgress
+    from ..progress import StepProgress
     from ..selftest.check import SelftestReport
 
 # pixels: the smallest picture at the published min_pixels, 2 x 2 merged patches

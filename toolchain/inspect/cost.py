@@ -1,17 +1,20 @@
 """What one run of a graph costs at given lengths: activation memory, masks, arithmetic, bytes moved, a roofline."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from ...artifacts.errors import TargetError
 from ...artifacts.ge.binding import CACHE, CONSTANT, LENGTHS, PARAMETER, Binding, BoundInput
 from ...artifacts.ge.graph import GeGraph, Node
-from ...artifacts.ge.ops import ATTENTIONS, INPUTS, WRITES, op_kind
+from ...artifacts.ge.ops import INPUTS
 from ...runtime.models import family_of
 from ...runtime.models.base import Argument, GraphSpec, visual_sizes
 from ...runtime.models.config import ModelConfig
-from .roofline import Assumptions, Estimate, Sequences, estimate, operator_cost
-from .shapes import Specs, TensorSpec, live_nodes, node_inputs, propagate
+from ...runtime.ops import OPERATORS, known
+from ...runtime.ops.attention import MASK
+from ...runtime.ops.base import LAYOUT, OpCost, Sequences, Specs, TensorSpec, Work
+from .roofline import Assumptions, Estimate, estimate
+from .shapes import live_nodes, node_inputs, propagate
 
 # One picture of 504 x 728, and the prompt that asks about it: 1872 / 4 image tokens and 39 of text.
 DEFAULT_PATCHES = 1872
@@ -23,8 +26,6 @@ MEMORY_ASSUMED = (
     "last reader has run, the graph's outputs to the end. Reshape and in-place writes reuse their input's memory, "
     "SplitV copies. Not in it: weights, KV cache, arguments, the kernels' own workspaces."
 )
-# The mask's place among the inputs of all three attention operators.
-_ATTEN_MASK = 4
 
 
 @dataclass(frozen=True)
@@ -141,17 +142,7 @@ def graph_cost(
     bound = {node.name: each for node, each in zip(graph.inputs, binding.inputs, strict=True)}
     constants = {node.name for node in nodes if node.constant is not None}
     sequences = Sequences(lengths.tokens, lengths.segments)
-    costs = [
-        operator_cost(
-            node,
-            node_inputs(node, specs),
-            specs[node.name],
-            [edge is not None and edge[0] in constants for edge in node.inputs],
-            sequences,
-        )
-        for node in nodes
-        if op_kind(node.op) == "device"
-    ]
+    costs = list(_costs(nodes, specs, constants, sequences))
     peak, peak_operator = peak_activations(graph, specs)
     arguments = {
         name for name, each in bound.items() if each.kind not in (PARAMETER, CONSTANT, CACHE, LENGTHS) and not each.host
@@ -169,10 +160,21 @@ def graph_cost(
     )
 
 
+def _costs(
+    nodes: Sequence[Node], specs: Mapping[str, Specs], constants: set[str], sequences: Sequences
+) -> Iterator[OpCost]:
+    """Those of the device operators. See roofline.COUNTED."""
+    for node in nodes:
+        operator = OPERATORS.get(node.op)
+        if operator is not None and operator.cost is not None:
+            inside = [edge is not None and edge[0] in constants for edge in node.inputs]
+            yield operator.cost(node, Work(node_inputs(node, specs), inside, specs[node.name], sequences))
+
+
 def _behind(edge: tuple[str, int], by_name: Mapping[str, Node]) -> tuple[str, int]:
     """The output whose memory this one is: seen through Reshape and the like, and through writes in place."""
     node = by_name[edge[0]]
-    while (op_kind(node.op) == "layout" or node.op in WRITES) and node.first is not None:
+    while node.first is not None and (known(node.op).kind == LAYOUT or known(node.op).writes):
         edge = node.first
         node = by_name[edge[0]]
     return edge
@@ -217,7 +219,7 @@ def _largest(
     made = [
         (spec.bytes, node, spec)
         for node in nodes
-        if node.name in arguments or (node.constant is None and node.op not in INPUTS and node.op not in WRITES)
+        if node.name in arguments or (node.constant is None and node.op not in INPUTS and not known(node.op).writes)
         for spec in specs[node.name]
     ]
     # the first of equals
@@ -229,7 +231,7 @@ def _largest(
 def _masks(nodes: Sequence[Node], specs: Mapping[str, Specs], bound: Mapping[str, BoundInput]) -> tuple[Mask, ...]:
     """Every different mask that an attention reads."""
     by_name = {node.name: node for node in nodes}
-    edges = [node.inputs[_ATTEN_MASK] for node in nodes if node.op in ATTENTIONS and len(node.inputs) > _ATTEN_MASK]
+    edges = [node.inputs[MASK] for node in nodes if known(node.op).attention and len(node.inputs) > MASK]
     found: dict[str, Mask] = {}
     for edge in edges:
         if edge is not None:

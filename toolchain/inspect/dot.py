@@ -7,8 +7,10 @@ from dataclasses import dataclass
 from ...artifacts.errors import TargetError
 from ...artifacts.ge.binding import CACHE, PARAMETER, Binding, BoundInput
 from ...artifacts.ge.graph import GeGraph, Node
-from ...artifacts.ge.ops import INPUTS, op_kind
-from .shapes import Specs, live_nodes
+from ...artifacts.ge.ops import INPUTS
+from ...runtime.ops import known
+from ...runtime.ops.base import DEVICE, Specs
+from .shapes import live_nodes
 
 # model.layers.3.mlp.down_proj.weight, visual.blocks.3.attn.qkv.weight
 _LAYER = re.compile(r"\.(?:layers|blocks)\.(\d+)\.")
@@ -59,15 +61,15 @@ def draw_layer(graph: GeGraph, binding: Binding, specs: Mapping[str, Specs], lay
     specs: `shapes.propagate`'s. Raises TargetError for a layer that is not there.
     """
     layers = layers_of(graph, binding)
-    known = sorted(set(layers.values()))
-    if not known:
+    numbers = sorted(set(layers.values()))
+    if not numbers:
         raise TargetError(f"graph {binding.graph}: no parameter names a layer, there is none to draw")
-    chosen = known[min(1, len(known) - 1)] if layer is None else layer
-    if chosen not in known:
-        raise TargetError(f"--layer {chosen}: graph {binding.graph} has layers {known[0]} to {known[-1]}")
+    chosen = numbers[min(1, len(numbers) - 1)] if layer is None else layer
+    if chosen not in numbers:
+        raise TargetError(f"--layer {chosen}: graph {binding.graph} has layers {numbers[0]} to {numbers[-1]}")
     inside = {node.name: node for node in live_nodes(graph) if layers.get(node.name) == chosen}
     bound = {node.name: each for node, each in zip(graph.inputs, binding.inputs, strict=True)}
-    body = [_node(name, _operator_label(node, specs, bound), op_kind(node.op)) for name, node in inside.items()]
+    body = [_node(name, _operator_label(node, specs, bound), known(node.op).kind) for name, node in inside.items()]
     body += _edges(graph, inside, specs, bound, layers)
     lines = [
         f"digraph {_quoted(f'{binding.graph}, layer {chosen}')} {{",
@@ -78,7 +80,7 @@ def draw_layer(graph: GeGraph, binding: Binding, specs: Mapping[str, Specs], lay
         *(f"  {line}" for line in dict.fromkeys(body)),
         "}",
     ]
-    device = sum(op_kind(node.op) == "device" for node in inside.values())
+    device = sum(known(node.op).kind == DEVICE for node in inside.values())
     return Drawing("\n".join(lines) + "\n", chosen, device)
 
 

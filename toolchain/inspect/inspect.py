@@ -7,7 +7,6 @@ from pathlib import Path
 from ...artifacts.errors import ArtifactError, TargetError
 from ...artifacts.ge.binding import PARAMETER, Binding, binding_from_bytes
 from ...artifacts.ge.graph import GeGraph, read_graph
-from ...artifacts.ge.ops import TRANSPOSES, count_kinds, device_ops_per_layer, input_behind, live_ops
 from ...artifacts.manifest import GePart, Graph, Manifest, OnnxPart
 from ...artifacts.store import Artifact, ge_part, open_artifact, read_signed
 from ...runtime.backends.ge.checks import check_graph
@@ -15,6 +14,8 @@ from ...runtime.memory import device_memory, soc_memory
 from ...runtime.models import config_of, family_of, graphs_of, spec_of
 from ...runtime.models.base import GraphSpec
 from ...runtime.models.config import ModelConfig
+from ...runtime.ops import known
+from ...runtime.ops.graphs import count_kinds, device_ops_per_layer, input_behind, live_ops
 from ..build.onnx import WEIGHTS, planned_bytes
 from ..check.check import inserted
 from .cost import Lengths, choose_lengths, graph_cost, input_specs
@@ -111,7 +112,7 @@ def count_graph_ops(graph: GeGraph, binding: Binding) -> OpCounts:
     kept = [op for op in ops if op.name in live]
     by_name = {op.name: op for op in kept}
     weights = {node.name for node, bound in zip(graph.inputs, binding.inputs, strict=True) if bound.kind == PARAMETER}
-    transposed = [op for op in kept if op.type in TRANSPOSES and input_behind(op.first, by_name) in weights]
+    transposed = [op for op in kept if known(op.type).transposes and input_behind(op.first, by_name) in weights]
     return OpCounts(
         **count_kinds(op.type for op in kept),
         transpose_weight=len(transposed),

@@ -9,7 +9,7 @@ from rich.text import Text
 from ...artifacts.ge.ops import INPUTS
 from ...artifacts.manifest import OperatorNote
 from ...artifacts.signing import Signed
-from ..cli.console import format_bytes
+from ..words import format_bytes
 from .cost import MEMORY_ASSUMED, GraphCost, Lengths
 from .roofline import COUNTED
 from .views import RECIPE_7B, GraphView, Inspection, TensorView

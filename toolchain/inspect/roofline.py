@@ -1,16 +1,13 @@
-"""What one operator computes and moves, and a roofline estimate of a graph from that: a bound, not a measurement.
+"""A roofline estimate of a graph from what its operators compute and move: a bound, not a measurement.
 
 The roofline model (Williams, Waterman, Patterson: "Roofline", CACM 2009): a kernel takes at least the longer of its
 arithmetic at peak rate and its bytes at peak bandwidth.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
-from math import prod
 
-from ...artifacts.ge.graph import Node
-from ...artifacts.ge.ops import ATTENTIONS, WRITES
-from .shapes import Specs, TensorSpec
+from ...runtime.ops.base import OpCost
 
 ASSUMPTION = (
     "an estimate from assumptions, not a measurement: per operator the longer of FLOPs / peak and bytes / bandwidth, "
@@ -22,26 +19,6 @@ COUNTED = (
     "other operators 0. Bytes: every input and output once; of a table the rows that are gathered, of the cache the "
     "rows that are valid or written; constants inside the graph 0."
 )
-_RIGHT_DOWN_CAUSAL = 3
-# Where the operators' definitions have their lists of lengths; the reference executor reads them in the same places.
-_QUERY_LENGTHS = {"FusedInferAttentionScore": 5}
-_KV_LENGTHS = {"FusedInferAttentionScore": 6, "IncreFlashAttention": 5}
-
-
-@dataclass(frozen=True)
-class Sequences:
-    """Lengths that no shape shows: valid cache rows of every batch row, and the patches of every vision segment."""
-
-    kv_length: int
-    segments: tuple[int, ...]
-
-
-@dataclass(frozen=True)
-class OpCost:
-    """FLOPs of one operator, and the bytes it reads and writes."""
-
-    flops: int
-    bytes: int
 
 
 @dataclass(frozen=True)
@@ -81,55 +58,6 @@ def why_no_assumptions(soc: str, dtype: str) -> str:
     if soc not in _SOCS:
         return f"nothing is assumed about {soc}, only about {', '.join(_SOCS)}"
     return f"no peak rate is assumed for {dtype} on {soc}, only for {' and '.join(_PEAK_DTYPES)}"
-
-
-def _read_length(node: Node, inputs: Sequence[TensorSpec | None], k: TensorSpec, sequences: Sequences) -> int:
-    """Cache rows that an attention in the BSH layout reads: the valid ones where it is told, else all."""
-    place = _KV_LENGTHS.get(node.op)
-    told = place is not None and place < len(inputs) and inputs[place] is not None
-    return min(sequences.kv_length, k.shape[1]) if told else k.shape[1]
-
-
-def _attention_cost(node: Node, inputs: Sequence[TensorSpec | None], outputs: Specs, sequences: Sequences) -> OpCost:
-    q, k, v = inputs[:3]
-    if q is None or k is None or v is None:
-        raise ValueError(f"{node.where} has no query, key or value")
-    others = sum(spec.bytes for spec in inputs[3:] if spec) + sum(spec.bytes for spec in outputs)
-    if node.attributes["input_layout"] == "TND":
-        pairs = sum(length * length for length in sequences.segments)
-        return OpCost(4 * pairs * q.shape[1] * q.shape[2], q.bytes + k.bytes + v.bytes + others)
-    batch, tokens, width = q.shape
-    if node.op in _QUERY_LENGTHS and inputs[_QUERY_LENGTHS[node.op]] is not None:
-        # the vision tower's segments, each over itself
-        pairs = sum(length * length for length in sequences.segments)
-        return OpCost(4 * pairs * width, q.bytes + k.bytes + v.bytes + others)
-    length = _read_length(node, inputs, k, sequences)
-    pairs = tokens * length
-    if node.attributes.get("sparse_mode") == _RIGHT_DOWN_CAUSAL:
-        # the last token sees all, every token before it one less
-        pairs -= tokens * (tokens - 1) // 2
-    cache = (k.bytes + v.bytes) * length // k.shape[1]
-    return OpCost(4 * batch * pairs * width, q.bytes + cache + others)
-
-
-def operator_cost(
-    node: Node, inputs: Sequence[TensorSpec | None], outputs: Specs, constants: Sequence[bool], sequences: Sequences
-) -> OpCost:
-    """Cost of a device operator; `constants` says which inputs are constants inside the graph. See COUNTED."""
-    if node.op in ATTENTIONS:
-        return _attention_cost(node, inputs, outputs, sequences)
-    fed = [spec for spec, constant in zip(inputs, constants, strict=True) if spec is not None and not constant]
-    written = sum(spec.bytes for spec in outputs)
-    if node.op == "GatherV2":
-        return OpCost(0, sum(spec.bytes for spec in fed[1:]) + 2 * written)
-    if node.op in WRITES:
-        updates = fed[-1].bytes
-        return OpCost(0, sum(spec.bytes for spec in fed[1:]) + updates)
-    flops = 0
-    if node.op == "MatMul" and inputs[0] is not None:
-        inner = inputs[0].shape[0 if node.attributes.get("transpose_x1") else 1]
-        flops = 2 * prod(outputs[0].shape) * inner
-    return OpCost(flops, sum(spec.bytes for spec in fed) + written)
 
 
 def estimate(costs: Iterable[OpCost], assumed: Assumptions) -> Estimate:

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ...runtime.backends.ge.operators import TORCH_DTYPES
+from ...runtime.dtypes import torch_dtype
 from ...runtime.models import family_of
 from ...runtime.models.base import MODEL_DTYPE, Argument, GraphOptions, GraphSpec, visual_sizes
 from ...runtime.models.config import ModelConfig
@@ -29,7 +29,7 @@ def constant_tables(config: ModelConfig, options: GraphOptions, dtype: str) -> d
     made: dict[str, Tensor] = modules_of(config).tables(config, options)
     # what is floating here is fp32
     return {
-        name: (table.to(TORCH_DTYPES[dtype]) if table.is_floating_point() else table).contiguous()
+        name: (table.to(torch_dtype(dtype)) if table.is_floating_point() else table).contiguous()
         for name, table in made.items()
     }
 
@@ -38,10 +38,10 @@ def empty_model(config: ModelConfig, options: GraphOptions, dtype: str) -> nn.Mo
     """The model without memory: its parameters are on torch's meta device."""
     tables = constant_tables(config, options, dtype)
     default = torch.get_default_dtype()
-    torch.set_default_dtype(TORCH_DTYPES[dtype])
+    torch.set_default_dtype(torch_dtype(dtype))
     try:
         with torch.device("meta"):
-            model: nn.Module = modules_of(config).Model(config, options, tables).eval()
+            model: nn.Module = modules_of(config).MODULES(config, options, tables).eval()
     finally:
         torch.set_default_dtype(default)
     return model
@@ -58,10 +58,10 @@ def _example(argument: Argument, sizes: Mapping[str, int], layers: int, dtype: s
     shape = [sizes[size] if isinstance(size, str) else size for size in argument.shape]
     if argument.kind == "lengths":
         return [sizes["tokens"] + 2 * i for i in range(shape[0])]
-    torch_dtype = TORCH_DTYPES[dtype if argument.dtype == MODEL_DTYPE else argument.dtype]
+    made_in = torch_dtype(dtype if argument.dtype == MODEL_DTYPE else argument.dtype)
     tensors = []
     for _ in range(layers if argument.kind == "cache" else 1):
-        tensor = torch.empty(shape, dtype=torch_dtype, device=device)
+        tensor = torch.empty(shape, dtype=made_in, device=device)
         for axis in range(len(shape)):
             if axis not in argument.free:
                 torch._dynamo.mark_static(tensor, axis)

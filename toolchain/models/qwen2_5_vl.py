@@ -12,13 +12,13 @@ from .attention import Segments
 from .layers import GatedMlp, RMSNorm
 from .qwen2_vl import tables
 
-__all__ = ["Model", "tables"]
+__all__ = ["MODULES", "tables"]
 
 # the tower fixes it; config.json has no field for it
 _EPS = 1e-6
 
 
-class Model(decoder.Decoder):
+class Qwen25VL(decoder.Decoder):
     """The whole model."""
 
     def __init__(self, config: Qwen25VLConfig, options: GraphOptions, tables: Mapping[str, Tensor]) -> None:
@@ -54,3 +54,6 @@ class Model(decoder.Decoder):
         segments = [whole if full else windows for full in self.full]
         embeds: Tensor = self.visual(patches, positions, segments, self.constants)
         return embeds
+
+
+MODULES = Qwen25VL

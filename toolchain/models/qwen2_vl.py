@@ -20,7 +20,7 @@ def tables(config: ModelConfig, options: GraphOptions) -> dict[str, Tensor]:
     return {**decoder.tables(config.text, options), **tower.tables(config.vision)}
 
 
-class Model(decoder.Decoder):
+class Qwen2VL(decoder.Decoder):
     """The whole model."""
 
     def __init__(self, config: ModelConfig, options: GraphOptions, tables: Mapping[str, Tensor]) -> None:
@@ -43,3 +43,6 @@ class Model(decoder.Decoder):
     def _embed(self, patches: Tensor, positions: Tensor, segments: Segments) -> Tensor:
         embeds: Tensor = self.visual(patches, positions, [segments] * len(self.visual.blocks), self.constants)
         return embeds
+
+
+MODULES = Qwen2VL

@@ -15,7 +15,7 @@ from ...artifacts.store import Artifact, ge_part, onnx_part, read_manifest
 from ...runtime.loader import ONNXRUNTIME
 from ...runtime.model import Model
 from ...runtime.models import config_of
-from ..verify.report import output_tolerance
+from ..verify.tolerances import output_tolerance
 from .compare import FLOOR, OF_OWN, Distance, distance, limit_of
 from .file import from_bytes
 from .known import Known

@@ -11,10 +11,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from ...artifacts.dtypes import stored_name
 from ...artifacts.errors import ArtifactError, RequestError
 from ...artifacts.ge.ops import MOST_PATCHES
 from ...artifacts.safetensors import header_bytes, read_header
 from ...runtime.backends.base import Ints
+from ...runtime.dtypes import numpy_dtype
 from ...runtime.models import family_of
 from ...runtime.models.base import Picture
 from ...runtime.models.config import ModelConfig
@@ -23,7 +25,7 @@ from .inputs import SCRIPTS, STEPS, VISUAL_CALLS, Script, SelftestInputs, Selfte
 from .known import SUMS, Answer, Known
 from .observe import Call
 
-_DTYPES: dict[str, np.dtype[Any]] = {"U8": np.dtype(np.uint8), "I64": np.dtype(np.int64), "F32": np.dtype(np.float32)}
+_DTYPES = {stored_name(name): numpy_dtype(name) for name in ("uint8", "int64", "fp32")}
 Array = NDArray[Any]
 
 

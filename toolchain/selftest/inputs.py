@@ -120,7 +120,7 @@ def _visual(sizes: tuple[tuple[int, int], ...], settings: ImageSettings, seed: i
         height, width = rows * settings.factor, columns * settings.factor
         cut = PatchGrid(1, height, width, settings)
         cut.write(0, picture(width, height, seed + i))
-        patches.append(cut.patches())
+        patches.append(cut.patches)
         grids.append(cut.grid)
     return SelftestPictures(np.concatenate(patches), np.array(grids, np.int64))
 

@@ -9,7 +9,7 @@ import numpy as np
 from ...artifacts.errors import ArtifactError, TargetError
 from ...artifacts.host.process import prepare_process
 from ...artifacts.manifest import MOST_OWN_RMS, Folding, Manifest, OwnError, SelftestPart
-from ...artifacts.staging import Staging, stage
+from ...artifacts.staging import Staging, amend
 from ...artifacts.store import Artifact, ge_part, open_artifact
 from ...runtime.backends.base import Backend
 from ...runtime.models import config_of
@@ -20,7 +20,7 @@ from .known import Floats, Known, known_of, whole_outputs
 from .observe import KINDS, Call, observe
 
 if TYPE_CHECKING:
-    from ..cli.console import StepProgress
+    from ..progress import StepProgress
     from ..verify.reference import HfReference
 
 SELFTEST_PATH = "selftest/selftest.safetensors"
@@ -35,10 +35,9 @@ class MadeSelftest:
     known: Known
     own: dict[str, OwnError]
 
-    def stage(self, staging: Staging, manifest: Manifest) -> Manifest:
-        """Stage the file; returns the manifest with it, for the caller to commit."""
-        entry = staging.add(SELFTEST_PATH, to_bytes(self.known))
-        return dataclasses.replace(manifest, selftest=SelftestPart(self.source, **self.own, file=entry))
+    def stage(self, staging: Staging) -> SelftestPart:
+        """Stage the file; returns the manifest's part, for the caller to commit."""
+        return SelftestPart(self.source, **self.own, file=staging.add(SELFTEST_PATH, to_bytes(self.known)))
 
 
 def make_selftest(path: Path, progress: "StepProgress", *, sync: bool = True) -> Manifest:
@@ -47,15 +46,10 @@ def make_selftest(path: Path, progress: "StepProgress", *, sync: bool = True) ->
     For models that transformers cannot hold in fp32 here: beside the mapped weights it takes less than 4 GB.
     Raises ArtifactError for an artifact without weights or GE graphs, TargetError for a cache that is too short.
     """
-    with stage(path, sync=sync, resumes=False) as staging:
-        if staging.base is None:
-            raise ArtifactError(
-                f"{path}: no artifact there; make one with `qwen2vl-tc build --src <hf_dir> --out {path}`"
-            )
+    with amend(path, sync=sync) as (staging, base):
         with open_artifact(path) as artifact:
             made = by_reference(artifact, progress)
-        manifest = made.stage(staging, staging.base)
-        staging.keep(manifest.files())
+        manifest = dataclasses.replace(base, selftest=made.stage(staging))
         staging.commit(manifest)
     return manifest
 
@@ -87,11 +81,11 @@ def by_transformers(artifact: Artifact, against: Path) -> MadeSelftest:
         raise ArtifactError(f"{artifact.path}: has no weights; run `qwen2vl-tc convert` first")
     inputs = make_inputs(config_of(artifact.manifest), part.max_length)
     prepare_process()
-    from ...runtime.backends.ge.operators import TORCH_DTYPES
     from ...runtime.backends.reference import ReferenceBackend
+    from ...runtime.dtypes import torch_dtype
     from ..verify.reference import open_reference
 
-    known = known_of(inputs, _originals(open_reference(against, TORCH_DTYPES[part.dtype]), inputs, weights.folding))
+    known = known_of(inputs, _originals(open_reference(against, torch_dtype(part.dtype)), inputs, weights.folding))
     return _measured(artifact, ReferenceBackend(artifact, check_weights=False), TRANSFORMERS, known)
 
 

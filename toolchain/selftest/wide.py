@@ -12,10 +12,11 @@ from torch import Tensor
 from ...artifacts.ge.graph import Node, read_graph
 from ...runtime.backends.ge.checks import check_graph
 from ...runtime.backends.ge.executor import Executor
-from ...runtime.backends.ge.kernel import Operator, Outputs
-from ...runtime.backends.ge.operators import operator, wide_product
 from ...runtime.backends.model import KvCache
 from ...runtime.backends.reference import ReferenceBackend
+from ...runtime.ops import kernel_of
+from ...runtime.ops.kernel import Kernel, Outputs
+from ...runtime.ops.mat_mul import wide_product
 
 _HALF = (torch.bfloat16, torch.float16)
 
@@ -32,12 +33,12 @@ class WideBackend(ReferenceBackend):
     def load_graph(self, name: str, data: bytes, where: str) -> None:
         graph = read_graph(data, where)
         check_graph(graph, self.binding(name), where)
-        self._executors[name] = Executor(graph, where, soc=self._part.soc, lookup=wide_operator)
+        self._executors[name] = Executor(graph, where, soc=self._part.soc, lookup=wide_kernel)
 
 
-def wide_operator(node: Node, where: str, soc: str) -> Operator:
-    """The operator's own function on widened inputs. Raises what `operator` raises."""
-    function = operator(node, where, soc)
+def wide_kernel(node: Node, where: str, soc: str) -> Kernel:
+    """The operator's own function on widened inputs. Raises what `kernel_of` raises."""
+    function = kernel_of(node, where, soc)
     if node.op == "MatMul":
         return _products
     if node.op == "GatherV2":
@@ -51,7 +52,7 @@ def _wide(tensor: Any) -> Any:
 
 
 def _products(node: Node, x1: Tensor, x2: Tensor, bias: Tensor | None = None, *rest: None) -> Outputs:
-    """MatMul (see mat_mul), a block of the weight's rows at a time."""
+    """MatMul (see runtime.ops.mat_mul), a block of the weight's rows at a time."""
     x = _wide(x1.t() if node.attributes.get("transpose_x1") else x1)
     weight = x2 if node.attributes.get("transpose_x2") else x2.t()
     out = wide_product(x, weight)

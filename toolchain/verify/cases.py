@@ -7,7 +7,7 @@ import numpy as np
 from PIL import Image
 
 from ...artifacts.errors import ArtifactError, TargetError
-from ...runtime.pictures.items import VisionOptions
+from ...runtime.pictures.request import VisionOptions
 from ...runtime.text.prompt import Processor, Prompt
 
 # (width, height): no multiples of a merge window, so that resizing is checked too; small, so that the 16 decode steps

@@ -11,10 +11,11 @@ from torch import Tensor
 
 from ...artifacts.ge.binding import CACHE, PARAMETER, Binding
 from ...artifacts.ge.graph import GeGraph, Node
-from ...artifacts.ge.ops import TRANSPOSES, op_kind
 from ...runtime.models import family_of
 from ...runtime.models.base import Role, Weight
 from ...runtime.models.config import ModelConfig
+from ...runtime.ops import known
+from ...runtime.ops.base import DATA, LAYOUT
 from ..weights.names import new_name
 
 # Operators that a weight belongs to; the first input is what they work on.
@@ -51,7 +52,7 @@ class Landmark:
 def find_landmarks(graph: GeGraph, binding: Binding, config: ModelConfig) -> list[Landmark]:
     """All landmarks of one graph, in the order in which it computes them."""
     position = {node.name: i for i, node in enumerate(graph.nodes)}
-    running = {node.name for node in graph.nodes if op_kind(node.op) != "data"}
+    running = {node.name for node in graph.nodes if known(node.op).kind != DATA}
     readers: dict[str, list[Node]] = {}
     for node in graph.nodes:
         for edge in node.inputs:
@@ -83,7 +84,7 @@ def _users(data: Node, readers: dict[str, list[Node]]) -> Iterator[Node]:
     waiting = list(reversed(readers.get(data.name, ())))
     while waiting:
         node = waiting.pop()
-        if op_kind(node.op) == "layout" or node.op in TRANSPOSES:
+        if known(node.op).kind == LAYOUT or known(node.op).transposes:
             waiting += reversed(readers.get(node.name, ()))
         else:
             yield node

@@ -2,7 +2,7 @@
 
 import warnings
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -43,6 +43,10 @@ class Expected:
     logits: Tensor
     tokens: tuple[int, ...]
 
+    def output(self, graph: str, step: int | None) -> Tensor:
+        """What one call gave: the visual output of a request with pictures, or the logits [V] of a step."""
+        return self.visual if graph == VISUAL and self.visual is not None else self.logits[step or 0]
+
 
 class Watch:
     """Keeps inputs and outputs of chosen modules during one call of the model.
@@ -60,7 +64,7 @@ class Watch:
         self.keys: list[Tensor] = []
 
     @contextmanager
-    def during(self, model: Any, call: str | int, tokens: int) -> Iterator[None]:
+    def during(self, model: Any, call: str | int) -> Iterator[None]:
         """Attach the hooks if this is the call to watch: the visual tower runs inside the prefill."""
         if call != self.call and not (call == PREFILL and self.call == VISUAL):
             yield
@@ -84,7 +88,7 @@ class Watch:
         finally:
             for hook in hooks:
                 hook.remove()
-        self.outputs = {name: torch.cat(found, -1) for name, found in parts.items() if found}
+        self.outputs = {name: torch.cat(seen, -1) for name, seen in parts.items() if seen}
 
     def take_keys(self, call: str | int, cache: Any, tokens: int) -> None:
         if call == self.call:
@@ -195,7 +199,7 @@ class HfReference:
         try:
             for step in range(1 + steps):
                 call: str | int = PREFILL if step == 0 else step
-                with watch.during(self.model, call, ids.shape[1]) if watch else _nothing():
+                with watch.during(self.model, call) if watch else nullcontext():
                     out = self.model(
                         input_ids=ids,
                         position_ids=positions,
@@ -216,19 +220,20 @@ class HfReference:
             hook.remove()
         return Expected(visual[0] if visual else None, torch.stack(logits), tuple(made))
 
-    @torch.no_grad()
-    def compute_in(self, dtype: torch.dtype) -> None:
-        """Change the model to the artifact's dtype in place, or back to fp32: exact, as the weights are rounded to it.
+    @contextmanager
+    def computing_in(self, dtype: torch.dtype) -> Iterator[None]:
+        """The model in the artifact's dtype, and in fp32 again afterwards: exact, as the weights are rounded to it."""
+        self._convert(dtype)
+        try:
+            yield
+        finally:
+            self._convert(torch.float32)
 
-        Parameters only: like from_pretrained, it leaves the rotary frequencies in fp32.
-        """
+    @torch.no_grad()
+    def _convert(self, dtype: torch.dtype) -> None:
+        # parameters only: like from_pretrained, it leaves the rotary frequencies in fp32
         for parameter in self.model.parameters():
             parameter.data = parameter.data.to(dtype)
-
-
-@contextmanager
-def _nothing() -> Iterator[None]:
-    yield
 
 
 @contextmanager

@@ -1,7 +1,6 @@
-"""`verify`: an artifact's graphs, run on CPU by the reference backend, against transformers on the same weights."""
+"""`verify`: each part of an artifact, run on CPU, against transformers on the same weights; the verdicts go into it."""
 
 import dataclasses
-import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -10,83 +9,79 @@ from ...artifacts.errors import ArtifactError, ConfigError, TargetError
 from ...artifacts.host.process import prepare_process
 from ...artifacts.manifest import Manifest
 from ...artifacts.schema import dump_json
-from ...artifacts.staging import Staging, stage
-from ...artifacts.store import Artifact, ge_part, open_artifact
+from ...artifacts.staging import Staging, amend
+from ...artifacts.store import Artifact, open_artifact
 from ...runtime.loader import open_processor
-from ...runtime.models import config_of, family_of
+from ...runtime.models import config_of
 from ...runtime.text.prompt import Processor
-from ..selftest.inputs import MOST_TOKENS
+from ..host.memory import available_bytes
+from ..progress import StepProgress, no_steps
 from ..weights.source import open_checkpoint
 from .cases import Case, make_cases, template_problem
-from .report import Progress, VerifyReport, render
+from .report import VerifyReport
+from .subjects import PARTS
 
 if TYPE_CHECKING:
     from ..selftest.make import MadeSelftest
 
-__all__ = ["VerifyReport", "render", "store_report", "verify", "verify_artifact", "with_selftest"]
-
-REPORT_PATH = "reports/verify.json"
 DEFAULT_STEPS = 16
 PASSED, FAILED = "passed", "failed"
-_MEMORY_FILE = Path("/proc/meminfo")
 
 
 def verify_artifact(
     path: Path,
     against: Path,
+    part: str = "ge",
     *,
     steps: int = DEFAULT_STEPS,
-    progress: Progress | None = None,
+    progress: StepProgress = no_steps,
     store: bool = True,
     sync: bool = True,
     trusted_keys: Sequence[str | Path] | None = None,
 ) -> VerifyReport:
-    """Verify the artifact at `path` and, with `store`, put the report and its verdict into it.
+    """Verify a part of the artifact at `path` and, with `store`, put the report and its verdict into it.
 
     A failed verification is a report with passed False, not an error. Raises what `verify` raises, and ArtifactError if
     the artifact was replaced meanwhile.
     """
     if store:
-        with stage(path, sync=sync, resumes=False):
+        with amend(path, sync=sync):
             pass  # minutes of work are not begun when the report could not be kept
     with open_artifact(path, trusted_keys) as artifact:
-        report = verify(artifact, against, steps=steps, progress=progress)
+        report = verify(artifact, against, part, steps=steps, progress=progress)
         selftest = None
         if store:
-            report, selftest = with_selftest(artifact, against, report, progress)
+            report, selftest = with_selftest(artifact, against, part, report, progress)
         verified = artifact.manifest
     if store:
-        with stage(path, sync=sync, resumes=False) as staging:
-            if staging.base != verified:
+        with amend(path, sync=sync) as (staging, present):
+            if present != verified:
                 raise ArtifactError(f"{path}: was replaced while it was being verified; verify it again")
-            manifest = store_report(staging, verified, report, selftest)
-            staging.keep(entry for entry in manifest.files() if entry in verified.files() and entry.path != REPORT_PATH)
-            staging.commit(manifest)
+            staging.commit(store_report(staging, verified, part, report, selftest))
     return report
 
 
 def store_report(
-    staging: Staging, manifest: Manifest, report: VerifyReport, selftest: "MadeSelftest | None"
+    staging: Staging, manifest: Manifest, part: str, report: VerifyReport, selftest: "MadeSelftest | None"
 ) -> Manifest:
-    """Stage reports/verify.json and the self-test; returns the manifest with both and the verdict, to be committed."""
-    entry = staging.add(REPORT_PATH, dump_json(report))
-    verdict = PASSED if report.passed else FAILED
-    manifest = dataclasses.replace(manifest, reports=(entry,), verification=verdict, selftest=None)
-    return manifest if selftest is None else selftest.stage(staging, manifest)
+    """Stage the report and the self-test; returns the manifest with both and the verdict, to be committed."""
+    entry = staging.add(PARTS[part].report_path, dump_json(report))
+    manifest = PARTS[part].with_verdict(manifest, PASSED if report.passed else FAILED, entry)
+    return manifest if selftest is None else dataclasses.replace(manifest, selftest=selftest.stage(staging))
 
 
 def with_selftest(
-    artifact: Artifact, against: Path, report: VerifyReport, progress: Progress | None = None
+    artifact: Artifact, against: Path, part: str, report: VerifyReport, progress: StepProgress = no_steps
 ) -> "tuple[VerifyReport, MadeSelftest | None]":
-    """The self-test of an artifact that passed, answered by transformers; None where it failed, or where the cache is
-    too short for it, which the report then notes. Both models of the verification are gone by now."""
-    if not report.passed:
+    """The self-test of GE graphs that passed, answered by transformers; None for ONNX models, where they failed, or
+    where the cache is too short for it, which the report then notes. Both models of the verification are gone by now.
+    """
+    if not report.passed or part != "ge":
         return report, None
     from ..selftest.make import by_transformers
-    from .run import calls_in_all
 
-    total = calls_in_all(len(report.cases), ge_part(artifact.manifest, artifact.path).batches)
-    (progress or (lambda what, done, total: None))("answers for the self-test", total, total)
+    total = PARTS[part].subject(artifact).calls(len(report.cases))
+    progress("answers for the self-test", total, total)
     try:
         return report, by_transformers(artifact, against)
     except TargetError as error:
@@ -94,37 +89,37 @@ def with_selftest(
 
 
 def verify(
-    artifact: Artifact, against: Path, *, steps: int = DEFAULT_STEPS, progress: Progress | None = None
+    artifact: Artifact,
+    against: Path,
+    part: str = "ge",
+    *,
+    steps: int = DEFAULT_STEPS,
+    progress: StepProgress = no_steps,
 ) -> VerifyReport:
-    """Compare an open artifact with the HF checkpoint in the folder `against`; writes nothing.
+    """Compare a part of an open artifact with the HF checkpoint in the folder `against`; writes nothing.
 
+    part: "ge", the GE graphs run by the reference backend, or "onnx", the ONNX models run by onnxruntime.
     Four requests (one picture, two, a clip, text only): the inputs that both make of them, the visual output, the
     prefill's logits and those of `steps` decode steps of every compiled batch size, both fed transformers' greedy
     tokens. Positions after the clip are compared with the rule of training, since newer transformers have another.
-    Where one is outside the tolerance, the first such is run again to find the first intermediate that departs.
+    Where one output of a GE graph is outside the tolerance, the first such is run again to find the first intermediate
+    that departs.
 
-    Raises ArtifactError for an artifact without weights or graphs, or of another model; ConfigError or WeightError for
-    a folder that is not a whole checkpoint; TargetError when both models do not fit into memory together, before
-    anything is loaded.
+    Raises ArtifactError for an artifact without that part, without weights, or of another model; ConfigError or
+    WeightError for a folder that is not a whole checkpoint; TargetError when both models do not fit into memory
+    together, before anything is loaded.
     """
-    manifest = artifact.manifest
-    if manifest.weights is None or manifest.ge is None:
-        missing, command = ("weights", "convert") if manifest.weights is None else ("GE graphs", "compile")
-        raise ArtifactError(
-            f"{artifact.path}: has no {missing}, so there is nothing to verify; run `qwen2vl-tc {command}` first"
-        )
-    report_progress = progress or (lambda what, done, total: None)
-    report_progress("checking the checkpoint", 0, 1)
+    subject = PARTS[part].subject(artifact)
+    progress("checking the checkpoint", 0, 1)
     check_same_model(artifact, against)
-    cases, fitting, notes = prepare_cases(open_processor(artifact), manifest.ge.max_length, steps)
-    needed = needed_memory(manifest, cases, fitting)
-    if (note := check_memory(needed, available_memory())) is not None:
+    cases, fitting, notes = prepare_cases(open_processor(artifact), subject.max_length, steps)
+    needed = subject.needed_memory(artifact.manifest, cases, fitting)
+    if (note := check_memory(needed, available_bytes())) is not None:
         notes.append(note)
-
     prepare_process()
-    from .run import Run
+    from .run import run
 
-    return Run(artifact, manifest.ge, against, cases, fitting, report_progress).report(needed, tuple(notes))
+    return run(artifact, subject, against, cases, fitting, needed, tuple(notes), progress)
 
 
 def prepare_cases(processor: Processor, max_length: int, steps: int) -> tuple[tuple[Case, ...], int, list[str]]:
@@ -164,37 +159,6 @@ def _differences(where: str, ours: Any, theirs: Any) -> Iterator[str]:
             )
     elif ours != theirs:
         yield f"{where} is {theirs} there and {ours} in the artifact"
-
-
-def needed_memory(manifest: Manifest, cases: Sequence[Case], steps: int) -> int:
-    """Bytes that both models take together, before anything is loaded.
-
-    transformers: 4 bytes a parameter. Ours: the mapped weights, the largest of them once more as fp32 (the reference
-    backend computes half-precision products in fp32) and once rounded. Both: activations of the longest request,
-    all kept while intermediates are compared, and the cache's used positions.
-    """
-    config = config_of(manifest)
-    sizes = [weight.size for weight in family_of(config).weights(config)]
-    mapped = sum(entry.bytes for entry in manifest.weights.files) if manifest.weights else 0
-    text, vision = config.text, config.vision
-    tokens = max(max(len(case.prompt.token_ids) for case in cases) + steps, MOST_TOKENS)
-    patches = max(len(case.prompt.patches) for case in cases)
-    per_token = text.num_layers * (12 * text.hidden_size + 4 * text.intermediate_size + 4 * text.kv_dim)
-    per_patch = vision.depth * (14 * vision.embed_dim + 3 * vision.mlp_dim)
-    scores = 3 * max(text.num_heads * tokens**2, vision.num_heads * patches**2)
-    rows = max(manifest.ge.batches) if manifest.ge else 1
-    logits = (len(cases) * (1 + steps) + 2 * rows) * text.vocab_size
-    return 4 * sum(sizes) + mapped + 8 * max(sizes) + 8 * (tokens * per_token + patches * per_patch + scores + logits)
-
-
-def available_memory() -> int | None:
-    """Bytes that can be taken without swapping; None where the system does not say (only Linux does)."""
-    if sys.platform != "linux" or not _MEMORY_FILE.is_file():
-        return None
-    for line in _MEMORY_FILE.read_text(encoding="ascii").splitlines():
-        if line.startswith("MemAvailable:"):
-            return int(line.split()[1]) << 10
-    return None
 
 
 def check_memory(needed: int, available: int | None) -> str | None:

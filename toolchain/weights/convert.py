@@ -3,38 +3,38 @@
 import dataclasses
 import errno
 import functools
-import os
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from blake3 import blake3
 
+from ...artifacts.disk import require_disk
+from ...artifacts.dtypes import BY_SAFETENSORS, stored_name, torch_name
 from ...artifacts.errors import ArtifactError, ConfigError, TargetError
-from ...artifacts.integrity import OpenedFile
 from ...artifacts.manifest import DTYPES, FileEntry, Folding, Manifest, WeightsPart, empty_manifest
-from ...artifacts.safetensors import DTYPE_NAMES, ITEM_BYTES, header_bytes
+from ...artifacts.safetensors import header_bytes
 from ...artifacts.schema import dump_json, from_plain, shown
-from ...artifacts.staging import Staging, require_disk, stage
+from ...artifacts.staging import Staging, stage
 from ...runtime.models import to_plain
 from ...runtime.models.base import FP32, Role, Weight
 from ...runtime.models.config import ModelConfig
+from ..progress import BytesProgress, no_bytes
 from .folding import fold_bias, fold_weight
 from .notes import config_notes
-from .processor import ProcessorFiles, copy_processor, read_processor
 from .source import Checkpoint, SourceTensor, numpy_dtype, open_checkpoint
-from .stream import Piece, computed, load, padded, write_shard
+from .stream import ShardPiece, computed, load, padded, write_shard
+
+if TYPE_CHECKING:
+    from .processor import ProcessorFiles
 
 SHARD_BYTES = 2 << 30
-_TORCH_DTYPES = {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32"}
+_TORCH_DTYPES = {torch_name(dtype): dtype for dtype in DTYPES}
 # raised when the bytes that one source gives change: a killed run of an older version is not resumed
 _CONVERSION = 1
-
-# (bytes done, bytes in all), in steps of a few MB
-Progress = Callable[[int, int], None]
 
 
 @dataclass(frozen=True)
@@ -52,7 +52,7 @@ class Plan:
     """A checked conversion: only the tensors' values can still be wrong. `fingerprint` names its exact weights."""
 
     checkpoint: Checkpoint
-    processor: ProcessorFiles
+    processor: "ProcessorFiles"
     dtype: str
     folding: Folding
     shards: tuple[Shard, ...]
@@ -94,7 +94,7 @@ def source_dtype(config: dict[str, Any]) -> str:
 
 def stored_dtype(weight: Weight, dtype: str) -> str:
     """The safetensors dtype of a tensor in an artifact of `dtype`."""
-    return DTYPE_NAMES[weight.dtype(dtype)]
+    return stored_name(weight.dtype(dtype))
 
 
 def _shards(checkpoint: Checkpoint, dtype: str, shard_bytes: int) -> tuple[Shard, ...]:
@@ -102,7 +102,7 @@ def _shards(checkpoint: Checkpoint, dtype: str, shard_bytes: int) -> tuple[Shard
     groups: list[list[Weight]] = [[]]
     size = 0
     for weight in checkpoint.weights:
-        tensor_bytes = weight.size * ITEM_BYTES[stored_dtype(weight, dtype)]
+        tensor_bytes = weight.size * BY_SAFETENSORS[stored_dtype(weight, dtype)].bytes
         if groups[-1] and size + tensor_bytes > shard_bytes:
             groups.append([])
             size = 0
@@ -111,7 +111,7 @@ def _shards(checkpoint: Checkpoint, dtype: str, shard_bytes: int) -> tuple[Shard
     shards = []
     for number, weights in enumerate(groups, start=1):
         header = header_bytes((weight.name, stored_dtype(weight, dtype), weight.shape) for weight in weights)
-        data = sum(weight.size * ITEM_BYTES[stored_dtype(weight, dtype)] for weight in weights)
+        data = sum(weight.size * BY_SAFETENSORS[stored_dtype(weight, dtype)].bytes for weight in weights)
         path = f"weights/model-{number:05}-of-{len(groups):05}.safetensors"
         shards.append(Shard(path, tuple(weights), header, len(header) + data))
     return tuple(shards)
@@ -137,6 +137,9 @@ def plan_conversion(src: Path, dtype: str | None = None, *, shard_bytes: int = S
     if dtype is not None and dtype not in DTYPES:
         raise TargetError(f"--dtype {dtype}: expected one of {', '.join(DTYPES)}")
     with open_checkpoint(src) as checkpoint:
+        # it reads tokenizer and template by the code of a load: tokenizers, jinja2
+        from .processor import read_processor
+
         processor = read_processor(src, checkpoint.config, checkpoint.plain_config)
         folding = processor.folding
         chosen = dtype or source_dtype(checkpoint.plain_config)
@@ -144,12 +147,12 @@ def plan_conversion(src: Path, dtype: str | None = None, *, shard_bytes: int = S
         yield Plan(checkpoint, processor, chosen, folding, shards, _fingerprint(checkpoint, chosen, folding, shards))
 
 
-def _pieces(plan: Plan, weight: Weight) -> Iterator[Piece]:
+def _pieces(plan: Plan, weight: Weight) -> Iterator[ShardPiece]:
     dtype = stored_dtype(weight, plan.dtype)
     for part in weight.parts:
         source = plan.checkpoint.tensors[part.name]
         make = _maker(plan, weight, source, (part.rows, *weight.shape[1:]), dtype)
-        yield Piece(source, dtype, functools.partial(computed, make, source, dtype) if make else None)
+        yield ShardPiece(source, dtype, functools.partial(computed, make, source, dtype) if make else None)
 
 
 def _maker(
@@ -164,7 +167,7 @@ def _maker(
 
 
 def _folded(plan: Plan, source: Any) -> Any:
-    return fold_weight(load(source), plan.folding, numpy_dtype(DTYPE_NAMES[plan.dtype]))
+    return fold_weight(load(source), plan.folding, numpy_dtype(stored_name(plan.dtype)))
 
 
 def _finished(staging: Staging, plan: Plan) -> dict[str, FileEntry]:
@@ -174,23 +177,19 @@ def _finished(staging: Staging, plan: Plan) -> dict[str, FileEntry]:
         if (staging.path / "weights").exists():
             shutil.rmtree(staging.path / "weights")
         return {}
-    found: dict[str, FileEntry] = {}
-    folder_fd = os.open(staging.path, os.O_RDONLY)
+    whole: dict[str, FileEntry] = {}
     try:
         for plain in journal["shards"]:
             entry = from_plain(FileEntry, plain, "staging.json")
-            with OpenedFile(folder_fd, entry, str(staging.path)) as file:
-                file.check()
-            found[entry.path] = entry
+            staging.take_up(entry)
+            whole[entry.path] = entry
     except ArtifactError:
         # a shard that did not reach the disk before a power cut: it and those after it are written again
-        return found
-    finally:
-        os.close(folder_fd)
-    return found
+        return whole
+    return whole
 
 
-def _write_shards(plan: Plan, staging: Staging, progress: Progress) -> tuple[tuple[FileEntry, ...], int]:
+def _write_shards(plan: Plan, staging: Staging, progress: BytesProgress) -> tuple[tuple[FileEntry, ...], int]:
     """Write what is not there yet; returns the entries and how many were there."""
     finished = _finished(staging, plan)
     done = sum(entry.bytes for entry in finished.values())
@@ -218,14 +217,14 @@ def _write_shards(plan: Plan, staging: Staging, progress: Progress) -> tuple[tup
     return tuple(entries), len(finished)
 
 
-def convert_planned(plan: Plan, staging: Staging, progress: Progress | None = None) -> ConvertResult:
+def convert_planned(plan: Plan, staging: Staging, progress: BytesProgress = no_bytes) -> ConvertResult:
     """Write the plan's weights/ and processor/ into a staged artifact; the caller writes the manifest and commits.
 
     Raises WeightError for NaN, infinity and overflow, TargetError if the disk is full.
     """
     try:
-        files, resumed = _write_shards(plan, staging, progress or (lambda done, total: None))
-        processor = copy_processor(plan.processor, staging)
+        files, resumed = _write_shards(plan, staging, progress)
+        processor = plan.processor.stage(staging)
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise
@@ -235,19 +234,6 @@ def convert_planned(plan: Plan, staging: Staging, progress: Progress | None = No
     weights = WeightsPart(plan.dtype, FP32, plan.folding, files)
     notes = (*config_notes(plan.checkpoint.plain_config), *plan.processor.notes)
     return ConvertResult(plan.checkpoint.config, weights, processor, plan.bytes, resumed, notes)
-
-
-def convert_checkpoint(
-    src: Path,
-    staging: Staging,
-    dtype: str | None = None,
-    *,
-    progress: Progress | None = None,
-    shard_bytes: int = SHARD_BYTES,
-) -> ConvertResult:
-    """Plan and write in one go, into a staged artifact that the caller commits. Raises ToolchainError."""
-    with plan_conversion(src, dtype, shard_bytes=shard_bytes) as plan:
-        return convert_planned(plan, staging, progress)
 
 
 def artifact_name(src: Path) -> str:
@@ -277,7 +263,7 @@ def convert(
     out: Path,
     dtype: str | None = None,
     *,
-    progress: Progress | None = None,
+    progress: BytesProgress = no_bytes,
     sync: bool = True,
     shard_bytes: int = SHARD_BYTES,
 ) -> ConvertResult:
@@ -288,21 +274,6 @@ def convert(
         base = staging.base or empty_manifest("", to_plain(plan.checkpoint.config))
         _check_graphs_fit(base, plan, staging.target)
         result = convert_planned(plan, staging, progress)
-        if base.ge:
-            staging.keep(base.ge.files())
-        staging.commit(
-            dataclasses.replace(
-                base,
-                name=artifact_name(src),
-                model=to_plain(result.model),
-                weights=result.weights,
-                processor=result.processor,
-                # what was exported and verified referred to the old weights
-                air=None,
-                onnx=None,
-                selftest=None,
-                reports=(),
-                verification="none",
-            )
-        )
+        name = artifact_name(src)
+        staging.commit(base.with_weights(name, to_plain(result.model), result.weights, result.processor))
     return result

@@ -40,6 +40,10 @@ class ProcessorFiles:
     folding: Folding
     notes: tuple[str, ...]
 
+    def stage(self, staging: Staging) -> tuple[FileEntry, ...]:
+        """Stage the files under processor/."""
+        return tuple(staging.add(f"processor/{name}", data) for name, data in self.files.items())
+
 
 def read_processor(folder: Path, config: ModelConfig, plain_config: Mapping[str, Any]) -> ProcessorFiles:
     """Read and check everything that a load and a request will read, by the code that they use.
@@ -135,8 +139,3 @@ def _effect(settings: Mapping[str, Any], config: ModelConfig, where: str) -> tup
         return image_settings_from_hf(dump_json(settings), where), folding
     except ArtifactError as error:
         raise ConfigError(str(error)) from error
-
-
-def copy_processor(processor: ProcessorFiles, staging: Staging) -> tuple[FileEntry, ...]:
-    """Stage the files under processor/."""
-    return tuple(staging.add(f"processor/{name}", data) for name, data in processor.files.items())

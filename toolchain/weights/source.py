@@ -9,12 +9,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import ml_dtypes
 import numpy as np
 
+from ...artifacts.dtypes import BY_SAFETENSORS, stored_name
 from ...artifacts.errors import ArtifactError, ConfigError, WeightError
 from ...artifacts.integrity import check_relative
+from ...artifacts.manifest import DTYPES
 from ...artifacts.safetensors import MAX_HEADER_BYTES, read_header
+from ...runtime import dtypes
 from ...runtime.models import config_from_hf, family_of
 from ...runtime.models.base import Weight
 from ...runtime.models.config import ModelConfig
@@ -23,12 +25,7 @@ from .names import is_quantized, is_recomputed, legacy_name, new_name
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
-FLOAT_DTYPES = ("BF16", "F16", "F32")
-_NUMPY_DTYPES = {
-    "BF16": np.dtype(ml_dtypes.bfloat16),
-    "F16": np.dtype(np.float16),
-    "F32": np.dtype(np.float32),
-}
+FLOAT_DTYPES = tuple(map(stored_name, DTYPES))
 _HEADER_BYTES = 8
 _NAMES_SHOWN = 6
 _COMPARED_VALUES = 4 << 20
@@ -86,7 +83,7 @@ class Checkpoint:
 
 def numpy_dtype(dtype: str) -> np.dtype[Any]:
     """The numpy dtype of a safetensors dtype name."""
-    return _NUMPY_DTYPES[dtype]
+    return dtypes.numpy_dtype(BY_SAFETENSORS[dtype].name)
 
 
 def _shown(names: Iterable[str]) -> str:
@@ -115,7 +112,7 @@ def _find_files(folder: Path) -> tuple[list[str], dict[str, str]]:
     if pickled := sorted(path.name for path in folder.glob("pytorch_model*.bin")):
         raise WeightError(
             f"{folder}: holds {pickled[0]}, a pickle, which is not read; convert it to safetensors, for instance with "
-            "transformers: Qwen2VLForConditionalGeneration.from_pretrained(folder).save_pretrained(other_folder)"
+            "transformers: AutoModelForImageTextToText.from_pretrained(folder).save_pretrained(other_folder)"
         )
     raise WeightError(f"{folder}: neither {SINGLE_FILE} nor {INDEX_FILE} there; download the checkpoint's weights")
 
@@ -207,7 +204,7 @@ def _check_names(folder: Path, found: dict[str, SourceTensor], weights: Iterable
     if unused := [t.name for name, t in found.items() if name not in wanted | extra and not is_recomputed(name)]:
         raise WeightError(
             f"{folder}: tensors that no parameter of the model uses: {_shown(unused)}; "
-            "use the config.json that belongs to the weights, and a plain Qwen2-VL checkpoint (no adapters)"
+            "use the config.json that belongs to the weights, and a plain checkpoint (no adapters)"
         )
 
 
@@ -264,7 +261,7 @@ def open_checkpoint(folder: Path) -> Iterator[Checkpoint]:
     """
     _refuse_adapter(folder)
     if not (folder / "config.json").is_file():
-        raise ConfigError(f"{folder}: no config.json there; --src wants the folder of a Qwen2-VL checkpoint")
+        raise ConfigError(f"{folder}: no config.json there; --src wants the folder of a checkpoint")
     plain = read_object(folder, "config.json") or {}
     config = config_from_hf(plain)
     weights = tuple(family_of(config).weights(config))

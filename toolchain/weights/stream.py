@@ -21,12 +21,6 @@ from .source import SourceTensor, numpy_dtype
 # of source; large enough to make the per-chunk cost vanish, small enough to stay in the processor's cache
 CHUNK_BYTES = 8 << 20
 _QUEUED_CHUNKS = 4
-# per dtype: the integers of the same width, and the bits of +infinity; NaNs lie above it
-_BITS: dict[str, tuple[Any, Any, int]] = {
-    "BF16": (np.uint16, np.int16, 0x7F80),
-    "F16": (np.uint16, np.int16, 0x7C00),
-    "F32": (np.uint32, np.int32, 0x7F800000),
-}
 # copy_file_range: not in this kernel, between these file systems, or for this kind of file
 _CANNOT_COPY = (errno.EXDEV, errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP, errno.EBADF, errno.EPERM)
 
@@ -35,17 +29,19 @@ Progress = Callable[[int], None]
 
 def is_finite(data: "memoryview | npt.NDArray[Any]", dtype: str) -> bool:
     """Whether a buffer of `dtype` holds neither NaN nor infinity. Two reductions over the bits, no temporary array."""
-    unsigned, signed, infinity = _BITS[dtype]
-    bits = np.frombuffer(data, unsigned)
+    kind = numpy_dtype(dtype)
+    bits = np.frombuffer(data, f"u{kind.itemsize}")
     if not len(bits):
         return True
     sign = 1 << (8 * bits.itemsize - 1)
+    # NaNs lie above it
+    infinity = np.array(np.inf, kind).view(bits.dtype)
     # as signed integers the largest positive value is on top, as unsigned ones the largest negative value
-    return bool(bits.view(signed).max() < infinity and bits.max() < sign + infinity)
+    return bool(bits.view(f"i{kind.itemsize}").max() < infinity and bits.max() < sign + infinity)
 
 
 @dataclass(frozen=True)
-class Piece:
+class ShardPiece:
     """Bytes of one output tensor, in order: a source tensor brought to `dtype`, or what `computed` gives instead."""
 
     source: SourceTensor
@@ -166,7 +162,7 @@ def _copy_range(source: SourceTensor, begin: int, count: int, fd: int) -> bool:
     return True
 
 
-def write_shard(path: Path, header: bytes, pieces: Iterable[Piece], progress: Progress) -> tuple[int, str]:
+def write_shard(path: Path, header: bytes, pieces: Iterable[ShardPiece], progress: Progress) -> tuple[int, str]:
     """Write a new file of `header` and `pieces`; returns its size and blake3 hash. `progress` gets bytes as they go.
 
     Raises WeightError for NaN, infinity and values that overflow the new dtype, naming the tensor, and TargetError for

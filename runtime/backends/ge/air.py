@@ -6,13 +6,15 @@ from typing import Any
 
 from torch import Tensor
 
+from ....artifacts.dtypes import BY_GE
 from ....artifacts.errors import ArtifactError
-from ....artifacts.ge.graph import ATTRIBUTE_DTYPES, ITEM_BYTES, Node, read_graph
+from ....artifacts.ge.graph import Node, read_graph
+from ....artifacts.ge.ops import FILE_CONSTANT
 from ....artifacts.manifest import AirGraph, FileEntry
 from ....artifacts.store import Artifact, ge_part
+from ...dtypes import torch_dtype
 from ..weights import mapped_bytes
 from .executor import Executor
-from .operators import TORCH_DTYPES
 
 
 def load_air(artifact: Artifact, name: str, check: bool = True) -> Executor:
@@ -28,7 +30,7 @@ def load_air(artifact: Artifact, name: str, check: bool = True) -> Executor:
     constants: dict[str, Tensor] = {}
     checked: set[str] = set()
     for node in graph.nodes:
-        if node.op == "FileConstant":
+        if node.op == FILE_CONSTANT:
             entry = _file(node, posixpath.dirname(found.model.path), files, where)
             if check and entry.path not in checked:
                 artifact.check(entry)
@@ -69,19 +71,20 @@ def _file(node: Node, folder: str, files: dict[str, FileEntry], where: str) -> F
 
 
 def _constant(artifact: Artifact, node: Node, entry: FileEntry, where: str) -> Tensor:
-    dtype = ATTRIBUTE_DTYPES.get(node.attributes.get("dtype", -1))
+    dtype = BY_GE.get(node.attributes.get("dtype", -1))
     shape = node.attributes.get("shape")
     if dtype is None or not isinstance(shape, list) or any(size < 0 for size in shape):
-        raise ArtifactError(f"{where}: {node.where} is a constant of dtype {dtype} and shape {shape}")
+        raise ArtifactError(f"{where}: {node.where} is a constant of dtype {dtype and dtype.name} and shape {shape}")
     offset, length = _integer(node, "offset", where), _integer(node, "length", where)
-    if length != math.prod(shape) * ITEM_BYTES[dtype]:
+    if length != math.prod(shape) * dtype.bytes:
         raise ArtifactError(
-            f"{where}: {node.where} of shape {shape} {dtype} has {length} bytes, expected "
-            f"{math.prod(shape) * ITEM_BYTES[dtype]}"
+            f"{where}: {node.where} of shape {shape} {dtype.name} has {length} bytes, expected "
+            f"{math.prod(shape) * dtype.bytes}"
         )
     if offset + length > entry.bytes:
         raise ArtifactError(
             f"{where}: {node.where} ends at byte {offset + length} of {entry.path}, which has {entry.bytes}; "
             f"run `qwen2vl-tc compile {artifact.path} --mode air`"
         )
-    return mapped_bytes(artifact.map(entry, check=False), offset, length).view(TORCH_DTYPES[dtype]).view(shape)
+    data = mapped_bytes(artifact.map(entry, check=False), offset, length)
+    return data.view(torch_dtype(dtype.name)).view(shape)

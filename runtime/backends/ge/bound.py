@@ -10,9 +10,9 @@ from torch import Tensor
 from ....artifacts.errors import ArtifactError, RequestError
 from ....artifacts.ge.binding import CACHE, CONSTANT, LENGTHS, PARAMETER, Binding, BoundInput, binding_from_bytes
 from ....artifacts.store import Artifact
+from ...dtypes import torch_dtype
 from ..model import KvCache, ModelBackend
 from .checks import check_binding
-from .operators import TORCH_DTYPES
 
 
 class BoundGraph:
@@ -31,7 +31,7 @@ class BoundGraph:
         for i, bound in enumerate(binding.inputs):
             if bound.kind in (PARAMETER, CONSTANT):
                 tensor = tensors.get(bound.name)
-                dtype = TORCH_DTYPES.get(bound.dtype)
+                dtype = torch_dtype(bound.dtype)
                 if tensor is None or tuple(tensor.shape) != bound.shape or tensor.dtype != dtype:
                     got = "nothing" if tensor is None else f"{list(tensor.shape)} {tensor.dtype}"
                     raise ArtifactError(
@@ -72,7 +72,7 @@ class BoundGraph:
         return [
             torch.empty(
                 [1 if size == -1 else size for size in bound.shape],
-                dtype=TORCH_DTYPES[bound.dtype],
+                dtype=torch_dtype(bound.dtype),
                 device="cpu" if bound.host else device,
             )
             if fixed is None

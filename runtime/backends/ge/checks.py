@@ -2,9 +2,10 @@
 
 from ....artifacts.errors import ArtifactError
 from ....artifacts.ge.binding import ARGUMENT, CACHE, LENGTHS, Binding, BoundInput
-from ....artifacts.ge.graph import GeGraph, written_by
+from ....artifacts.ge.graph import GeGraph
 from ....artifacts.manifest import GePart
 from ...models.base import MODEL_DTYPE, Argument, GraphSpec
+from ...ops.graphs import written_by
 
 _KINDS = {ARGUMENT: "tensor", LENGTHS: "lengths", CACHE: "cache"}
 

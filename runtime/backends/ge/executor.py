@@ -7,10 +7,13 @@ import torch
 from torch import Tensor
 
 from ....artifacts.errors import ArtifactError
-from ....artifacts.ge.graph import INPUT_TYPES, GeGraph, Node, written_by
+from ....artifacts.ge.graph import GeGraph, Node
+from ....artifacts.ge.ops import INPUTS, OUTPUT
 from ....artifacts.soc import DEFAULT_SOC
-from .kernel import Operator
-from .operators import TORCH_DTYPES, operator
+from ...dtypes import torch_dtype
+from ...ops import kernel_of
+from ...ops.graphs import written_by
+from ...ops.kernel import Kernel
 
 Observer = Callable[[str, tuple[Tensor, ...]], None]
 
@@ -18,7 +21,7 @@ Observer = Callable[[str, tuple[Tensor, ...]], None]
 @dataclass(frozen=True)
 class _Step:
     node: Node
-    function: Operator
+    function: Kernel
     inputs: tuple[tuple[int, int] | None, ...]
     slot: int
     # slots whose last reader this step is
@@ -40,7 +43,7 @@ class Executor:
         constants: Mapping[str, Tensor] | None = None,
         *,
         soc: str = DEFAULT_SOC,
-        lookup: Callable[[Node, str, str], Operator] = operator,
+        lookup: Callable[[Node, str, str], Kernel] = kernel_of,
     ) -> None:
         self.name = graph.name
         slots: dict[str, int] = {node.name: i for i, node in enumerate(graph.nodes)}
@@ -53,9 +56,7 @@ class Executor:
         self._constants |= {slots[name]: (tensor,) for name, tensor in (constants or {}).items()}
         kept = {slot for slot, _ in self._outputs} | set(self._inputs) | set(self._constants)
         last_reader: dict[int, str] = {}
-        running = [
-            n for n in graph.nodes if n.op not in (*INPUT_TYPES, "NetOutput") and slots[n.name] not in self._constants
-        ]
+        running = [n for n in graph.nodes if n.op not in (*INPUTS, OUTPUT) and slots[n.name] not in self._constants]
         for node in running:
             for edge in node.inputs:
                 if edge is not None:
@@ -121,6 +122,6 @@ def _constant_tensor(node: Node) -> Tensor:
     if constant is None:
         raise ArtifactError(f"{node.where} has no value")
     if not constant.data:
-        return torch.empty(constant.shape, dtype=TORCH_DTYPES[constant.dtype])
-    flat = torch.frombuffer(bytearray(constant.data), dtype=TORCH_DTYPES[constant.dtype])
+        return torch.empty(constant.shape, dtype=torch_dtype(constant.dtype))
+    flat = torch.frombuffer(bytearray(constant.data), dtype=torch_dtype(constant.dtype))
     return flat.reshape(constant.shape)

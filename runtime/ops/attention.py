@@ -1,4 +1,4 @@
-"""FusedInferAttentionScore, PromptFlashAttention and IncreFlashAttention on CPU.
+"""What FusedInferAttentionScore, PromptFlashAttention and IncreFlashAttention share: shapes, costs, and the CPU's part.
 
 Semantics after the operators' documentation (aclnnFusedInferAttentionScore and the other two, CANN): scaled
 dot-product attention with grouped heads, in layouts BSH and TND. What the reference computes is inner_precise 0, the
@@ -11,27 +11,66 @@ the causal triangle with a row's last key and its last query, both by length.
 """
 
 import functools
-from collections.abc import Sequence
+from collections.abc import MutableMapping, Sequence
 from dataclasses import dataclass
 
-import torch
-import torch.nn.functional as F
-from torch import Tensor
-from torch.utils.weak import WeakIdKeyDictionary
+from .base import Call, OpCost, Shape, TensorSpec, Work
+from .kernel import Tensor, attribute, dtype_name, floating, ints, refused, required, same_dtype
+from .shapes import fits
 
-from ....artifacts.ge.graph import Node
-from .kernel import Outputs, attribute, dtype_name, floating, ints, kernel, refused, required, same_dtype
-
-_FULL, _RIGHT_DOWN_CAUSAL = 0, 3
+FULL, RIGHT_DOWN_CAUSAL = 0, 3
 # Inputs by position in the operators' definitions; the rest must be unfed.
-_ATTEN_MASK, _LENGTHS, _LENGTHS_KV = 4, 5, 6
+MASK, LENGTHS, LENGTHS_KV = 4, 5, 6
+# what torch_npu says where nothing is hidden, of tokens before and after
+UNLIMITED = 2147483647
 _CAUSAL_MASK = 2048
 # Rows of the query that share one mask, so that a long prompt needs no mask of its own squared.
 _QUERY_BLOCK = 512
 
 
+def attention_shape(
+    node: Call, q: TensorSpec, k: TensorSpec, v: TensorSpec, *rest: TensorSpec | None
+) -> tuple[Shape, ...]:
+    """BSH: q [batch, tokens, heads * dim], k and v [batch, length, kv_heads * dim]. TND: [tokens, heads, dim]."""
+    fits(k.shape == v.shape and len(q.shape) == len(k.shape) == 3, "query, key and value do not fit")
+    heads = node.attributes["num_heads"]
+    kv_heads = node.attributes["num_key_value_heads"] or heads
+    if node.attributes["input_layout"] == "BSH":
+        fits(q.shape[2] * kv_heads == k.shape[2] * heads and q.shape[0] == k.shape[0], "query and key do not fit")
+    else:
+        fits(node.attributes["input_layout"] == "TND", f"the layout is {node.attributes['input_layout']}")
+        fits(q.shape[1:] == (heads, k.shape[2]) and k.shape[1] == kv_heads, "query and key do not fit")
+    return (q.shape,)
+
+
+def attention_cost(node: Call, work: Work, lengths: int | None = None, lengths_kv: int | None = None) -> OpCost:
+    """lengths, lengths_kv: the inputs that say how many queries, and how many keys, a row has; None where it is told by
+    none. Raises ValueError without query, key and value."""
+    q, k, v = work.inputs[:3]
+    if q is None or k is None or v is None:
+        raise ValueError(f"{node.where} has no query, key or value")
+    others = sum(spec.bytes for spec in work.inputs[3:] if spec) + work.written_bytes
+    if node.attributes["input_layout"] == "TND":
+        pairs = sum(length * length for length in work.sequences.segments)
+        return OpCost(4 * pairs * q.shape[1] * q.shape[2], q.bytes + k.bytes + v.bytes + others)
+    batch, tokens, width = q.shape
+    if lengths is not None and work.inputs[lengths] is not None:
+        # the vision tower's segments, each over itself
+        pairs = sum(length * length for length in work.sequences.segments)
+        return OpCost(4 * pairs * width, q.bytes + k.bytes + v.bytes + others)
+    told = lengths_kv is not None and lengths_kv < len(work.inputs) and work.inputs[lengths_kv] is not None
+    # cache rows that are read: the valid ones where it is told, else all
+    length = min(work.sequences.kv_length, k.shape[1]) if told else k.shape[1]
+    pairs = tokens * length
+    if node.attributes.get("sparse_mode") == RIGHT_DOWN_CAUSAL:
+        # the last token sees all, every token before it one less
+        pairs -= tokens * (tokens - 1) // 2
+    cache = (k.bytes + v.bytes) * length // k.shape[1]
+    return OpCost(4 * batch * pairs * width, q.bytes + cache + others)
+
+
 @dataclass(frozen=True)
-class _Operands:
+class Operands:
     """BSH: q [batch, tokens, heads * dim], k and v [batch, length, kv_heads * dim].
     TND: q [tokens, heads, dim], k and v [length, kv_heads, dim]."""
 
@@ -43,7 +82,7 @@ class _Operands:
     dim: int
 
 
-def _operands(node: Node, inputs: Sequence[Tensor | None], layout: str, takes: set[int]) -> _Operands:
+def operands(node: Call, inputs: Sequence[Tensor | None], layout: str, takes: set[int]) -> Operands:
     fed = {i for i, x in enumerate(inputs) if x is not None}
     q, k, v = inputs[:3]
     if q is None or k is None or v is None or fed - {0, 1, 2} - takes:
@@ -65,7 +104,7 @@ def _operands(node: Node, inputs: Sequence[Tensor | None], layout: str, takes: s
         fits = q.shape[2] == heads * dim and (k.shape[0], k.shape[2]) == (q.shape[0], kv_heads * dim)
     if not fits:
         raise refused(node, f"layout {layout} does not hold {found}")
-    return _Operands(q, k, v, heads, kv_heads, dim)
+    return Operands(q, k, v, heads, kv_heads, dim)
 
 
 def _attend(
@@ -75,6 +114,9 @@ def _attend(
 
     hidden [tokens, length]: true where a query does not see a key. offset: query i sees the keys up to i + offset.
     """
+    import torch
+    import torch.nn.functional as F
+
     out = torch.zeros_like(q)
     blind = max(0, -offset) if offset is not None else 0
     q, offset = q[blind:], None if offset is None else max(0, offset)
@@ -105,7 +147,7 @@ def _attend(
     return out
 
 
-def _row_lengths(node: Node, tensor: Tensor | None, rows: int, limit: int) -> list[int]:
+def _row_lengths(node: Call, tensor: Tensor | None, rows: int, limit: int) -> list[int]:
     """The lengths of a batch: all of `limit` if not given, one for all rows, or the first `rows` of them."""
     if tensor is None:
         return [limit] * rows
@@ -118,9 +160,9 @@ def _row_lengths(node: Node, tensor: Tensor | None, rows: int, limit: int) -> li
     return found
 
 
-def _bsh(
-    node: Node,
-    of: _Operands,
+def attend_bsh(
+    node: Call,
+    of: Operands,
     scale: float,
     lengths: Tensor | None,
     lengths_kv: Tensor | None,
@@ -128,6 +170,8 @@ def _bsh(
     causal: bool = False,
 ) -> Tensor:
     """mask [batch or 1, tokens, length], true where hidden."""
+    import torch
+
     batch, tokens, width = of.q.shape
     out = torch.zeros_like(of.q)
     ends = _row_lengths(node, lengths, batch, tokens)
@@ -144,8 +188,10 @@ def _bsh(
     return out
 
 
-def _tnd(node: Node, of: _Operands, scale: float, lengths: Tensor | None, lengths_kv: Tensor | None) -> Tensor:
+def attend_tnd(node: Call, of: Operands, scale: float, lengths: Tensor | None, lengths_kv: Tensor | None) -> Tensor:
     """The lengths are cumulative ends of the sequences, of queries and of keys."""
+    import torch
+
     if lengths is None or lengths_kv is None:
         raise refused(node, "layout TND needs both sequence lengths")
     ends, ends_kv = ints(node, lengths), ints(node, lengths_kv)
@@ -167,24 +213,32 @@ def _tnd(node: Node, of: _Operands, scale: float, lengths: Tensor | None, length
 
 @functools.cache
 def _triangle() -> Tensor:
+    import torch
+
     return torch.ones(_CAUSAL_MASK, _CAUSAL_MASK, dtype=torch.bool).triu(1)
 
 
-# Masks found right, with their versions: every layer is given the same one, and comparing 4 MB takes longer than the
-# attention of a short prompt.
-_right_masks = WeakIdKeyDictionary()
+@functools.cache
+def _right_masks() -> MutableMapping[Tensor, int | None]:
+    """Masks found right, with their versions: every layer is given the same one, and comparing 4 MB takes longer than
+    the attention of a short prompt."""
+    from torch.utils.weak import WeakIdKeyDictionary
+
+    return WeakIdKeyDictionary()
 
 
-def _mask_dtype(node: Node, mask: Tensor) -> None:
-    if mask.dtype not in (torch.bool, torch.int8, torch.uint8):
+def _mask_dtype(node: Call, mask: Tensor) -> None:
+    if dtype_name(mask) not in ("bool", "int8", "uint8"):
         raise refused(node, f"the mask is {dtype_name(mask)}, expected bool, int8 or uint8")
 
 
-def _check_causal_mask(node: Node, mask: Tensor) -> None:
+def check_causal_mask(node: Call, mask: Tensor) -> None:
     """sparse_mode 3 takes one mask, whatever the lengths: the strict upper triangle of 2048 x 2048."""
+    import torch
+
     # inference tensors count no versions
     version = None if mask.is_inference() else mask._version
-    if version is not None and _right_masks.get(mask) == version:
+    if version is not None and _right_masks().get(mask) == version:
         return
     _mask_dtype(node, mask)
     sizes = list(mask.shape)
@@ -192,10 +246,10 @@ def _check_causal_mask(node: Node, mask: Tensor) -> None:
         raise refused(node, f"sparse_mode 3 takes a mask of 2048 x 2048, got {sizes}")
     if not torch.equal(mask.reshape(_CAUSAL_MASK, _CAUSAL_MASK).bool(), _triangle()):
         raise refused(node, "sparse_mode 3 takes a mask that hides what is above the diagonal, and nothing else")
-    _right_masks[mask] = version
+    _right_masks()[mask] = version
 
 
-def _full_mask(node: Node, mask: Tensor, of: _Operands) -> Tensor:
+def full_mask(node: Call, mask: Tensor, of: Operands) -> Tensor:
     """A mask of sparse_mode 0 as bool [batch or 1, tokens, length].
 
     Documented shapes: [batch or 1, 1, S, L], [batch or 1, S, L], [S, L], and for one query token [batch, L].
@@ -207,67 +261,3 @@ def _full_mask(node: Node, mask: Tensor, of: _Operands) -> Tensor:
     if list(mask.shape) not in documented:
         raise refused(node, f"a mask {list(mask.shape)} for {batch} rows, {tokens} queries and {length} keys")
     return mask.reshape(-1, tokens, length).bool()
-
-
-@kernel
-def fused_infer_attention_score(node: Node, *inputs: Tensor | None) -> Outputs:
-    """Inputs query, key, value, and as 4 to 6 mask, lengths of the queries and of the keys.
-
-    Without a mask pre_tokens and next_tokens have no effect, as documented. Outputs attention_out; softmax_lse is a
-    placeholder of one zero, as with softmax_lse_flag false on the device.
-    """
-    layout, mode = attribute(node, "input_layout", "BSH"), attribute(node, "sparse_mode", _FULL)
-    scale = attribute(node, "scale", 1.0)
-    if layout not in ("BSH", "TND") or (layout == "TND" and mode != _FULL):
-        raise refused(node, f"layout {layout} with sparse_mode {mode} is not supported")
-    if attribute(node, "softmax_lse_flag", False):
-        raise refused(node, "softmax_lse_flag is not supported")
-    of = _operands(node, inputs, layout, {_ATTEN_MASK, _LENGTHS, _LENGTHS_KV})
-    mask, lengths, lengths_kv = (*inputs, *[None] * _LENGTHS_KV)[_ATTEN_MASK : _LENGTHS_KV + 1]
-    if mode not in (_FULL, _RIGHT_DOWN_CAUSAL) or (mode == _FULL and mask is not None):
-        raise refused(node, f"sparse_mode {mode} with this mask is not supported")
-    if layout == "TND":
-        return _tnd(node, of, scale, lengths, lengths_kv), torch.zeros(1)
-    if mode == _RIGHT_DOWN_CAUSAL:
-        if mask is None:
-            raise refused(node, "sparse_mode 3 needs its 2048 x 2048 mask")
-        _check_causal_mask(node, mask)
-        if of.q.shape[1] == 1:
-            raise refused(node, "with one query token the operator takes no causal mask")
-    out = _bsh(node, of, scale, lengths, lengths_kv, causal=mode == _RIGHT_DOWN_CAUSAL)
-    return out, torch.zeros(1)
-
-
-@kernel
-def incre_flash_attention(node: Node, *inputs: Tensor | None) -> Outputs:
-    """One query token a row over the cache: inputs query, key, value, and the lengths of the keys as 5; layout BSH."""
-    layout = attribute(node, "input_layout", "BSH")
-    if layout != "BSH":
-        raise refused(node, f"layout {layout} is not supported")
-    of = _operands(node, inputs, layout, {_LENGTHS})
-    if of.q.shape[1] != 1:
-        raise refused(node, f"takes one query token a row, got {of.q.shape[1]}")
-    lengths_kv = inputs[_LENGTHS] if len(inputs) > _LENGTHS else None
-    return (_bsh(node, of, attribute(node, "scale_value", 1.0), None, lengths_kv),)
-
-
-@kernel
-def prompt_flash_attention(node: Node, *inputs: Tensor | None) -> Outputs:
-    """All query tokens over all keys, in layout BSH and sparse_mode 0.
-
-    Inputs query, key, value, and as 4 to 6 a dense mask that is true where hidden, lengths of the queries and of the
-    keys. Without a mask nothing is hidden, whatever pre_tokens and next_tokens say; with one, they limit what it shows
-    and must not, here.
-    """
-    layout, mode = attribute(node, "input_layout", "BSH"), attribute(node, "sparse_mode", _FULL)
-    if layout != "BSH" or mode != _FULL:
-        raise refused(node, f"layout {layout} with sparse_mode {mode} is not supported")
-    of = _operands(node, inputs, layout, {_ATTEN_MASK, _LENGTHS, _LENGTHS_KV})
-    mask, lengths, lengths_kv = (*inputs, *[None] * _LENGTHS_KV)[_ATTEN_MASK : _LENGTHS_KV + 1]
-    hidden = None
-    if mask is not None:
-        hidden = _full_mask(node, mask, of)
-        before, after = attribute(node, "pre_tokens", 214748647), attribute(node, "next_tokens", 0)
-        if before < of.q.shape[1] - 1 or after < of.k.shape[1] - 1:
-            raise refused(node, f"pre_tokens {before} and next_tokens {after} beside a mask are not supported")
-    return (_bsh(node, of, attribute(node, "scale_value", 1.0), lengths, lengths_kv, hidden),)
