@@ -13,10 +13,10 @@ DTYPE_BITS = {"fp32": 32, "uint8": 8, "int8": 8, "int32": 32, "int64": 64, "fp16
 # tensors of up to so many bytes may stand in the model itself
 INLINE_BYTES = 1024
 
-# kinds of attributes: an integer that the model's shape gives, a finite float; otherwise the integers that are written
+# kinds of attributes: an integer that the model's shape gives, a finite float; otherwise the values that are written
 SIZE = "size"
 FLOAT = "float"
-Attribute = str | tuple[int, ...]
+Attribute = str | tuple[int | str, ...]
 
 
 @dataclass(frozen=True)
@@ -33,18 +33,20 @@ def _op(*inputs: int, outputs: tuple[int, ...] = (1,), **attributes: Attribute) 
 
 
 _BLOCKS = (16, 32, 64, 128, 256)
+# only in models of earlier releases, which computed the angles that are looked up now
+RELEASED = {(STANDARD, "Cos"), (STANDARD, "Sin")}
 OPERATORS: dict[tuple[str, str], OnnxOp] = {
     (STANDARD, "Abs"): _op(1),
     (STANDARD, "Add"): _op(2),
     (STANDARD, "ArgMax"): _op(1, axis=(-1,), keepdims=(0,)),
     (STANDARD, "Attention"): _op(3, 7, q_num_heads=SIZE, kv_num_heads=SIZE, scale=FLOAT, is_causal=(1,)),
-    (STANDARD, "Cast"): _op(1, to=(DTYPES["fp32"], DTYPES["int32"])),
-    (STANDARD, "Concat"): _op(2, axis=(0,)),
+    (STANDARD, "Cast"): _op(1, to=(DTYPES["fp32"], DTYPES["int32"], DTYPES["int64"])),
+    (STANDARD, "Concat"): _op(2, 3, axis=(-1, 0, 1)),
     (STANDARD, "Cos"): _op(1),
     (STANDARD, "DequantizeLinear"): _op(3, axis=(0,), block_size=_BLOCKS),
     (STANDARD, "Div"): _op(2),
-    (STANDARD, "Gather"): _op(2, axis=(1,)),
-    (STANDARD, "Gelu"): _op(1),
+    (STANDARD, "Gather"): _op(2, axis=(0, 1)),
+    (STANDARD, "Gelu"): _op(1, approximate=("tanh",)),
     (STANDARD, "Gemm"): _op(2, 3, transB=(1,)),
     (STANDARD, "LayerNormalization"): _op(3, axis=(-1,), epsilon=FLOAT),
     (STANDARD, "MatMul"): _op(2),
@@ -59,6 +61,7 @@ OPERATORS: dict[tuple[str, str], OnnxOp] = {
     (STANDARD, "RotaryEmbedding"): _op(3, num_heads=SIZE),
     (STANDARD, "ScatterND"): _op(3),
     (STANDARD, "Shape"): _op(1, start=(1,), end=(2,)),
+    (STANDARD, "Sigmoid"): _op(1),
     (STANDARD, "Sin"): _op(1),
     (STANDARD, "Split"): _op(1, 2, outputs=(2, 3), axis=(-1,), num_outputs=(2, 3)),
     (STANDARD, "Sub"): _op(2),

@@ -1,26 +1,37 @@
-"""`compile --mode onnx`: ONNX models beside the other parts of an artifact, made from its weights."""
+"""`compile --mode onnx`: ONNX models beside the other parts of an artifact: its graphs translated, its weights in them."""
 
 import importlib.metadata
 import importlib.util
+import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ...artifacts.config import ModelConfig
 from ...artifacts.errors import ArtifactError, MissingDependencyError, TargetError
+from ...artifacts.ge.binding import binding_from_bytes
+from ...artifacts.ge.graph import read_graph
+from ...artifacts.host.process import prepare_process
 from ...artifacts.integrity import hash_bytes
 from ...artifacts.manifest import FileEntry, Manifest, OnnxGraph, OnnxPart, Tensor, empty_manifest
 from ...artifacts.parameters import parameters
 from ...artifacts.staging import Staging, require_disk, stage
 from ...artifacts.store import Artifact, open_artifact
-from .compile import cache_length
+from ..models.form import Form
+from .compile import CompileOptions, cache_length, stage_graphs
 
 if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+    from ...exporters.onnx.linear import OnnxForm
     from ...exporters.onnx.source import Weights
 
 FOLDER = "graphs/onnx"
+# the models, by the graph that each is a translation of
+MODELS = {"visual": "visual", "text": "prefill"}
 WEIGHTS = ("int8", "int4", "fp32", "fp16")
 DEFAULT_WEIGHTS = "int8"
 # bytes a value of a matrix, with its share of a scale
@@ -50,7 +61,7 @@ def export_onnx(
 ) -> Manifest:
     """Make the ONNX models of the artifact at `artifact` anew; all its other files stay as they are.
 
-    Needs onnx, and no torch. Memory stays small: one tensor at a time.
+    Memory stays small: one tensor at a time.
     Raises ArtifactError without weights or for damaged ones, TargetError for too little disk, MissingDependencyError.
     """
     require_onnx()
@@ -69,9 +80,12 @@ def export_onnx(
 
 
 def require_onnx() -> None:
-    """Raises MissingDependencyError where the package onnx is missing."""
-    if importlib.util.find_spec("onnx") is None:
-        raise MissingDependencyError("--mode onnx needs the package onnx; pip install 'qwen2vl-tc[onnx]'")
+    """Raises MissingDependencyError where onnx or torch is missing."""
+    for package, extra in (("onnx", "onnx"), ("torch", "compile")):
+        if importlib.util.find_spec(package) is None:
+            raise MissingDependencyError(
+                f"--mode onnx needs the package {package}; pip install 'qwen2vl-tc[{extra}]'"
+            )
 
 
 def planned_bytes(config: ModelConfig, weights: str, standard_only: bool = False) -> int:
@@ -94,31 +108,35 @@ def stage_onnx(
     staging: Staging, artifact: Artifact, options: OnnxOptions, progress: Progress | None = None
 ) -> Manifest:
     """Stage the models made from the weights of `artifact`; returns its manifest with the new part."""
-    from ...exporters.onnx.graph import OPSET
-    from ...exporters.onnx.linear import BLOCK_LIMIT, Form
+    from ...exporters.onnx.linear import BLOCK_LIMIT, OnnxForm
     from ...exporters.onnx.source import Weights
+    from ...exporters.onnx.writer import OPSET
 
     manifest = artifact.manifest
     options.check(manifest.model)
     planned = planned_bytes(manifest.model, options.weights, options.standard_only)
     require_disk(staging.path, planned, f"{options.weights} ONNX")
+    total = 2 + len(MODELS)
     report = progress or (lambda step, done, total: None)
-    report("checking the weights", 0, 3)
+    report("checking the weights", 0, total)
     weights = Weights(artifact)
-    form = Form(options.weights, options.standard_only)
+    form = OnnxForm(options.weights, options.standard_only)
+    length = cache_length(options.max_length, manifest.model)
     made_from = replace(empty_manifest(manifest.name, manifest.model), weights=manifest.weights)
     source = hash_bytes(made_from.to_bytes())
     graphs = []
-    for done, name in enumerate(("visual", "text"), start=1):
-        report(name, done, 3)
-        graphs.append(_stage_model(staging, name, manifest.model, weights, form, source))
-    report("done", 3, 3)
+    with _traced(artifact, length, lambda step: report(step, 1, total)) as traced:
+        constants = _constants(manifest.model, length)
+        for done, name in enumerate(MODELS, start=2):
+            report(name, done, total)
+            graphs.append(_stage_model(staging, name, traced, weights, form, constants, source))
+    report("done", total, total)
     part = OnnxPart(
         weights=options.weights,
         block_size=BLOCK_LIMIT[form.bits] if form.bits else None,
         standard_only=options.standard_only,
         opset=OPSET,
-        max_length=cache_length(options.max_length, manifest.model),
+        max_length=length,
         versions={"onnx": importlib.metadata.version("onnx")},
         source=source,
         graphs=tuple(graphs),
@@ -128,26 +146,64 @@ def stage_onnx(
     return replace(manifest, onnx=part)
 
 
-def _stage_model(
-    staging: Staging, name: str, config: ModelConfig, weights: "Weights", form: Any, source: str
-) -> OnnxGraph:
-    from ...exporters.onnx.graph import DataFile, Graph
-    from ...exporters.onnx.linear import Linears
-    from ...exporters.onnx.text import add_text
-    from ...exporters.onnx.visual import add_visual
+@contextmanager
+def _traced(artifact: Artifact, max_length: int, report: Callable[[str], None]) -> Iterator[Artifact]:
+    """The artifact itself, where this release traced its graphs in the form that is translated; otherwise one beside
+    it with nothing but such graphs, which is gone afterwards."""
+    manifest = artifact.manifest
+    if (ge := manifest.ge) and ge.admitted is not None and Form(ge.operators, ge.visual_attention) == Form():
+        yield artifact
+        return
+    with tempfile.TemporaryDirectory(prefix="qwen2vl-tc-") as folder:
+        target = Path(folder) / "traced.artifact"
+        options = CompileOptions(dtype="fp32", max_length=max_length)
+        with stage(target, sync=False, resumes=False) as staging:
+            empty = empty_manifest(manifest.name, manifest.model)
+            staging.commit(stage_graphs(staging, empty, options, lambda step, done, total: report(f"tracing: {step}")))
+        with open_artifact(target) as traced:
+            yield traced
 
+
+def _constants(config: ModelConfig, max_length: int) -> "dict[str, NDArray[Any]]":
+    """The tables that the graphs read, in fp32 and for this length: an artifact's own are rounded to its dtype."""
+    prepare_process()
+    import torch
+
+    from ..models.constants import constant_tables
+
+    tables = constant_tables(config, max_length, torch.float32, Form())
+    return {name: table.numpy() for name, table in tables.items()}
+
+
+def _stage_model(
+    staging: Staging,
+    name: str,
+    traced: Artifact,
+    weights: "Weights",
+    form: "OnnxForm",
+    constants: "dict[str, NDArray[Any]]",
+    source: str,
+) -> OnnxGraph:
+    from ...exporters.onnx.linear import Linears
+    from ...exporters.onnx.translate import translate
+    from ...exporters.onnx.writer import DataFile, ModelWriter
+    from ...runtime.backends.onnx_check import expected_tensors
+
+    part = traced.manifest.ge
+    entry = next((graph for graph in part.graphs if graph.name == MODELS[name]), None) if part else None
+    if entry is None:
+        raise ArtifactError(f"{traced.path}: has no graph {MODELS[name]}; run `qwen2vl-tc compile {traced.path}` first")
+    graph = read_graph(traced.read(entry.graph), entry.graph.path)
+    binding = binding_from_bytes(traced.read(entry.binding), entry.binding.path)
     path = f"{FOLDER}/{name}.onnx.data"
     data = DataFile(staging.file(path))
     try:
-        graph = Graph(f"qwen2_vl_{name}", data)
-        linears = Linears(graph, weights, form)
-        if name == "visual":
-            add_visual(graph, linears, config.vision)
-        else:
-            add_text(graph, linears, config.text)
+        writer = ModelWriter(name, data)
+        interface = expected_tensors(name, traced.manifest.model, form.standard_only)
+        translate(graph, binding, Linears(writer, weights, form), constants, *interface)
     finally:
         data.close()
-    model = graph.model({"manifest_hash": source, "weights": form.weights})
+    model = writer.model({"manifest_hash": source, "weights": form.weights})
     return OnnxGraph(
         name=name,
         model=staging.add(f"{FOLDER}/{name}.onnx", model.SerializeToString(deterministic=True)),
@@ -159,7 +215,7 @@ def _stage_model(
 
 
 def _tensors(values: Any) -> Iterator[Tensor]:
-    from ...exporters.onnx.graph import NAMES
+    from ...exporters.onnx.writer import NAMES
 
     for value in values:
         kind = value.type.tensor_type
