@@ -61,7 +61,6 @@ OPERATORS: dict[tuple[str, str], OnnxOp] = {
     (STANDARD, "RotaryEmbedding"): _op(3, num_heads=SIZE),
     (STANDARD, "ScatterND"): _op(3),
     (STANDARD, "Shape"): _op(1, start=(1,), end=(2,)),
-    (STANDARD, "Sigmoid"): _op(1),
     (STANDARD, "Sin"): _op(1),
     (STANDARD, "Split"): _op(1, 2, outputs=(2, 3), axis=(-1,), num_outputs=(2, 3)),
     (STANDARD, "Sub"): _op(2),

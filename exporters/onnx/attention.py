@@ -6,6 +6,7 @@ rows, one Split, and a RotaryEmbedding of each part that turns. One kernel each,
 """
 
 import math
+from typing import Any
 
 import numpy as np
 
@@ -29,13 +30,13 @@ def by_row(t: Translation, edge: Edge, shape: str, width: int | None = None) -> 
             found = math.prod(size for size in t.target(node)[1:] if size and size > 0)
             if width not in (None, found):
                 raise t.refused(node, f"has {found} columns a token where its reader takes {width}")
-            t.by_row[edge, shape] = by_row(t, node.inputs[0], shape, found)  # type: ignore[arg-type]
+            t.by_row[edge, shape] = by_row(t, t.edge(node, 0), shape, found)
         elif node.op == "SplitV":
             for number, part in enumerate(_parts(t, node, shape)):
                 t.by_row[(node.name, number), shape] = part
         elif node.op in ROTATIONS:
             heads, dim = heads_of(t, node)
-            x = by_row(t, node.inputs[0], shape, heads * dim)  # type: ignore[arg-type]
+            x = by_row(t, t.edge(node, 0), shape, heads * dim)
             t.by_row[edge, shape] = rotated(t, node, node.name, x, range(heads), shape)
         elif node.op == "FusedInferAttentionScore":
             t.by_row[edge, shape] = t.value(edge)
@@ -46,31 +47,30 @@ def by_row(t: Translation, edge: Edge, shape: str, width: int | None = None) -> 
 
 def split_sizes(t: Translation, node: Node) -> list[int]:
     """The widths of a SplitV's outputs. Raises TargetError for another axis than the last."""
-    if t.ints(node.inputs[2]) != [-1]:
-        raise t.refused(node, f"a split of axis {t.ints(node.inputs[2])} has no translation, only of the last")
-    return t.ints(node.inputs[1])
+    if t.ints(t.edge(node, 2)) != [-1]:
+        raise t.refused(node, f"a split of axis {t.ints(t.edge(node, 2))} has no translation, only of the last")
+    return t.ints(t.edge(node, 1))
 
 
 def split(t: Translation, node: Node, x: str, sizes: list[int]) -> tuple[str, ...]:
     """x split on its last axis."""
     outputs = tuple(f"{node.name}.{i}" for i in range(len(sizes)))
-    equal = len(set(sizes)) == 1
-    given = [] if equal else [t.writer.ints(sizes)]
-    count = {"num_outputs": len(sizes)} if equal else {}
-    return t.writer.nodes("Split", node.name, x, *given, outputs=outputs, axis=-1, **count)
+    if len(set(sizes)) == 1:
+        return t.writer.nodes("Split", node.name, x, outputs=outputs, axis=-1, num_outputs=len(sizes))
+    return t.writer.nodes("Split", node.name, x, t.writer.ints(sizes), outputs=outputs, axis=-1)
 
 
 def _parts(t: Translation, node: Node, shape: str) -> tuple[str, ...]:
     """A split by row. What one rotation turned before it is split first: RotaryEmbedding turns all heads alike, so q
     and k are turned each by itself, and v, which the tables leave as it is, not at all."""
-    sizes, source = split_sizes(t, node), node.inputs[0]
-    origin = t.nodes[source[0]]  # type: ignore[index]
-    rotation = t.nodes[origin.inputs[0][0]] if origin.op == "Reshape" else origin  # type: ignore[index]
+    sizes, source = split_sizes(t, node), t.edge(node, 0)
+    origin = t.behind(node, 0)
+    rotation = t.behind(origin, 0) if origin.op == "Reshape" else origin
     if rotation.op not in ROTATIONS:
-        return split(t, node, by_row(t, source, shape, sum(sizes)), sizes)  # type: ignore[arg-type]
+        return split(t, node, by_row(t, source, shape, sum(sizes)), sizes)
     _, dim = heads_of(t, rotation)
-    parts, turned, first = split(t, node, by_row(t, rotation.inputs[0], shape, sum(sizes)), sizes), [], 0  # type: ignore[arg-type]
-    for part, size in zip(parts, sizes, strict=True):
+    x, turned, first = by_row(t, t.edge(rotation, 0), shape, sum(sizes)), [], 0
+    for part, size in zip(split(t, node, x, sizes), sizes, strict=True):
         if size % dim:
             raise t.refused(node, f"splits heads of {dim} columns into {sizes}")
         heads = range(first, first := first + size // dim)
@@ -80,9 +80,10 @@ def _parts(t: Translation, node: Node, shape: str) -> tuple[str, ...]:
 
 def fused_infer_attention_score(t: Translation, node: Node) -> tuple[str, ...]:
     """Over the cache it writes, causal; or of segments, each of which sees itself alone."""
-    q, k, v, _, mask, lengths, lengths_kv, *rest = (*node.inputs, *[None] * 7)
+    q, k, v = (t.edge(node, number) for number in range(3))
+    shift, mask, lengths, lengths_kv = (*node.inputs[3:], None, None, None, None)[:4]
     attributes = node.attributes
-    if attributes.get("input_layout") != "BSH" or any(rest) or not (q and k and v):
+    if attributes.get("input_layout") != "BSH" or shift or any(node.inputs[7:]):
         raise t.refused(node, f"layout {attributes.get('input_layout')} with {len(node.inputs)} inputs; only BSH")
     heads = attributes["num_heads"]
     kv_heads = attributes.get("num_key_value_heads", 0) or heads
@@ -101,9 +102,7 @@ def fused_infer_attention_score(t: Translation, node: Node) -> tuple[str, ...]:
         return (t.writer.node("Attention", t.name(node), *operands, scale=scale, **count),)
     # the standard operator's kernel holds all scores, heads x tokens x tokens, at once
     name = t.name(node)
-    return (
-        t.writer.node("MultiHeadAttention", name, *operands, domain=MICROSOFT, num_heads=heads, scale=scale),
-    )
+    return (t.writer.node("MultiHeadAttention", name, *operands, domain=MICROSOFT, num_heads=heads, scale=scale),)
 
 
 def _is_causal(t: Translation, mask: Edge | None) -> bool:
@@ -133,23 +132,24 @@ def _over_the_cache(
         raise t.refused(node, "no argument of its graph has rows")
     for side, edge in zip(("key", "value"), written, strict=True):
         scatter = t.nodes[edge[0]]
-        cache = t.bound_as(scatter.inputs[0], CACHE) if scatter.op == "Scatter" else None
+        cache = t.bound_as(t.edge(scatter, 0), CACHE) if scatter.op == "Scatter" else None
         if (
             cache is None
             or scatter.attributes.get("axis") != 1
             or scatter.attributes.get("reduce", "update") != "update"
-            or not t.bound_as(scatter.inputs[1], ARGUMENT)
+            or not t.bound_as(t.edge(scatter, 1), ARGUMENT)
         ):
             raise t.refused(node, f"its {side} is expected to be a cache that one Scatter wrote new tokens into")
         width = cache.shape[2]
-        operands.append(by_row(t, scatter.inputs[2], shape, width))  # type: ignore[arg-type]
+        operands.append(by_row(t, t.edge(scatter, 2), shape, width))
         caches.append(f"{side}.{cache.index}")
     query = by_row(t, q, shape, width // kv_heads * heads)
     present = [f"present_{cache}" for cache in caches]
-    name, count = t.name(node), {"kv_num_heads": kv_heads, "scale": scale}
+    name = t.name(node)
+    count: dict[str, Any] = {"kv_num_heads": kv_heads, "scale": scale}
     if t.standard:
-        for new, cache, out in zip(operands, caches, present, strict=True):
-            t.writer.nodes("TensorScatter", out, cache, new, _write_at(t), outputs=(out,), axis=1)
+        for new, before, out in zip(operands, caches, present, strict=True):
+            t.writer.node("TensorScatter", out, before, new, _write_at(t), axis=1)
         inputs = (query, *present, "", "", "", "kv_lengths")
         return (t.writer.node("Attention", name, *inputs, is_causal=1, q_num_heads=heads, **count),)
     inputs = (query, *operands, *caches, *_lengths(t))

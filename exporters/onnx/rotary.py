@@ -47,7 +47,7 @@ def rotated(t: Translation, rotation: Node, name: str, x: str, heads: range, sha
 
 def heads_of(t: Translation, rotation: Node) -> tuple[int, int]:
     """How many heads a rotation turns, and their width: what the Reshape before it gives."""
-    view = t.nodes[rotation.inputs[0][0]]  # type: ignore[index]
+    view = t.behind(rotation, 0)
     target = t.target(view) if view.op == "Reshape" else ()
     if len(target) != 4 or not target[2] or not target[3] or target[2] < 0 or target[3] < 0:
         raise t.refused(rotation, "is expected to turn a view [1, tokens, heads, width]")
@@ -64,20 +64,20 @@ def _resolved(t: Translation, rotation: Node, edge: Edge, begin: int, count: int
         return ("constant", bound.name, head, *((begin, count) if sizes[-1] > 1 else (0, 1)))
 
     def of(number: int) -> Table:
-        return _resolved(t, rotation, node.inputs[number], begin, count, head)  # type: ignore[arg-type]
+        return _resolved(t, rotation, t.edge(node, number), begin, count, head)
 
-    if node.op == "SplitV" and t.ints(node.inputs[2]) == [-1]:
-        before = sum(t.ints(node.inputs[1])[: edge[1]])
-        return _resolved(t, rotation, node.inputs[0], before + begin, count, head)  # type: ignore[arg-type]
+    if node.op == "SplitV" and t.ints(t.edge(node, 2)) == [-1]:
+        before = sum(t.ints(t.edge(node, 1))[: edge[1]])
+        return _resolved(t, rotation, t.edge(node, 0), before + begin, count, head)
     if node.op == "Reshape":
         return of(0)
     if node.op in ("Mul", "Add"):
         return (node.op, of(0), of(1))
-    if node.op == "ReduceSum" and t.ints(node.inputs[1]) == [0] and not node.attributes.get("keep_dims", False):
+    if node.op == "ReduceSum" and t.ints(t.edge(node, 1)) == [0] and not node.attributes.get("keep_dims", False):
         return ("ReduceSum", of(0), 0)
-    if node.op in ("GatherV2", "Gather") and t.ints(node.inputs[2]) == [0] and t.bound_as(node.inputs[0], CONSTANT):
-        return ("rows", of(0), node.inputs[1])
-    if node.op == "Addcmul" and (t.array(node.inputs[3]) == 1).all() and t.bound_as(node.inputs[2], CONSTANT):
+    if node.op in ("GatherV2", "Gather") and t.ints(t.edge(node, 2)) == [0] and t.bound_as(t.edge(node, 0), CONSTANT):
+        return ("rows", of(0), t.edge(node, 1))
+    if node.op == "Addcmul" and (t.array(t.edge(node, 3)) == 1).all() and t.bound_as(t.edge(node, 2), CONSTANT):
         # added + x * factor, where the factor turns x on or off for a head
         factor, added = _array(t, of(2)), of(0)
         if (factor == 0).all():

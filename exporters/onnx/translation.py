@@ -43,7 +43,9 @@ class Translation:
         self._interface = {tensor.name: tensor for tensor in inputs}
         names = [output.name for output in binding.outputs]
         self._outputs: dict[Edge, str] = {
-            edge: name for name, edge in zip(names, graph.output.inputs, strict=True) if edge and name in _names(outputs)
+            edge: name
+            for name, edge in zip(names, graph.output.inputs, strict=True)
+            if edge and name in _names(outputs)
         }
         self._values: dict[Edge, str] = {}
         # values as [rows, tokens, width], by the shape that says how many rows and tokens there are
@@ -62,10 +64,23 @@ class Translation:
         for edge in self._outputs:
             self.value(edge)
 
-    def value(self, edge: Edge | None) -> str:
-        """The ONNX value of an output of a node."""
+    def edge(self, node: Node, number: int) -> Edge:
+        """An input of a node. Raises TargetError where it is not fed."""
+        edge = node.inputs[number] if number < len(node.inputs) else None
         if edge is None:
-            raise TargetError(f"graph {self.graph.name}: an input that its translation needs is not fed")
+            raise self.refused(node, f"input {number} is not fed, and its translation needs it")
+        return edge
+
+    def behind(self, node: Node, number: int) -> Node:
+        """What makes an input of a node."""
+        return self.nodes[self.edge(node, number)[0]]
+
+    def inputs(self, node: Node, begin: int = 0, end: int | None = None) -> list[str]:
+        """The ONNX values of a node's inputs, of all or of a range."""
+        return [self.value(self.edge(node, i)) for i in range(len(node.inputs))[begin:end]]
+
+    def value(self, edge: Edge) -> str:
+        """The ONNX value of an output of a node."""
         if edge not in self._values:
             node = self.nodes[edge[0]]
             for number, name in enumerate(self._translated(node)):
@@ -117,13 +132,11 @@ class Translation:
         array = np.frombuffer(node.constant.data, _NUMPY[node.constant.dtype]).reshape(node.constant.shape)
         return array.astype(np.float32) if node.constant.dtype in _FLOATS else array.astype(np.int64)
 
-    def array(self, edge: Edge | None) -> NDArray[Any]:
+    def array(self, edge: Edge) -> NDArray[Any]:
         """The value of a constant input, floats in fp32 and integers in int64."""
-        if edge is None:
-            raise TargetError(f"graph {self.graph.name}: a constant that a translation needs is not fed")
         return self._constant(self.nodes[edge[0]])
 
-    def ints(self, edge: Edge | None) -> list[int]:
+    def ints(self, edge: Edge) -> list[int]:
         return [int(value) for value in self.array(edge).reshape(-1)]
 
     def bound_as(self, edge: Edge | None, kind: str) -> BoundInput | None:
@@ -134,17 +147,17 @@ class Translation:
     def is_integer(self, edge: Edge) -> bool:
         """Whether a value is an integer argument, or a view of one."""
         node = self.nodes[edge[0]]
-        while node.op in ("Reshape", "Identity") and node.first:
-            node = self.nodes[node.first[0]]
+        while node.op in ("Reshape", "Identity"):
+            node = self.behind(node, 0)
         bound = self.bound.get(node.name)
         return bound is not None and bound.dtype not in _FLOATS
 
     def target(self, node: Node) -> tuple[int | None, ...]:
         """The shape that a Reshape gives; None where another tensor's size says it."""
-        shape = self.nodes[node.inputs[1][0]] if node.inputs[1] else None
-        if shape is not None and shape.op == "Pack":
+        shape = self.behind(node, 1)
+        if shape.op == "Pack":
             return tuple(None if self.nodes[e[0]].op == "Gather" else self.ints(e)[0] for e in shape.inputs if e)
-        return tuple(self.ints(node.inputs[1]))
+        return tuple(self.ints(self.edge(node, 1)))
 
     def shape(self, node: Node, last: Sequence[int] | None = None) -> str:
         """The ONNX value of the shape that a Reshape gives, or with `last` of one that has other sizes behind rows and
@@ -187,14 +200,14 @@ class Translation:
 
     def _sized_by(self, node: Node) -> str:
         """The argument whose first two sizes begin the shape that a Reshape gives."""
-        pack = self.nodes[node.inputs[1][0]]  # type: ignore[index]
+        pack = self.behind(node, 1)
         arguments = []
-        for place, edge in enumerate(pack.inputs[:2]):
-            gather = self.nodes[edge[0]]  # type: ignore[index]
-            shape = self.nodes[gather.inputs[0][0]]  # type: ignore[index]
-            if shape.op != "Shape" or self.ints(gather.inputs[1]) != [place]:
+        for place in range(2):
+            gather = self.behind(pack, place)
+            shape = self.behind(gather, 0)
+            if shape.op != "Shape" or self.ints(self.edge(gather, 1)) != [place]:
                 raise self.refused(node, "its sizes are not the first two of one tensor")
-            arguments.append(self.value(shape.inputs[0]))
+            arguments.append(self.value(self.edge(shape, 0)))
         if arguments[0] != arguments[1]:
             raise self.refused(node, "its sizes are not the first two of one tensor")
         return arguments[0]
