@@ -101,7 +101,12 @@ class Translation:
                 f"has no translation to ONNX, there are those of {', '.join(sorted(self._functions))}; run the "
                 "artifact's GE graphs, or add a function to exporters/onnx/operators.py",
             )
-        return function(self, node)
+        try:
+            return function(self, node)
+        # a graph may have anything for an attribute, and a binding any name
+        except (KeyError, IndexError, TypeError, ValueError) as error:
+            reason = f"{type(error).__name__}: {error}"
+            raise self.refused(node, f"cannot be translated with {node.attributes}: {reason}") from error
 
     def _input(self, node: Node, bound: BoundInput) -> str:
         if bound.kind == PARAMETER and len(bound.shape) == 1:

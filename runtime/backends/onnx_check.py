@@ -260,8 +260,16 @@ def _fits(form: str, tensor: _Stored, shape: tuple[int, ...]) -> bool:
 
 
 def expected_tensors(name: str, config: ModelConfig, standard_only: bool) -> tuple[list[Tensor], list[Tensor]]:
-    """Inputs and outputs of the visual or the text model: what exporters/onnx declares, with -1 for sizes known at run
-    time. See exporters/onnx/visual.py and text.py for what they mean."""
+    """Inputs and outputs of the visual or the text model, with -1 for sizes known at run time: what the models are
+    translated to have.
+
+    visual: patches uint8 [B, N, patch_dim], B segments of N patches in merge-window order; positions [2, B, N], row and
+    column; to embeds [B * N / merge**2, H].
+    text: token_ids [B, S]; image_embeds [M, H] replace the embeddings at image_index [M, 1], counted over B x S;
+    positions [3, B, S] of M-RoPE; kv_lengths [B], with the new tokens; last [1], the token whose logits are wanted;
+    key.N and value.N, a cache each: [B, num_kv_heads, L, D], or [B, L, KV] with standard operators only. Its new
+    content, present_key.N and present_value.N, may be bound to the same memory. To next_token [B], logits [B, V].
+    """
     text, vision = config.text, config.vision
     if name == "visual":
         inputs = [Tensor("patches", "uint8", (-1, -1, vision.patch_dim)), Tensor("positions", "int64", (2, -1, -1))]

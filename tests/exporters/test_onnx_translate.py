@@ -243,6 +243,11 @@ def test_what_has_no_translation_is_refused_by_name(toy: Traced, tmp_path: Path)
         TargetError, match=r"graph prefill: MyAddition \w+: has no translation to ONNX, there are those"
     ):
         emit(changed(toy, "Add", "MyAddition"), tmp_path, False)
+    (tmp_path / "table").mkdir()
+    with pytest.raises(TargetError, match=r"graph prefill: \w+ \w+: cannot be translated with .*KeyError: 'places'"):
+        emit(
+            dataclasses.replace(toy, constants={"causal_mask": toy.constants["causal_mask"]}), tmp_path / "table", False
+        )
     hiding = dataclasses.replace(toy, constants={**toy.constants, "causal_mask": np.ones((2048, 2048), bool)})
     (tmp_path / "mask").mkdir()
     with pytest.raises(TargetError, match=r"FusedInferAttentionScore \w+: is expected to be causal over a cache"):
