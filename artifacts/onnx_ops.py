@@ -12,10 +12,10 @@ STANDARD, MICROSOFT = "", "com.microsoft"
 # tensors of up to so many bytes may stand in the model itself
 INLINE_BYTES = 1024
 
-# kinds of attributes: an integer that the model's shape gives, a finite float; otherwise the integers that are written
+# kinds of attributes: an integer that the model's shape gives, a finite float; otherwise the values that are written
 SIZE = "size"
 FLOAT = "float"
-Attribute = str | tuple[int, ...]
+Attribute = str | tuple[int | str, ...]
 
 
 @dataclass(frozen=True)
@@ -32,18 +32,20 @@ def _op(*inputs: int, outputs: tuple[int, ...] = (1,), **attributes: Attribute) 
 
 
 _BLOCKS = (16, 32, 64, 128, 256)
+# only in models of earlier releases, which computed the angles that are looked up now
+RELEASED = {(STANDARD, "Cos"), (STANDARD, "Sin")}
 OPERATORS: dict[tuple[str, str], OnnxOp] = {
     (STANDARD, "Abs"): _op(1),
     (STANDARD, "Add"): _op(2),
     (STANDARD, "ArgMax"): _op(1, axis=(-1,), keepdims=(0,)),
     (STANDARD, "Attention"): _op(3, 7, q_num_heads=SIZE, kv_num_heads=SIZE, scale=FLOAT, is_causal=(1,)),
-    (STANDARD, "Cast"): _op(1, to=(onnx_number("fp32"), onnx_number("int32"))),
-    (STANDARD, "Concat"): _op(2, axis=(0,)),
+    (STANDARD, "Cast"): _op(1, to=(onnx_number("fp32"), onnx_number("int32"), onnx_number("int64"))),
+    (STANDARD, "Concat"): _op(2, 3, axis=(-1, 0, 1)),
     (STANDARD, "Cos"): _op(1),
     (STANDARD, "DequantizeLinear"): _op(3, axis=(0,), block_size=_BLOCKS),
     (STANDARD, "Div"): _op(2),
-    (STANDARD, "Gather"): _op(2, axis=(1,)),
-    (STANDARD, "Gelu"): _op(1),
+    (STANDARD, "Gather"): _op(2, axis=(0, 1)),
+    (STANDARD, "Gelu"): _op(1, approximate=("tanh",)),
     (STANDARD, "Gemm"): _op(2, 3, transB=(1,)),
     (STANDARD, "LayerNormalization"): _op(3, axis=(-1,), epsilon=FLOAT),
     (STANDARD, "MatMul"): _op(2),

@@ -1,9 +1,10 @@
 """Linear layers, x [tokens, inputs] to [tokens, outputs], in the forms that the kinds of weights take.
 
-floats  fp32, fp16, and the patch embedding always: Gemm (fp16: of a Cast, folded when a session is made).
-blocks  the language model in int8 and int4: MatMulNBits; with --standard-only DequantizeLinear, MatMul, Add.
-rows    the vision tower in int8 and int4: MatMulIntegerToFloat of tokens that are quantized one by one; with
-        --standard-only MatMulInteger, Cast, Mul.
+floats  fp32 and fp16: Gemm (fp16: of a Cast, folded when a session is made).
+blocks  int8 and int4 where a step reads a weight for one token: MatMulNBits; with --standard-only DequantizeLinear,
+        MatMul, Add.
+rows    int8 and int4 where thousands of tokens come at once: MatMulIntegerToFloat of tokens that are quantized one by
+        one; with --standard-only MatMulInteger, Cast, Mul.
 """
 
 from collections.abc import Iterator
@@ -15,9 +16,9 @@ from numpy.typing import NDArray
 
 from ...artifacts.errors import WeightError
 from ...artifacts.onnx_ops import MICROSOFT
-from .graph import Graph
 from .quantize import block_size, pack_int4, quantize_blocks, quantize_rows
 from .source import Floats, Weights
+from .writer import ModelWriter
 
 BLOCK_LIMIT = {8: 256, 4: 128}
 # of embedding and output layer also where all others have 4: they decide the token, and are a tenth of the bytes
@@ -27,7 +28,7 @@ _ACCURACY_LEVEL = 4
 
 
 @dataclass(frozen=True)
-class Form:
+class OnnxForm:
     """weights: int8, int4, fp32 or fp16. standard_only: no operator outside the ONNX standard."""
 
     weights: str
@@ -35,28 +36,31 @@ class Form:
 
     @property
     def bits(self) -> int | None:
-        """Of the quantized weights of the language model's layers."""
+        """Of the weights that are quantized in blocks."""
         return {"int8": 8, "int4": 4}.get(self.weights)
 
 
 class Linears:
-    """Emits layers with their weights into one graph. Parameters are named as in artifacts.parameters."""
+    """Emits layers with their weights into one model. weight and bias are the names of parameters; a layer is named
+    `name`."""
 
-    def __init__(self, graph: Graph, weights: Weights, form: Form) -> None:
+    def __init__(self, graph: ModelWriter, weights: Weights, form: OnnxForm) -> None:
         self.graph, self.weights, self.form = graph, weights, form
 
     def vector(self, parameter: str) -> str:
         """A bias, or the weight of a norm: fp32 in every form."""
         return self.graph.constant(parameter, self.weights.whole(parameter))
 
-    def floats(self, x: str, parameter: str, name: str, bias: bool = True) -> str:
+    def floats(self, x: str, weight: str, bias: str | None, name: str) -> str:
         """One Gemm with the weight as the artifact stores it, [outputs, inputs]."""
-        weight = self._matrix(f"{parameter}.weight")
+        matrix = self._matrix(weight)
         if self.form.weights == "fp16":
-            cast = f"{parameter}.weight.fp32"
-            weight = cast if self.graph.has(cast) else self.graph.cast(cast, weight, "fp32")
-        biases = [self.vector(f"{parameter}.bias")] if bias else []
-        return self.graph.node("Gemm", name, x, weight, *biases, transB=1)
+            cast = f"{weight}.fp32"
+            matrix = cast if self.graph.has(cast) else self.graph.cast(cast, matrix, "fp32")
+        return self.graph.node("Gemm", name, x, matrix, *self._biases(bias), transB=1)
+
+    def _biases(self, bias: str | None) -> list[str]:
+        return [self.vector(bias)] if bias else []
 
     def _matrix(self, parameter: str) -> str:
         dtype = "fp16" if self.form.weights == "fp16" else "fp32"
@@ -77,21 +81,18 @@ class Linears:
                 )
             yield cast
 
-    def blocks(self, x: str, parameter: str, name: str, bias: bool = True, bits: int | None = None) -> str:
+    def blocks(self, x: str, weight: str, bias: str | None, name: str, bits: int) -> str:
         """A product with a weight quantized in blocks of its inputs."""
-        bits = bits or self.form.bits
-        if bits is None:
-            return self.floats(x, parameter, name, bias)
-        outputs, inputs = self.weights.shape(f"{parameter}.weight")
+        outputs, inputs = self.weights.shape(weight)
         block = block_size(inputs, BLOCK_LIMIT[bits])
-        biases = [self.vector(f"{parameter}.bias")] if bias else []
+        biases = self._biases(bias)
         if self.form.standard_only:
-            weight = self._dequantized(f"{parameter}.weight", bits, block)
-            if not bias:
-                return self.graph.node("MatMul", name, x, weight)
-            return self.graph.node("Add", name, self.graph.node("MatMul", f"{name}.matmul", x, weight), *biases)
-        quantized, scales = self._blocks(f"{parameter}.weight", bits, block)
-        optional = ["", "", *biases] if bias else []
+            matrix = self._dequantized(weight, bits, block)
+            if not biases:
+                return self.graph.node("MatMul", name, x, matrix)
+            return self.graph.node("Add", name, self.graph.node("MatMul", f"{name}.matmul", x, matrix), *biases)
+        quantized, scales = self._blocks(weight, bits, block)
+        optional = ["", "", *biases] if biases else []
         return self.graph.node(
             "MatMulNBits",
             name,
@@ -153,20 +154,18 @@ class Linears:
             block_size=block,
         )
 
-    def rows(self, x: str, parameter: str, name: str) -> str:
+    def rows(self, x: str, weight: str, bias: str | None, name: str) -> str:
         """A product of int8 with a scale for every output and, at run time, for every token."""
-        if self.form.bits is None:
-            return self.floats(x, parameter, name)
         graph = self.graph
-        outputs, inputs = self.weights.shape(f"{parameter}.weight")
-        weight, scales = np.empty((inputs, outputs), np.int8), np.empty(outputs, np.float32)
-        for first, rows in self.weights.chunks(f"{parameter}.weight"):
+        outputs, inputs = self.weights.shape(weight)
+        matrix, scales = np.empty((inputs, outputs), np.int8), np.empty(outputs, np.float32)
+        for first, rows in self.weights.chunks(weight):
             q, scale = quantize_rows(rows)
-            weight[:, first : first + len(rows)] = q.T
+            matrix[:, first : first + len(rows)] = q.T
             scales[first : first + len(rows)] = scale
-        quantized = graph.stored(f"{parameter}.weight.quantized", "int8", weight.shape, [weight])
-        scaling = graph.constant(f"{parameter}.weight.scales", scales)
-        bias = self.vector(f"{parameter}.bias")
+        quantized = graph.stored(f"{weight}.quantized", "int8", matrix.shape, [matrix])
+        scaling = graph.constant(f"{weight}.scales", scales)
+        biases = self._biases(bias)
         middle, one = graph.constant("middle", 128, np.uint8), graph.constant("one", 1)
         largest = graph.node(
             "ReduceMax",
@@ -180,7 +179,7 @@ class Linears:
         scaled = graph.node("Div", f"{name}.scaled", x, token_scale)
         x = graph.node("QuantizeLinear", f"{name}.quantized", scaled, one, middle)
         # where onnxruntime makes weights uint8, 1.28 aborts without it, and 1.32 refuses one that nodes share
-        zero = graph.constant(f"{parameter}.weight.zero", 0, np.int8)
+        zero = graph.constant(f"{weight}.zero", 0, np.int8)
         if self.form.standard_only:
             product = graph.node("MatMulInteger", f"{name}.integer", x, quantized, middle, zero)
             product = graph.cast(f"{name}.float", product, "fp32")
@@ -189,41 +188,12 @@ class Linears:
             product = graph.node(
                 "MatMulIntegerToFloat", f"{name}.integer", x, quantized, one, scaling, middle, zero, domain=MICROSOFT
             )
-        return graph.node("Add", name, graph.node("Mul", f"{name}.by_token", product, token_scale), bias)
-
-    def norm(self, x: str, parameter: str, name: str, epsilon: float, bias: bool) -> str:
-        """LayerNormalization with a bias, RMSNormalization without, over the last axis."""
-        op = "LayerNormalization" if bias else "RMSNormalization"
-        return self.graph.node(op, name, x, *self._norm_weights(parameter, bias), axis=-1, epsilon=epsilon)
-
-    def add_norm(self, residual: str, x: str, parameter: str, name: str, epsilon: float, bias: bool) -> tuple[str, str]:
-        """As `norm` of the sum; returns (normalised sum, sum). One operator, as on the NPU, but for standard ones."""
-        if self.form.standard_only:
-            total = self.graph.node("Add", f"{name}.sum", residual, x)
-            return self.norm(total, parameter, name, epsilon, bias), total
-        op = "SkipLayerNormalization" if bias else "SkipSimplifiedLayerNormalization"
-        outputs = (name, "", "", f"{name}.sum")
-        self.graph.nodes(
-            op,
-            name,
-            *(residual, x, *self._norm_weights(parameter, bias)),
-            outputs=outputs,
-            domain=MICROSOFT,
-            epsilon=epsilon,
-        )
-        return name, f"{name}.sum"
-
-    def _norm_weights(self, parameter: str, bias: bool) -> list[str]:
-        return [self.vector(f"{parameter}.{each}") for each in (("weight", "bias") if bias else ("weight",))]
-
-    def swish(self, x: str, name: str, alpha: float = 1.0) -> str:
-        """x * sigmoid(alpha x). onnxruntime has a kernel for QuickGelu; the standard Swish it computes in three."""
-        if self.form.standard_only:
-            return self.graph.node("Swish", name, x, alpha=alpha)
-        return self.graph.node("QuickGelu", name, x, domain=MICROSOFT, alpha=alpha)
+        if not biases:
+            return graph.node("Mul", name, product, token_scale)
+        return graph.node("Add", name, graph.node("Mul", f"{name}.by_token", product, token_scale), *biases)
 
     def embedding(self, ids: str, parameter: str, name: str) -> str:
-        """Rows of a table [vocabulary, width] by index, to [..., width]."""
+        """Rows of a table [vocabulary, width] by ids [tokens], to [tokens, width]."""
         graph = self.graph
         if self.form.bits is None:
             rows = graph.node("Gather", f"{name}.rows", self._matrix(parameter), ids)
@@ -234,4 +204,5 @@ class Linears:
         centred = graph.node("Sub", f"{name}.centred", rows, graph.constant("128", 128))
         column = graph.constant("column", [-1], np.int64)
         scale = graph.node("Unsqueeze", f"{name}.scale", graph.node("Gather", f"{name}.scales", scales, ids), column)
-        return graph.node("Mul", name, centred, scale)
+        # 0 keeps the tokens, and what is left are the blocks of one
+        return graph.reshape(name, graph.node("Mul", f"{name}.blocks", centred, scale), [0, -1])

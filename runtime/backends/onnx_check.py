@@ -20,11 +20,11 @@ from ..models.config import ModelConfig
 from .onnx_proto import parse_model
 
 # onnx.AttributeProto.AttributeType and onnx.TensorProto.DataLocation
-_FLOAT, _INT, _EXTERNAL = 1, 2, 1
+_FLOAT, _INT, _STRING, _EXTERNAL = 1, 2, 3, 1
 # Operators that read a tensor of the model at this input: it tells how much they read, and what they ask memory for.
 _WEIGHT_INPUT = {"MatMulNBits": 1, "MatMulInteger": 1, "MatMulIntegerToFloat": 1, "DequantizeLinear": 0}
 # Operators that add an axis, or as many as an index has: only as often as the model needs them.
-_AT_MOST = {"Unsqueeze": 2, "Concat": 1, "Gather": 4, "ReduceSum": 1, "ScatterND": 1}
+_AT_MOST = {"Unsqueeze": 2, "Concat": 4, "Gather": 8, "ReduceSum": 2, "ScatterND": 1}
 # Which positions of the cache a kernel reads and writes: these values, made like this from what the backend feeds.
 _LENGTHS: dict[bytes, tuple[str, tuple[bytes, ...]]] = {
     b"last_position": ("Sub", (b"kv_lengths", b"one_int")),
@@ -117,6 +117,9 @@ class _Check:
                 raise _Refused(
                     f"tensor {name} is {dtype.name} {list(shape)}, and that of the model {self.shapes[parameter]}"
                 )
+        # tables that positions are looked up in
+        elif tensor.name.startswith(b"constants.") and dtype.name == "fp32":
+            pass
         # what else there is are small constants, written by the exporter's own hand
         elif (len(shape) > 1 and not tensor.name.startswith(b"rope.")) or size > 4 * self.widest:
             raise _Refused(f"tensor {name} of shape {list(shape)} belongs to no parameter of this model")
@@ -212,8 +215,11 @@ def _attributes(found: Iterable[Any], rules: Mapping[str, Any], where: str) -> d
     for attribute in found:
         name = attribute.name.decode(errors="replace")
         rule = rules.get(name)
-        value: float | int = attribute.f if rule == FLOAT else attribute.i
-        fits = attribute.type == (_FLOAT if rule == FLOAT else _INT) and attribute.HasField("f") == (rule == FLOAT)
+        is_text = isinstance(rule, tuple) and isinstance(rule[0], str)
+        kind, field = (_FLOAT, "f") if rule == FLOAT else (_STRING, "s") if is_text else (_INT, "i")
+        value: Any = getattr(attribute, field)
+        value = value.decode(errors="replace") if is_text else value
+        fits = attribute.type == kind and not any(attribute.HasField(each) for each in {"f", "i", "s"} - {field})
         if rule is None or name in values or not fits:
             raise _Refused(f"{where}: has the attribute {name[:80]!r}, which it may not have like that")
         # an epsilon, the slope of a gate, the root of a head's size
@@ -254,8 +260,16 @@ def _fits(form: str, tensor: _Stored, shape: tuple[int, ...]) -> bool:
 
 
 def expected_tensors(name: str, config: ModelConfig, standard_only: bool) -> tuple[list[Tensor], list[Tensor]]:
-    """Inputs and outputs of the visual or the text model: what exporters/onnx declares, with -1 for sizes known at run
-    time. See exporters/onnx/visual.py and text.py for what they mean."""
+    """Inputs and outputs of the visual or the text model, with -1 for sizes known at run time: what the models are
+    translated to have.
+
+    visual: patches uint8 [B, N, patch_dim], B segments of N patches in merge-window order; positions [2, B, N], row and
+    column; to embeds [B * N / merge**2, H].
+    text: token_ids [B, S]; image_embeds [M, H] replace the embeddings at image_index [M, 1], counted over B x S;
+    positions [3, B, S] of M-RoPE; kv_lengths [B], with the new tokens; last [1], the token whose logits are wanted;
+    key.N and value.N, a cache each: [B, num_kv_heads, L, D], or [B, L, KV] with standard operators only. Its new
+    content, present_key.N and present_value.N, may be bound to the same memory. To next_token [B], logits [B, V].
+    """
     text, vision = config.text, config.vision
     if name == "visual":
         inputs = [Tensor("patches", "uint8", (-1, -1, vision.patch_dim)), Tensor("positions", "int64", (2, -1, -1))]

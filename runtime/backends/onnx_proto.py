@@ -34,7 +34,7 @@ _FIELDS: dict[str, dict[int, tuple[str, str]]] = {
         5: ("attribute", "Attribute*"),
         7: ("domain", "bytes"),
     },
-    "Attribute": {1: ("name", "bytes"), 2: ("f", "float"), 3: ("i", "int"), 20: ("type", "int")},
+    "Attribute": {1: ("name", "bytes"), 2: ("f", "float"), 3: ("i", "int"), 4: ("s", "bytes"), 20: ("type", "int")},
     "Tensor": {
         1: ("dims", "int*"),
         2: ("data_type", "int"),

@@ -35,6 +35,12 @@ def test_an_artifact_of_each_released_schema_still_gives_the_tokens_it_gave_when
         assert model.generate(messages, pictures, max_new_tokens=len(tokens)).token_ids == tokens
 
 
+def test_onnx_models_of_a_released_version_still_give_the_tokens_they_gave(tmp_path: Path) -> None:
+    model = load(unpack(tmp_path / "released", "3-onnx"), "onnxruntime")
+    for messages, pictures, tokens in requests(2):
+        assert model.generate(messages, pictures, max_new_tokens=len(tokens)).token_ids == tokens
+
+
 @pytest.mark.parametrize(
     ("fields", "message"),
     [

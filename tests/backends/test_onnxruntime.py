@@ -11,7 +11,8 @@ from typing import Any
 
 import numpy as np
 import pytest
-from helpers.synthetic import tiny_config, write_checkpoint
+from helpers.onnx_artifact import exported
+from helpers.synthetic import tiny_config
 from PIL import Image
 from typer.testing import CliRunner
 
@@ -22,6 +23,7 @@ from qwen2vl_tc.runtime.backends.onnxruntime import _products_saturate
 from qwen2vl_tc.runtime.requests.answer import Timings
 from qwen2vl_tc.runtime.requests.generate import prefill_prompt
 from qwen2vl_tc.runtime.text.prompt import Prompt
+from qwen2vl_tc.toolchain.build.onnx import OnnxOptions
 from qwen2vl_tc.toolchain.cli.main import app
 from qwen2vl_tc.toolchain.verify.cases import Case
 from qwen2vl_tc.toolchain.verify.reference import HfReference, open_reference
@@ -60,18 +62,17 @@ def run(*words: str | int | Path) -> str:
 
 
 @pytest.fixture(scope="module")
-def export(tmp_path_factory: pytest.TempPathFactory) -> Export:
-    """export(shape, dtype, *compile's options) to (HF folder, artifact with ONNX models); cached."""
-    made: dict[tuple[str, ...], tuple[Path, Path]] = {}
+def export(tmp_path_factory: pytest.TempPathFactory, build: Any) -> Export:
+    """export(shape, *compile's options) to (HF folder, artifact with ONNX models alone); cached."""
+    made: dict[tuple[Any, ...], tuple[Path, Path]] = {}
 
-    def make(shape: str, *options: str, dtype: str = "fp32") -> tuple[Path, Path]:
-        key = (shape, dtype, *options)
+    def make(shape: str, *options: str, max_length: int = 512) -> tuple[Path, Path]:
+        key = (shape, *options, max_length)
         if key not in made:
-            folder = tmp_path_factory.mktemp(shape)
-            source = write_checkpoint(folder / "hf", tiny_config(**SHAPES[shape]), dtype=dtype, tokenizer=True)
-            run("convert", "--src", source, "--out", folder / "artifact", "--no-sync")
-            run("compile", folder / "artifact", "--mode", "onnx", "--max-length", 512, *options)
-            made[key] = source, folder / "artifact"
+            source, traced = build(f"onnx_{shape}", tiny_config(**SHAPES[shape]))
+            weights, standard = options[options.index("--weights") + 1], "--standard-only" in options
+            out = tmp_path_factory.mktemp(shape) / "artifact"
+            made[key] = source, exported(traced, out, OnnxOptions(weights, standard, max_length))
         return made[key]
 
     return make
@@ -212,7 +213,7 @@ print(*decode(64))
 
 def test_a_cache_takes_memory_for_the_positions_that_are_written(export: Export, tmp_path: Path) -> None:
     """A step that copied the cache, or huge pages, would take all of it."""
-    _, artifact = export("tied", "--weights", "int8", "--max-length", 8192)
+    _, artifact = export("tied", "--weights", "int8", max_length=8192)
     words = [sys.executable, "-c", CACHE_MEMORY, str(artifact)]
     taken, size = map(int, subprocess.run(words, capture_output=True, text=True, check=True).stdout.split())
     # a page for each row, head, side and layer is 2 MB

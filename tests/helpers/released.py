@@ -34,8 +34,8 @@ def requests(schema: int) -> list[tuple[list[dict[str, Any]], list[Any], tuple[i
     return [(*question, answer) for question, answer in zip(_QUESTIONS, ANSWERS[schema], strict=True)]
 
 
-def unpack(folder: Path, schema: int = 1) -> Path:
-    """The artifact, as plain files in `folder`."""
+def unpack(folder: Path, schema: int | str = 1) -> Path:
+    """The artifact, as plain files in `folder`. "3-onnx" has the int8 ONNX models of schema 2's weights alone."""
     with zipfile.ZipFile(_DATA / f"schema-{schema}.zip") as archive:
         archive.extractall(folder)
     return folder

@@ -7,12 +7,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from helpers import onnx_artifact
 from helpers.altered import Arrays, altered_onnx
 from helpers.synthetic import tiny_config, write_checkpoint
 from safetensors.numpy import load_file, save_file
 
 from qwen2vl_tc.artifacts.errors import ArtifactError
 from qwen2vl_tc.runtime import load
+from qwen2vl_tc.toolchain.build.onnx import OnnxOptions
 from qwen2vl_tc.toolchain.verify.compare import compare, output_departs
 from qwen2vl_tc.toolchain.verify.report import VerifyReport
 from qwen2vl_tc.toolchain.verify.tolerances import TOLERANCES
@@ -43,14 +45,13 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def exported(source: Path, run: Run) -> Exported:
     """exported(kind of weights) to an artifact; cached."""
+    traced = source.parent / "traced"
+    for words in (("convert", "--src", source, "--no-sync", "--out", traced), ("compile", traced)):
+        assert run(*words).exit_code == 0
 
     def make(weights: str) -> Path:
         out = source.parent / weights
-        if not out.exists():
-            assert run("convert", "--src", source, "--out", out, "--no-sync").exit_code == 0
-            words = ("compile", out, "--mode", "onnx", "--max-length", "512", "--weights", weights)
-            assert run(*words).exit_code == 0
-        return out
+        return out if out.exists() else onnx_artifact.exported(traced, out, OnnxOptions(weights, max_length=512))
 
     return make
 

@@ -1,35 +1,44 @@
-"""`compile --mode onnx`: ONNX models beside the other parts of an artifact, made from its weights."""
+"""`compile --mode onnx`: an artifact's graphs translated to ONNX models beside its other parts, its weights in them."""
 
 import importlib.metadata
 import importlib.util
+import tempfile
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ...artifacts.disk import require_disk
 from ...artifacts.dtypes import BY_ONNX
-from ...artifacts.errors import MissingDependencyError, TargetError
+from ...artifacts.errors import ArtifactError, MissingDependencyError, TargetError
+from ...artifacts.ge.binding import binding_from_bytes
+from ...artifacts.ge.graph import read_graph
+from ...artifacts.host.process import prepare_process
 from ...artifacts.integrity import hash_bytes
 from ...artifacts.manifest import FileEntry, Manifest, OnnxGraph, OnnxPart, Tensor, empty_manifest
-from ...artifacts.staging import Staging, amend
+from ...artifacts.staging import Staging, amend, stage
 from ...artifacts.store import Artifact, open_artifact
 from ...runtime.models import config_of, family_of
+from ...runtime.models.base import GraphOptions, Role
 from ...runtime.models.config import ModelConfig
 from ..progress import StepProgress, no_steps
-from .compile import cache_length
+from .compile import CompileOptions, cache_length, stage_graphs
 
 if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+    from ...exporters.onnx.linear import OnnxForm
     from ...exporters.onnx.source import Weights
 
 FOLDER = "graphs/onnx"
+# the models, by the graph that each is a translation of
+MODELS = {"visual": "visual", "text": "prefill"}
 WEIGHTS = ("int8", "int4", "fp32", "fp16")
 DEFAULT_WEIGHTS = "int8"
 # bytes a value of a matrix, with its share of a scale
 _VALUE_BYTES = {"int8": 1 + 4 / 256, "int4": 0.5 + 4 / 128, "fp32": 4.0, "fp16": 2.0}
-_EMBEDDING = "model.embed_tokens.weight"
-_TABLES = (_EMBEDDING, "lm_head.weight")
 
 
 @dataclass(frozen=True)
@@ -52,35 +61,36 @@ def export_onnx(
 ) -> Manifest:
     """Make the ONNX models of the artifact at `artifact` anew; all its other files stay as they are.
 
-    Needs onnx, and no torch. Memory stays small: one tensor at a time.
+    Memory stays small: one tensor at a time.
     Raises ArtifactError without weights or for damaged ones, TargetError for too little disk, MissingDependencyError.
     """
     require_onnx()
-    with amend(artifact, sync=sync) as (staging, _):
-        with open_artifact(staging.target) as opened:
-            manifest = stage_onnx(staging, opened, options, progress)
+    with amend(artifact, sync=sync) as (staging, _), open_artifact(staging.target) as opened:
+        manifest = stage_onnx(staging, opened, options, progress)
         staging.commit(manifest)
     return manifest
 
 
 def require_onnx() -> None:
-    """Raises MissingDependencyError where the package onnx is missing."""
-    if importlib.util.find_spec("onnx") is None:
-        raise MissingDependencyError("--mode onnx needs the package onnx; pip install 'qwen2vl-tc[onnx]'")
+    """Raises MissingDependencyError where onnx or torch is missing."""
+    for package, extra in (("onnx", "onnx"), ("torch", "compile")):
+        if importlib.util.find_spec(package) is None:
+            raise MissingDependencyError(f"--mode onnx needs the package {package}; pip install 'qwen2vl-tc[{extra}]'")
 
 
 def planned_bytes(config: ModelConfig, weights: str, standard_only: bool = False) -> int:
     """What the models take on the disk, from the shape alone, within a few percent."""
     total = 0.0
-    for parameter in family_of(config).weights(config):
+    for weight in family_of(config).weights(config):
         kind = weights
-        if len(parameter.shape) == 1:
+        if len(weight.shape) == 1:
             kind = "fp32"
-        elif weights == "int4" and (parameter.name.startswith("visual.") or parameter.name in _TABLES):
+        elif weights == "int4" and (weight.name.startswith("visual.") or weight.role in (Role.EMBEDDING, Role.HEAD)):
             kind = "int8"
-        size = parameter.size * _VALUE_BYTES[kind]
+        size = weight.size * _VALUE_BYTES[kind]
         # standard operators multiply by a quantized table only in another layout than they look it up
-        twice = standard_only and kind == "int8" and parameter.name == _EMBEDDING and config.text.tie_word_embeddings
+        tied = weight.role is Role.EMBEDDING and config.text.tie_word_embeddings
+        twice = standard_only and kind == "int8" and tied
         total += 2 * size if twice else size
     return int(total)
 
@@ -89,31 +99,35 @@ def stage_onnx(
     staging: Staging, artifact: Artifact, options: OnnxOptions, progress: StepProgress = no_steps
 ) -> Manifest:
     """Stage the models made from the weights of `artifact`; returns its manifest with the new part."""
-    from ...exporters.onnx.graph import OPSET
-    from ...exporters.onnx.linear import BLOCK_LIMIT, Form
+    from ...exporters.onnx.linear import BLOCK_LIMIT, OnnxForm
     from ...exporters.onnx.source import Weights
+    from ...exporters.onnx.writer import OPSET
 
     manifest = artifact.manifest
     config = config_of(manifest)
     options.check(config)
     planned = planned_bytes(config, options.weights, options.standard_only)
     require_disk(staging.path, planned, f"{options.weights} ONNX")
-    progress("checking the weights", 0, 3)
+    total = 2 + len(MODELS)
+    progress("checking the weights", 0, total)
     weights = Weights(artifact)
-    form = Form(options.weights, options.standard_only)
+    form = OnnxForm(options.weights, options.standard_only)
+    length = cache_length(options.max_length, config)
     made_from = replace(empty_manifest(manifest.name, manifest.model), weights=manifest.weights)
     source = hash_bytes(made_from.to_bytes())
     graphs = []
-    for done, name in enumerate(("visual", "text"), start=1):
-        progress(name, done, 3)
-        graphs.append(_stage_model(staging, name, config, weights, form, source))
-    progress("done", 3, 3)
+    with _traced(artifact, length, lambda step: progress(step, 1, total)) as traced:
+        constants = _constants(config, length)
+        for done, name in enumerate(MODELS, start=2):
+            progress(name, done, total)
+            graphs.append(_stage_model(staging, name, traced, weights, form, constants, source))
+    progress("done", total, total)
     part = OnnxPart(
         weights=options.weights,
         block_size=BLOCK_LIMIT[form.bits] if form.bits else None,
         standard_only=options.standard_only,
         opset=OPSET,
-        max_length=cache_length(options.max_length, config),
+        max_length=length,
         versions={"onnx": importlib.metadata.version("onnx")},
         source=source,
         graphs=tuple(graphs),
@@ -123,26 +137,63 @@ def stage_onnx(
     return replace(manifest, onnx=part)
 
 
-def _stage_model(
-    staging: Staging, name: str, config: ModelConfig, weights: "Weights", form: Any, source: str
-) -> OnnxGraph:
-    from ...exporters.onnx.graph import DataFile, Graph
-    from ...exporters.onnx.linear import Linears
-    from ...exporters.onnx.text import add_text
-    from ...exporters.onnx.visual import add_visual
+@contextmanager
+def _traced(artifact: Artifact, max_length: int, report: Callable[[str], None]) -> Iterator[Artifact]:
+    """The artifact itself, where this release traced its graphs in the form that is translated; otherwise one beside
+    it with nothing but such graphs, which is gone afterwards."""
+    manifest = artifact.manifest
+    wanted = GraphOptions(max_length)
+    if (ge := manifest.ge) and replace(GraphOptions.of(ge), max_length=max_length, batches=wanted.batches) == wanted:
+        yield artifact
+        return
+    with tempfile.TemporaryDirectory(prefix="qwen2vl-tc-") as folder:
+        target = Path(folder) / "traced.artifact"
+        options = CompileOptions(dtype="fp32", max_length=max_length)
+        with stage(target, sync=False, resumes=False) as staging:
+            empty = empty_manifest(manifest.name, manifest.model)
+            staging.commit(stage_graphs(staging, empty, options, lambda step, done, total: report(f"tracing: {step}")))
+        with open_artifact(target) as traced:
+            yield traced
 
+
+def _constants(config: ModelConfig, max_length: int) -> "dict[str, NDArray[Any]]":
+    """The tables that the graphs read, in fp32 and for this length: an artifact's own are rounded to its dtype."""
+    prepare_process()
+    from ..models.build import constant_tables
+
+    tables = constant_tables(config, GraphOptions(max_length), "fp32")
+    return {name: table.numpy() for name, table in tables.items()}
+
+
+def _stage_model(
+    staging: Staging,
+    name: str,
+    traced: Artifact,
+    weights: "Weights",
+    form: "OnnxForm",
+    constants: "dict[str, NDArray[Any]]",
+    source: str,
+) -> OnnxGraph:
+    from ...exporters.onnx.linear import Linears
+    from ...exporters.onnx.translate import translate
+    from ...exporters.onnx.writer import DataFile, ModelWriter
+    from ...runtime.backends.onnx_check import expected_tensors
+
+    part = traced.manifest.ge
+    entry = next((graph for graph in part.graphs if graph.name == MODELS[name]), None) if part else None
+    if entry is None:
+        raise ArtifactError(f"{traced.path}: has no graph {MODELS[name]}; run `qwen2vl-tc compile {traced.path}` first")
+    graph = read_graph(traced.read(entry.graph), entry.graph.path)
+    binding = binding_from_bytes(traced.read(entry.binding), entry.binding.path)
     path = f"{FOLDER}/{name}.onnx.data"
     data = DataFile(staging.file(path))
     try:
-        graph = Graph(f"qwen2_vl_{name}", data)
-        linears = Linears(graph, weights, form)
-        if name == "visual":
-            add_visual(graph, linears, config.vision)
-        else:
-            add_text(graph, linears, config.text)
+        writer = ModelWriter(name, data)
+        interface = expected_tensors(name, config_of(traced.manifest), form.standard_only)
+        translate(graph, binding, Linears(writer, weights, form), constants, *interface)
     finally:
         data.close()
-    model = graph.model({"manifest_hash": source, "weights": form.weights})
+    model = writer.model({"manifest_hash": source, "weights": form.weights})
     return OnnxGraph(
         name=name,
         model=staging.add(f"{FOLDER}/{name}.onnx", model.SerializeToString(deterministic=True)),

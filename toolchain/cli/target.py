@@ -17,7 +17,8 @@ Mode = Annotated[
     typer.Option(
         "--mode",
         metavar="dynamo|air|onnx",
-        help="dynamo: GE graphs for torchair. air: offline models for ATC from those graphs. onnx: for CPUs.",
+        help="dynamo: GE graphs for torchair. air: offline models for ATC from those graphs. onnx: for CPUs, "
+        "translated from those graphs, too; where there are none, they are traced for this and not kept.",
     ),
 ]
 Soc = Annotated[str, typer.Option("--soc", metavar="NAME", help="The SoC to compile for; none needs to be here.")]

@@ -1,5 +1,6 @@
 """Writing an ONNX model: nodes with readable names, tensors streamed into one file of external data beside it."""
 
+import itertools
 import os
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -12,6 +13,7 @@ from numpy.typing import NDArray
 from onnx import TensorProto, helper, numpy_helper
 
 from ...artifacts.dtypes import BY_ONNX, onnx_number
+from ...artifacts.manifest import Tensor
 from ...artifacts.naming import naming
 from ...artifacts.onnx_ops import INLINE_BYTES, MICROSOFT, OPERATORS
 
@@ -53,8 +55,8 @@ class DataFile:
         os.close(self._fd)
 
 
-class Graph:
-    """An ONNX graph under construction. A value has the name of the node that makes it."""
+class ModelWriter:
+    """An ONNX model under construction. A value has the name of the node that makes it."""
 
     def __init__(self, name: str, data: DataFile) -> None:
         self.name = name
@@ -65,12 +67,12 @@ class Graph:
         self._inputs: list[onnx.ValueInfoProto] = []
         self._outputs: list[onnx.ValueInfoProto] = []
 
-    def input(self, name: str, dtype: str, shape: Sequence[int | str]) -> str:
-        self._inputs.append(helper.make_tensor_value_info(name, onnx_number(dtype), list(shape)))
-        return name
-
-    def output(self, name: str, dtype: str, shape: Sequence[int | str]) -> None:
-        self._outputs.append(helper.make_tensor_value_info(name, onnx_number(dtype), list(shape)))
+    def declare(self, inputs: Iterable[Tensor], outputs: Iterable[Tensor]) -> None:
+        """What the model takes and returns; -1 is a free size."""
+        for values, tensors in ((self._inputs, inputs), (self._outputs, outputs)):
+            for tensor in tensors:
+                shape = [None if size < 0 else size for size in tensor.shape]
+                values.append(helper.make_tensor_value_info(tensor.name, onnx_number(tensor.dtype), shape))
 
     def node(self, op: str, name: str, *inputs: str, domain: str = "", **attributes: Any) -> str:
         """A node with one output. "" as an input leaves an optional one out."""
@@ -91,6 +93,13 @@ class Graph:
         """x in another dtype."""
         return self.node("Cast", name, x, to=onnx_number(dtype))
 
+    def reshape(self, name: str, x: str, shape: Sequence[int]) -> str:
+        return self.node("Reshape", name, x, self.ints(shape))
+
+    def ints(self, values: Sequence[int]) -> str:
+        """A list of integers."""
+        return self.constant(f"ints.{'.'.join(map(str, values))}", list(values), np.int64)
+
     def constant(self, name: str, value: Any, dtype: Any = np.float32) -> str:
         """A small tensor; the same name twice is the same tensor."""
         if name not in self._initializers:
@@ -109,6 +118,10 @@ class Graph:
             tensor.external_data.add(key=key, value=str(value))
         self._initializers[name] = tensor
         return name
+
+    def fresh(self, name: str) -> str:
+        """The name, or one like it where it is taken."""
+        return name if not self.has(name) else next(n for i in itertools.count(2) if not self.has(n := f"{name}.{i}"))
 
     def has(self, name: str) -> bool:
         """Whether a tensor or a node of this name is there."""
