@@ -7,14 +7,16 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from enum import Enum
-from typing import Any, Literal, NamedTuple, Protocol
-
-import numpy as np
-from numpy.typing import NDArray
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol
 
 from ...artifacts.manifest import GePart
 from .config import ModelConfig
-from .segments import VisualCall
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
+    from .segments import VisualCall
 
 FP32 = "fp32"
 MODEL_DTYPE = "model"
@@ -183,17 +185,17 @@ class Inputs(Protocol):
     """What a family makes of pictures and ids."""
 
     def visual(
-        self, patches: NDArray[np.uint8], grids: NDArray[np.int64], limits: VisualLimits
-    ) -> Iterator[VisualCall]:
+        self, patches: "NDArray[np.uint8]", grids: "NDArray[np.int64]", limits: VisualLimits
+    ) -> "Iterator[VisualCall]":
         """The calls of the visual graph that embed pictures: patches [n, patch_dim] in merge-window order and grids
         [pictures, 3]. Raises RequestError for a picture that no call takes."""
 
-    def order(self, grids: NDArray[np.int64]) -> NDArray[np.int64] | None:
+    def order(self, grids: "NDArray[np.int64]") -> "NDArray[np.int64] | None":
         """Which placeholder each row of the visual graph's output is for, [merged patches]; None: in their order."""
 
     def positions(
-        self, token_ids: NDArray[np.int64], pictures: Sequence[Picture], start: int = 0
-    ) -> tuple[NDArray[np.int64], int]:
+        self, token_ids: "NDArray[np.int64]", pictures: Sequence[Picture], start: int = 0
+    ) -> "tuple[NDArray[np.int64], int]":
         """Rotary positions int64 [3, tokens] of a prompt, and delta: the token behind it has position
         tokens + delta. Raises RequestError where placeholders and pictures differ."""
 
@@ -204,7 +206,6 @@ class Family:
     modules: the module with its torch modules, by default toolchain/models' of the same name."""
 
     name: str
-    title: str
     config: type[ModelConfig]
     read_config: Callable[[dict[str, Any]], ModelConfig]
     weights: Callable[[Any], Iterator[Weight]]

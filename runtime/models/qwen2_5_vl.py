@@ -290,7 +290,6 @@ def _by_clock(tokens_per_second: int, steps: NDArray[np.int64], seconds: float) 
 
 FAMILY = Family(
     name="qwen2_5_vl",
-    title="Qwen2.5-VL",
     config=Qwen25VLConfig,
     read_config=read_config,
     weights=weights,

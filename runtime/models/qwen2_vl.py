@@ -172,7 +172,6 @@ def _call(
 
 FAMILY = Family(
     name="qwen2_vl",
-    title="Qwen2-VL",
     config=ModelConfig,
     read_config=read_config,
     weights=weights,

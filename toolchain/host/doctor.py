@@ -199,7 +199,7 @@ def _base() -> Finding:
 def _families() -> Finding:
     from ...runtime.models import FAMILIES
 
-    return Finding("models", "ok", ", ".join(f"{each.title} ({each.name})" for each in FAMILIES.values()))
+    return Finding("models", "ok", ", ".join(f"{title} ({model_type})" for model_type, title in FAMILIES.items()))
 
 
 def _package(name: str, extra: str, purpose: str) -> Finding:
