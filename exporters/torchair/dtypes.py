@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from ...artifacts.dtypes import BY_PROTO
+from ...artifacts.dtypes import BY_GE, BY_PROTO
 from ...artifacts.errors import TargetError
 from ...artifacts.ge.graph import attribute_value
 from ...artifacts.ge.ops import CONSTANT, CONTROL, FILE_CONSTANT, INPUTS, OUTPUT
@@ -16,8 +16,9 @@ def tensor_dtypes(graph: Any) -> dict[str, list[str]]:
     Raises TargetError for an operator whose dtypes nothing says.
     """
     found: dict[str, list[str]] = {op.name: [] for op in graph.op if op.type == OUTPUT}
-    described = [op for op in graph.op if op.type in (*INPUTS, CONSTANT, FILE_CONSTANT)]
-    found |= {op.name: [dtype_name(op.output_desc[0].dtype)] for op in described}
+    found |= {op.name: [dtype_name(op.output_desc[0].dtype)] for op in graph.op if op.type in (*INPUTS, CONSTANT)}
+    # torchair leaves the descriptor of one empty
+    found |= {op.name: [BY_GE[op.attr["dtype"].dt].name] for op in graph.op if op.type == FILE_CONSTANT}
     for op in graph.op:
         if op.name in found:
             continue
