@@ -40,6 +40,7 @@ def artifact(source: Path) -> Path:
     for words in (
         ("convert", "--src", source, "--out", out, "--no-sync"),
         ("compile", out, "--max-length", "256", "--batch", "1,2"),
+        ("compile", out, "--mode", "onnx", "--weights", "fp32", "--max-length", "256"),
     ):
         done = run(*words)
         assert done.exit_code == 0, done.output
@@ -59,11 +60,12 @@ def test_it_is_verified_against_its_original(artifact: Path, source: Path) -> No
 
     register()
     done = run("verify", artifact, "--against", source, "--json")
-    report = json.loads(done.stdout)
-    assert done.exit_code == 0 and report["passed"], done.output
-    assert {case["name"] for case in report["cases"]} == {"one image", "two images", "a clip", "text only"}
-    # fp32 rounds at other places here than there
-    assert max(comparison["max_error"] for comparison in report["comparisons"]) < 1e-4
+    graphs = json.loads(done.stdout)
+    for report in (graphs, graphs["onnx"]):
+        assert done.exit_code == 0 and report["passed"], done.output
+        assert {case["name"] for case in report["cases"]} == {"one image", "two images", "a clip", "text only"}
+        # fp32 rounds at other places here than there
+        assert max(comparison["max_error"] for comparison in report["comparisons"]) < 1e-4
 
 
 def test_cann_would_take_its_graphs_in_half_precision(source: Path, tmp_path: Path) -> None:
@@ -73,9 +75,12 @@ def test_cann_would_take_its_graphs_in_half_precision(source: Path, tmp_path: Pa
     assert json.loads(done.stdout)["admitted"], done.output
 
 
-def test_it_answers(artifact: Path, tmp_path: Path) -> None:
+def test_it_answers_alike_on_both_engines(artifact: Path, tmp_path: Path) -> None:
     Image.fromarray(np.full((84, 56, 3), 90, np.uint8)).save(tmp_path / "picture.png")
     words = ("--image", tmp_path / "picture.png", "--prompt", "Hello", "--max-new-tokens", "4", "--json")
-    done = run("generate", artifact, *words)
-    assert done.exit_code == 0, done.output
-    assert len(json.loads(done.stdout)["token_ids"]) == 4
+    answers = []
+    for backend in ("reference", "onnxruntime"):
+        done = run("generate", artifact, "--backend", backend, *words)
+        assert done.exit_code == 0, done.output
+        answers.append(json.loads(done.stdout)["token_ids"])
+    assert len(answers[0]) == 4 and answers[0] == answers[1]

@@ -37,7 +37,7 @@ def by_row(t: Translation, edge: Edge, shape: str, width: int | None = None) -> 
         elif node.op in ROTATIONS:
             heads, dim = heads_of(t, node)
             x = by_row(t, t.edge(node, 0), shape, heads * dim)
-            t.by_row[edge, shape] = rotated(t, node, node.name, x, range(heads), shape)
+            t.by_row[edge, shape] = rotated(t, node, t.writer.fresh(node.name), x, range(heads), shape)
         elif node.op == "FusedInferAttentionScore":
             t.by_row[edge, shape] = t.value(edge)
         else:
@@ -54,10 +54,11 @@ def split_sizes(t: Translation, node: Node) -> list[int]:
 
 def split(t: Translation, node: Node, x: str, sizes: list[int]) -> tuple[str, ...]:
     """x split on its last axis."""
-    outputs = tuple(f"{node.name}.{i}" for i in range(len(sizes)))
+    name = t.writer.fresh(node.name)
+    outputs = tuple(f"{name}.{i}" for i in range(len(sizes)))
     if len(set(sizes)) == 1:
-        return t.writer.nodes("Split", node.name, x, outputs=outputs, axis=-1, num_outputs=len(sizes))
-    return t.writer.nodes("Split", node.name, x, t.writer.ints(sizes), outputs=outputs, axis=-1)
+        return t.writer.nodes("Split", name, x, outputs=outputs, axis=-1, num_outputs=len(sizes))
+    return t.writer.nodes("Split", name, x, t.writer.ints(sizes), outputs=outputs, axis=-1)
 
 
 def _parts(t: Translation, node: Node, shape: str) -> tuple[str, ...]:
@@ -94,15 +95,25 @@ def fused_infer_attention_score(t: Translation, node: Node) -> tuple[str, ...]:
         raise t.refused(node, "its lengths are expected to be those that the caller gives")
     if causal:
         return _over_the_cache(t, node, q, (k, v), heads, kv_heads, scale)
-    # rows of one length, as the runtime gives them: their lengths say nothing more
-    shape = _rows(t, node, q)
-    operands = [by_row(t, each, shape) for each in (q, k, v)]
+    operands = []
+    for each in (q, k, v):
+        shape = t.rows_of(t.nodes[each[0]])
+        operands.append(by_row(t, each, shape) if shape else t.value(each))
+    # Of the keys: what is behind a query's length is read by nobody. Lengths that the model does not take say nothing:
+    # its rows are of one.
+    valid, name = t.given(lengths_kv, LENGTHS), t.name(node)
     if t.standard or heads != kv_heads:
+        operands += ["", "", "", valid] if valid else []
         count = {"q_num_heads": heads, "kv_num_heads": kv_heads}
-        return (t.writer.node("Attention", t.name(node), *operands, scale=scale, **count),)
-    # the standard operator's kernel holds all scores, heads x tokens x tokens, at once
-    name = t.name(node)
+        return (t.writer.node("Attention", name, *operands, scale=scale, **count),)
+    # the standard operator's kernel holds all scores, heads x tokens x tokens, at once; and so does this with lengths
+    operands += ["", _int32(t, valid)] if valid else []
     return (t.writer.node("MultiHeadAttention", name, *operands, domain=MICROSOFT, num_heads=heads, scale=scale),)
+
+
+def _int32(t: Translation, lengths: str) -> str:
+    name = f"{lengths}.int32"
+    return name if t.writer.has(name) else t.writer.cast(name, lengths, "int32")
 
 
 def _is_causal(t: Translation, mask: Edge | None) -> bool:
@@ -112,14 +123,6 @@ def _is_causal(t: Translation, mask: Edge | None) -> bool:
         return False
     array = t.constants[bound.name]
     return array.dtype == np.bool_ and array.ndim == 2 and np.array_equal(array, np.triu(np.ones_like(array), 1))
-
-
-def _rows(t: Translation, node: Node, edge: Edge) -> str:
-    """[rows, tokens, -1] of the query: as the view that leads to it says."""
-    view = t.nodes[edge[0]]
-    if view.op != "Reshape" or len(t.target(view)) != 3:
-        raise t.refused(node, "its query is expected to be a view [rows, tokens, width]")
-    return t.shape(view, [-1])
 
 
 def _over_the_cache(

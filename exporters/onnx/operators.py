@@ -168,12 +168,11 @@ def split_v(t: Translation, node: Node) -> Sequence[str]:
 
 
 def rotary(t: Translation, node: Node) -> Sequence[str]:
-    """A rotation that no attention reads: by row, as the attention's are."""
-    shape, (heads, dim) = t.rows(), heads_of(t, node)
-    if shape is None:
-        raise t.refused(node, "has no translation outside an attention")
-    x = by_row(t, t.edge(node, 0), shape, heads * dim)
-    return (rotated(t, node, node.name, x, range(heads), shape),)
+    """A rotation that no attention reads by row: all tokens are one."""
+    heads, dim = heads_of(t, node)
+    name, x = t.writer.fresh(node.name), t.value(t.edge(t.behind(node, 0), 0))
+    row = t.writer.reshape(f"{name}.row", x, [1, -1, heads * dim])
+    return (rotated(t, node, name, row, range(heads), None),)
 
 
 def concat(t: Translation, node: Node) -> Sequence[str]:

@@ -20,9 +20,9 @@ ROTATIONS = ("RotaryMul", "RotaryPositionEmbedding")
 Table = tuple[Any, ...]
 
 
-def rotated(t: Translation, rotation: Node, name: str, x: str, heads: range, shape: str) -> str:
+def rotated(t: Translation, rotation: Node, name: str, x: str, heads: range, shape: str | None) -> str:
     """x [rows, tokens, heads x D], the heads with these numbers, turned as `rotation` turns them; shape is [rows,
-    tokens, -1]. Heads with cos 1 and sin 0 are x itself.
+    tokens, -1], None for one row. Heads with cos 1 and sin 0 are x itself.
 
     Raises TargetError for tables that have another cos or sin for each head, or for each half of a head.
     """
@@ -41,6 +41,7 @@ def rotated(t: Translation, rotation: Node, name: str, x: str, heads: range, sha
     cos, sin = (table for table, *_ in tables)
     if cos[0] == sin[0] == "constant" and (_array(t, cos) == 1).all() and (_array(t, sin) == 0).all():
         return x
+    shape = shape or t.writer.ints([1, -1, half])
     values = (_emitted(t, f"rope.{what}", table, shape) for what, table in (("cos", cos), ("sin", sin)))
     return t.writer.node("RotaryEmbedding", name, x, *values, num_heads=len(heads))
 
@@ -107,9 +108,11 @@ def _same(t: Translation, one: Any, other: Any) -> bool:
 
 
 def _emitted(t: Translation, name: str, table: Table, shape: str) -> str:
-    """The table as [rows, tokens, columns]: once, whoever asks."""
+    """The table as [rows, tokens, columns]: once, whoever asks, and computed once for every shape."""
+    if (table, "") not in t.tables:
+        t.tables[table, ""] = _flat(t, name, table)
     if (table, shape) not in t.tables:
-        t.tables[table, shape] = t.writer.node("Reshape", t.writer.fresh(name), _flat(t, name, table), shape)
+        t.tables[table, shape] = t.writer.node("Reshape", t.writer.fresh(name), t.tables[table, ""], shape)
     return t.tables[table, shape]
 
 

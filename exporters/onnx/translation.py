@@ -164,36 +164,47 @@ class Translation:
             return tuple(None if self.nodes[e[0]].op == "Gather" else self.ints(e)[0] for e in shape.inputs if e)
         return tuple(self.ints(self.edge(node, 1)))
 
-    def shape(self, node: Node, last: Sequence[int] | None = None) -> str:
-        """The ONNX value of the shape that a Reshape gives, or with `last` of one that has other sizes behind rows and
-        tokens."""
+    def shape(self, node: Node) -> str:
+        """The ONNX value of the shape that a Reshape gives."""
         target = self.target(node)
-        rest = list(last or [size for size in target[2:] if size is not None])
-        rows = self._row_argument()
-        if target[:2] == (None, None) and None not in target[2:]:
-            source = self._sized_by(node)
-        elif target[:2] == (1, -1) and rows is not None:
-            source = rows
-        elif None in target or last is not None:
+        if target[:2] == (1, -1) and (argument := self._row_argument()):
+            return self._sizes(argument, 2, [size for size in target[2:] if size is not None])
+        sized = target.count(None)
+        rest = [size for size in target[sized:] if size is not None]
+        if sized + len(rest) != len(target):
             raise self.refused(node, f"a view {list(target)} has no translation")
-        else:
-            return self.writer.ints([size for size in target if size is not None])
-        return self.row_shape(source, rest)
+        return self._sizes(self._sized_by(node, sized), sized, rest) if sized else self.writer.ints(rest)
 
-    def row_shape(self, argument: str, rest: Sequence[int]) -> str:
-        """[rows, tokens, *rest], where an argument of the model has the first two."""
-        name = f"{argument}.rows.{'.'.join(map(str, rest))}"
+    def _sizes(self, argument: str, count: int, rest: Sequence[int]) -> str:
+        """A shape: the first `count` sizes of an argument of the model, then the rest."""
+        sizes = f"{argument}.{'rows' if count == 2 else count}"
+        name = f"{sizes}.{'.'.join(map(str, rest))}"
         if not self.writer.has(name):
-            sizes = f"{argument}.rows"
             if not self.writer.has(sizes):
-                self.writer.node("Shape", sizes, argument, end=2)
+                self.writer.node("Shape", sizes, argument, end=count)
             self.writer.node("Concat", name, sizes, self.writer.ints(rest), axis=0)
         return name
 
     def rows(self) -> str | None:
         """[rows, tokens, -1] of a graph over a cache."""
         argument = self._row_argument()
-        return None if argument is None else self.row_shape(argument, [-1])
+        return None if argument is None else self._sizes(argument, 2, [-1])
+
+    def rows_of(self, view: Node) -> str | None:
+        """[rows, tokens, -1] of a view [rows, tokens, width], where an argument of the model says how many."""
+        target = self.target(view) if view.op == "Reshape" else ()
+        if len(target) != 3 or target[0] is not None or target[1] == -1 or target[2] is None:
+            return None
+        argument = self._sized_by(view, target.count(None))
+        declared = self._interface.get(argument)
+        if target[1] is not None and (declared is None or declared.shape[1] != target[1]):
+            return None
+        return self._sizes(argument, 2, [-1])
+
+    def given(self, edge: Edge | None, kind: str) -> str | None:
+        """The name of an edge that is an input of this kind, and of the model as well."""
+        bound = self.bound_as(edge, kind)
+        return bound.name if bound and bound.name in self._interface else None
 
     def _row_argument(self) -> str | None:
         """The first argument that has rows in the model and none in the graph."""
@@ -203,19 +214,19 @@ class Translation:
                 return bound.name
         return None
 
-    def _sized_by(self, node: Node) -> str:
-        """The argument whose first two sizes begin the shape that a Reshape gives."""
-        pack = self.behind(node, 1)
-        arguments = []
-        for place in range(2):
-            gather = self.behind(pack, place)
+    def _sized_by(self, node: Node, count: int) -> str:
+        """The argument whose first `count` sizes begin the shape that a Reshape gives."""
+        arguments = set()
+        for place in range(count):
+            gather = self.behind(self.behind(node, 1), place)
             shape = self.behind(gather, 0)
-            if shape.op != "Shape" or self.ints(self.edge(gather, 1)) != [place]:
-                raise self.refused(node, "its sizes are not the first two of one tensor")
-            arguments.append(self.value(self.edge(shape, 0)))
-        if arguments[0] != arguments[1]:
-            raise self.refused(node, "its sizes are not the first two of one tensor")
-        return arguments[0]
+            if shape.op == "Shape" and self.ints(self.edge(gather, 1)) == [place]:
+                arguments.add(self.value(self.edge(shape, 0)))
+            else:
+                arguments.add("")
+        if len(arguments) != 1 or "" in arguments:
+            raise self.refused(node, "its sizes are not the first of one tensor")
+        return arguments.pop()
 
 
 def _names(tensors: Sequence[Tensor]) -> set[str]:

@@ -5,7 +5,7 @@ written. What is allowed is what the exporter writes for the manifest's model, a
 """
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,6 +16,7 @@ from ...artifacts.errors import ArtifactError
 from ...artifacts.manifest import OnnxGraph, Tensor
 from ...artifacts.onnx_ops import FLOAT, INLINE_BYTES, MICROSOFT, OPERATORS, SIZE, STANDARD
 from ..models import family_of
+from ..models.base import FP32, MODEL_DTYPE, Argument, GraphOptions, GraphSpec
 from ..models.config import ModelConfig
 from .onnx_proto import parse_model
 
@@ -34,10 +35,9 @@ _LENGTHS: dict[bytes, tuple[str, tuple[bytes, ...]]] = {
     b"tokens": ("Shape", (b"token_ids",)),
     b"write_at": ("Sub", (b"kv_lengths", b"tokens")),
 }
-_LENGTH_INPUTS = {
-    "GroupQueryAttention": {5: b"last_position.int32", 6: b"longest.int32"},
-    "TensorScatter": {2: b"write_at"},
-    "Attention": {6: b"kv_lengths"},
+_LENGTH_INPUTS: dict[str, dict[int, Collection[bytes]]] = {
+    "GroupQueryAttention": {5: (b"last_position.int32",), 6: (b"longest.int32",)},
+    "TensorScatter": {2: (b"write_at",)},
 }
 # no operator of a layer stands in it more than once or twice, but there are this many of them
 _NODES_PER_LAYER = 96
@@ -75,6 +75,20 @@ class _Check:
         self.layers = vision.depth if graph.name == "visual" else text.num_layers
         self.widest = max(max(shape) for shape in self.shapes.values())
         self.stored: dict[bytes, _Stored] = {}
+        given, self.at_most = [b"kv_lengths"], _AT_MOST
+        if graph.name == "visual":
+            arguments = _visual_spec(config).arguments
+            given = [each.name.encode() for each in arguments if each.kind == "lengths"]
+            # an index that is not into a table chooses keys and values
+            if any(each.kind == "tensor" and each.dtype == "int64" and not each.indexes for each in arguments):
+                self.at_most = {**_AT_MOST, "Gather": _AT_MOST["Gather"] + 2 * self.layers}
+        int32 = {name + b".int32": ("Cast", (name,)) for name in given}
+        self.lengths = {**_LENGTHS, **int32}
+        self.length_inputs: dict[str, dict[int, Collection[bytes]]] = {
+            **_LENGTH_INPUTS,
+            "Attention": {6: given},
+            "MultiHeadAttention": {4: int32},
+        }
 
     def run(self, model: Any) -> None:
         for opset in model.opset_import:
@@ -147,7 +161,7 @@ class _Check:
             _define(known, value.name)
         if len(graph.node) > _NODES_PER_LAYER * (self.layers + 1):
             raise _Refused(f"has {len(graph.node)} operators for {self.layers} layers")
-        left = dict(_AT_MOST)
+        left = dict(self.at_most)
         for node in graph.node:
             kind = node.op_type.decode(errors="replace")
             domain = node.domain.decode(errors="replace")
@@ -165,15 +179,15 @@ class _Check:
             for name in outputs:
                 if name:
                     _define(known, name)
-            if outputs[0] in _LENGTHS and _LENGTHS[outputs[0]] != (kind, tuple(inputs)):
+            if outputs[0] in self.lengths and self.lengths[outputs[0]] != (kind, tuple(inputs)):
                 raise _Refused(f"{where}: reads {[_shown(name) for name in inputs]}")
-            for place, name in _LENGTH_INPUTS.get(kind, {}).items():
-                if len(inputs) > place and inputs[place] != name:
-                    raise _Refused(f"{where}: takes {_shown(inputs[place])} for {_shown(name)}")
+            for place, names in self.length_inputs.get(kind, {}).items():
+                if len(inputs) > place and inputs[place] not in names:
+                    raise _Refused(f"{where}: takes {_shown(inputs[place])} for {', '.join(map(_shown, names))}")
             if kind in left:
                 left[kind] -= 1
                 if left[kind] < 0:
-                    raise _Refused(f"{where}: more than {_AT_MOST[kind]} of these are in no model")
+                    raise _Refused(f"{where}: more than {self.at_most[kind]} of these are in no model")
             attributes = _attributes(node.attribute, rule.attributes, where) if node.attribute else {}
             if not self.heads.issuperset(value for key, value in attributes.items() if key.endswith("num_heads")):
                 raise _Refused(f"{where}: has {attributes}, and the model {sorted(self.heads)} heads")
@@ -263,17 +277,16 @@ def expected_tensors(name: str, config: ModelConfig, standard_only: bool) -> tup
     """Inputs and outputs of the visual or the text model, with -1 for sizes known at run time: what the models are
     translated to have.
 
-    visual: patches uint8 [B, N, patch_dim], B segments of N patches in merge-window order; positions [2, B, N], row and
-    column; to embeds [B * N / merge**2, H].
+    visual: those of the family's graph for rows of one length, see GraphOptions; embeds in fp32.
     text: token_ids [B, S]; image_embeds [M, H] replace the embeddings at image_index [M, 1], counted over B x S;
     positions [3, B, S] of M-RoPE; kv_lengths [B], with the new tokens; last [1], the token whose logits are wanted;
     key.N and value.N, a cache each: [B, num_kv_heads, L, D], or [B, L, KV] with standard operators only. Its new
     content, present_key.N and present_value.N, may be bound to the same memory. To next_token [B], logits [B, V].
     """
-    text, vision = config.text, config.vision
     if name == "visual":
-        inputs = [Tensor("patches", "uint8", (-1, -1, vision.patch_dim)), Tensor("positions", "int64", (2, -1, -1))]
-        return inputs, [Tensor("embeds", "fp32", (-1, vision.hidden_size))]
+        spec = _visual_spec(config)
+        return [_as_tensor(argument) for argument in spec.arguments], [_as_tensor(output) for output in spec.outputs]
+    text = config.text
     shape = (-1, -1, text.kv_dim) if standard_only else (-1, text.num_kv_heads, -1, text.head_dim)
     caches = [f"{side}.{i}" for i in range(text.num_layers) for side in ("key", "value")]
     inputs = [
@@ -287,6 +300,16 @@ def expected_tensors(name: str, config: ModelConfig, standard_only: bool) -> tup
     ]
     outputs = [Tensor("next_token", "int64", (-1,)), Tensor("logits", "fp32", (-1, text.vocab_size))]
     return inputs, [*outputs, *(Tensor(f"present_{cache}", "fp32", shape) for cache in caches)]
+
+
+def _visual_spec(config: ModelConfig) -> GraphSpec:
+    options = GraphOptions(config.text.max_position_embeddings, visual_attention="equal")
+    graphs = family_of(config).graphs(config, options)
+    return next(spec for spec in graphs if spec.kind == "visual")
+
+
+def _as_tensor(argument: Argument) -> Tensor:
+    return Tensor(argument.name, FP32 if argument.dtype == MODEL_DTYPE else argument.dtype, argument.bound)
 
 
 def _declared(value: Any) -> Tensor:

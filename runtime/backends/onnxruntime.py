@@ -73,7 +73,6 @@ class OnnxBackend(Backend):
         # The standard attention multiplies what lies behind a row's length by zero, and zero times a stray NaN is NaN.
         self.reuses_caches = not self._part.standard_only
         self._model = config_of(artifact.manifest)
-        # this model takes no lengths: rows of one length only
         self.visual_limits = VisualLimits("equal", _VISUAL_PATCHES)
         self._where = str(artifact.path)
         runtime = import_onnxruntime()
@@ -113,7 +112,8 @@ class OnnxBackend(Backend):
         for call in calls:
             shape = list(call.arguments["patches"].shape[:2])
             with _failures(f"{self._where}: the visual model fails on {shape[0]} x {shape[1]} patches"):
-                (made,) = self._visual.run(["embeds"], call.arguments)
+                lengths = {name: np.array(each, np.int64) for name, each in call.lengths.items()}
+                (made,) = self._visual.run(["embeds"], {**call.arguments, **lengths})
             if call.pieces == (Piece(0, count, 0),):
                 whole: NDArray[np.float32] = made
                 return whole

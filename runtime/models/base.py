@@ -146,7 +146,8 @@ class GraphOptions:
 
     operators: "fused" attends with FusedInferAttentionScore, "recipe" with PromptFlashAttention over a dense mask and
     IncreFlashAttention. visual_attention: "segments" attends in BSH with the segments as the batch, "tnd" over segments
-    packed end to end, one run for pictures of any sizes; "masked" is of artifacts from before schema 3, on CPU alone,
+    packed end to end, one run for pictures of any sizes; "equal" is "segments" with rows of one length, which have no
+    lengths: what ONNX models take; "masked" is of artifacts from before schema 3, on CPU alone,
     and so is by_head False: decode then takes a position a row, not a row of the table a head.
     """
 
@@ -171,9 +172,9 @@ class Picture(NamedTuple):
 
 
 class VisualLimits(NamedTuple):
-    """How an engine's visual graph takes patches. attention: a GraphOptions.visual_attention, or "equal": rows of one
-    length. most: patches of one call, padding included, which a longer picture exceeds; longest: patches of one
-    picture, where that is limited; packed: segments of one call end to end."""
+    """How an engine's visual graph takes patches. attention: a GraphOptions.visual_attention. most: patches of one
+    call, padding included, which a longer picture exceeds; longest: patches of one picture, where that is limited;
+    packed: segments of one call end to end."""
 
     attention: str
     most: int

@@ -150,19 +150,20 @@ def graphs(config: Qwen25VLConfig, options: GraphOptions) -> tuple[GraphSpec, ..
     """visual, prefill, decode_b<rows>.
 
     visual takes patches window by window. Of "segments", a row is a window, padded to a whole one; keys are the rows
-    that belong to each segment, for the blocks that attend to all of it.
+    that belong to each segment, for the blocks that attend to all of it; of "equal", all segments have as many.
     """
     vision = config.vision
     embeds = (Argument("embeds", "model", ("image_tokens", vision.hidden_size)),)
     arguments: tuple[Argument, ...]
-    if options.visual_attention == "segments":
+    if options.visual_attention in ("segments", "equal"):
         arguments = (
             Argument("patches", "uint8", ("windows", vision.window_patches, vision.patch_dim)),
             Argument("positions", "int64", (2, "windows", vision.window_patches), indexes="vision_rope"),
             Argument("keys", "int64", ("segments", "longest")),
             Argument("window_lengths", "int64", ("windows",), "lengths"),
-            Argument("segment_lengths", "int64", ("segments",), "lengths"),
         )
+        if options.visual_attention == "segments":
+            arguments += (Argument("segment_lengths", "int64", ("segments",), "lengths"),)
         method = "encode"
     else:
         arguments = (
@@ -219,8 +220,14 @@ class WindowInputs:
             return
         area = self.config.vision.window_patches
         padded = np.cumsum([len(windows.counts) * area for windows in segments]).tolist()
+        equal = limits.attention == "equal"
         for run in plan_runs(padded, limits.most, pads=False):
-            yield self._rows([segments[i] for i in run.segments], [ends[i] for i in run.segments], patches, positions)
+            together: dict[int, list[int]] = {}
+            for i in run.segments:
+                together.setdefault(int(segments[i].counts.sum()) if equal else 0, []).append(i)
+            for these in together.values():
+                taken = [segments[i] for i in these], [ends[i] for i in these]
+                yield self._rows(*taken, patches, positions, equal)
 
     def _packed(
         self,
@@ -240,9 +247,14 @@ class WindowInputs:
         return VisualCall(given, lengths, joined([(0, (stop - begin) // merge, begin // merge)]))
 
     def _rows(
-        self, segments: list[Windows], ends: list[int], patches: NDArray[np.uint8], positions: NDArray[np.int64]
+        self,
+        segments: list[Windows],
+        ends: list[int],
+        patches: NDArray[np.uint8],
+        positions: NDArray[np.int64],
+        equal: bool,
     ) -> VisualCall:
-        """Segments of equally many windows, a window a row."""
+        """Segments of equally many windows, a window a row. equal: segments of one length, which need none."""
         merge, area = self._merge, self.config.vision.window_patches
         counts = np.concatenate([windows.counts for windows in segments]) * merge
         totals = [int(windows.counts.sum()) * merge for windows in segments]
@@ -261,7 +273,8 @@ class WindowInputs:
         targets = source[np.cumsum([0, *counts[:-1]])] // merge
         pieces = joined(zip(firsts.tolist(), (counts // merge).tolist(), targets.tolist(), strict=True))
         given: dict[str, NDArray[Any]] = {"patches": taken, "positions": places, "keys": keys}
-        return VisualCall(given, {"window_lengths": counts.tolist(), "segment_lengths": totals}, pieces)
+        lengths = {"window_lengths": counts.tolist()} | ({} if equal else {"segment_lengths": totals})
+        return VisualCall(given, lengths, pieces)
 
     def _windows(self, grids: NDArray[np.int64]) -> list[tuple[Windows, int]]:
         """The windows of each picture's frame groups, and how many groups it has."""

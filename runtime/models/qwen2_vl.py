@@ -104,12 +104,15 @@ def graphs(config: ModelConfig, options: GraphOptions) -> tuple[GraphSpec, ...]:
 def visual_graph(vision: VisionConfig, options: GraphOptions) -> GraphSpec:
     """patches uint8 in merge-window order, the row and column of each, and how they fall into segments."""
     embeds = (Argument("embeds", "model", ("image_tokens", vision.hidden_size)),)
-    if options.visual_attention == "segments":
+    arguments: tuple[Argument, ...]
+    by_row = options.visual_attention in ("segments", "equal")
+    if by_row:
         arguments = (
             Argument("patches", "uint8", ("segments", "longest", vision.patch_dim)),
             Argument("positions", "int64", (2, "segments", "longest"), indexes="vision_rope"),
-            Argument("segment_lengths", "int64", ("segments",), "lengths"),
         )
+        if options.visual_attention == "segments":
+            arguments += (Argument("segment_lengths", "int64", ("segments",), "lengths"),)
     else:
         last = Argument("segment_ends", "int64", ("segments",), "lengths")
         if options.visual_attention == "masked":
@@ -119,7 +122,7 @@ def visual_graph(vision: VisionConfig, options: GraphOptions) -> GraphSpec:
             Argument("positions", "int64", (2, "patches"), indexes="vision_rope"),
             last,
         )
-    method = "encode" if options.visual_attention == "segments" else "encode_packed"
+    method = "encode" if by_row else "encode_packed"
     return GraphSpec("visual", "visual", method, arguments, embeds)
 
 
