@@ -119,7 +119,7 @@ def _sources(gm: Any) -> list[str]:
 
 def _bind_inputs(concrete: Any, sources: list[str], caches: frozenset[str], local: Mapping[str, str]) -> Any:
     frozen = local["frozenInput"].split(",")
-    found = []
+    inputs = []
     for position, info in enumerate(concrete._input_info_list):
         func = info.func
         kind = type(func).__name__
@@ -139,21 +139,23 @@ def _bind_inputs(concrete: Any, sources: list[str], caches: frozenset[str], loca
                 raise TargetError(
                     f"input {position}: integers packed from {[sources[i] for i in func.fx_input_idx_list]}"
                 )
-            found.append(replace(bound, kind=LENGTHS, name=names[0][1]))  # type: ignore[index]
+            inputs.append(replace(bound, kind=LENGTHS, name=names[0][1]))  # type: ignore[index]
         elif kind == "_TensorInput":
             source = sources[func.fx_input_idx]
             if name := _parameter_name(source):
                 is_constant = name.startswith(CONSTANTS_PREFIX)
                 name = name.removeprefix(CONSTANTS_PREFIX)
-                found.append(replace(bound, kind=CONSTANT if is_constant else PARAMETER, name=name))
+                inputs.append(replace(bound, kind=CONSTANT if is_constant else PARAMETER, name=name))
             elif match := _ARGUMENT.fullmatch(source):
                 index = int(match[2]) if match[2] else None
-                found.append(replace(bound, kind=CACHE if match[1] in caches else ARGUMENT, name=match[1], index=index))
+                inputs.append(
+                    replace(bound, kind=CACHE if match[1] in caches else ARGUMENT, name=match[1], index=index)
+                )
             else:
                 raise TargetError(f"input {position}: {source} is neither a parameter nor an argument of the method")
         else:
             raise TargetError(f"input {position}: torchair wants it as {kind}; only contiguous tensors are supported")
-    return tuple(found)
+    return tuple(inputs)
 
 
 def _data_op(graph: Any, index: int) -> Any:

@@ -166,10 +166,10 @@ def stage_graphs(
     for traced in _trace_all(config, options, dtype):
         progress(traced.name, 2 + len(graphs), total)
         with no_lost_interrupt():
-            graph, check, found = traced.run(staging)
+            graph, check, noted = traced.run(staging)
         graphs.append(graph)
         checks.append(check)
-        notes.update(found)
+        notes.update(noted)
     require_admitted(checks, options.cann)
     progress("done", total, total)
     return manifest.with_graphs(

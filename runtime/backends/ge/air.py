@@ -23,15 +23,15 @@ def load_air(artifact: Artifact, name: str, check: bool = True) -> Executor:
     check: hash the files that its constants are in. Raises ArtifactError if there is no such model, if the GE graph
     was compiled again since, or naming the operator and the file where a constant is not there.
     """
-    found = _graph(artifact, name)
-    where = f"{artifact.path}: {found.model.path}"
-    graph = read_graph(artifact.read(found.model), where)
+    recorded = _graph(artifact, name)
+    where = f"{artifact.path}: {recorded.model.path}"
+    graph = read_graph(artifact.read(recorded.model), where)
     files = {entry.path: entry for entry in artifact.manifest.files()}
     constants: dict[str, Tensor] = {}
     checked: set[str] = set()
     for node in graph.nodes:
         if node.op == FILE_CONSTANT:
-            entry = _file(node, posixpath.dirname(found.model.path), files, where)
+            entry = _file(node, posixpath.dirname(recorded.model.path), files, where)
             if check and entry.path not in checked:
                 artifact.check(entry)
                 checked.add(entry.path)
@@ -42,13 +42,13 @@ def load_air(artifact: Artifact, name: str, check: bool = True) -> Executor:
 def _graph(artifact: Artifact, name: str) -> AirGraph:
     part, ge = artifact.manifest.air, artifact.manifest.ge
     again = f"run `qwen2vl-tc compile {artifact.path} --mode air`"
-    found = next((graph for graph in part.graphs if graph.name == name), None) if part else None
-    if found is None:
+    recorded = next((graph for graph in part.graphs if graph.name == name), None) if part else None
+    if recorded is None:
         raise ArtifactError(f"{artifact.path}: has no offline model {name}; {again}")
     hashes = {graph.name: graph.graph.hash for graph in ge.graphs} if ge else {}
-    if hashes.get(name) != found.source:
-        raise ArtifactError(f"{artifact.path}: {found.model.path} was made from another GE graph; {again}")
-    return found
+    if hashes.get(name) != recorded.source:
+        raise ArtifactError(f"{artifact.path}: {recorded.model.path} was made from another GE graph; {again}")
+    return recorded
 
 
 def _integer(node: Node, name: str, where: str) -> int:

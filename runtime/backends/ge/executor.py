@@ -108,13 +108,13 @@ class Executor:
 
     def _value(self, values: Sequence[tuple[Tensor, ...] | None], slot: int, index: int, reader: Node) -> Tensor:
         """One output of an operator that ran. Its description may claim more outputs than it has."""
-        found = values[slot]
-        if found is None or index >= len(found):
-            count = 0 if found is None else len(found)
+        outputs = values[slot]
+        if outputs is None or index >= len(outputs):
+            count = 0 if outputs is None else len(outputs)
             raise ArtifactError(
                 f"graph {self.name}: {reader.where} reads output {index} of an operator that has {count}"
             )
-        return found[index]
+        return outputs[index]
 
 
 def _constant_tensor(node: Node) -> Tensor:
