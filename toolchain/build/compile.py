@@ -182,7 +182,7 @@ def stage_graphs(
             batches=options.batches,
             passes=_passes(options),
             versions={"torch": device.torch, "torch-npu": device.torch_npu, "cann": device.cann_version or "none"},
-            limits=tuple(_limits(options, dtype)),
+            limits=tuple(_limits(dtype)),
             operator_notes=tuple(sorted(notes, key=lambda note: (note.operator, note.inputs, note.attributes))),
             admitted=admitted(checks),
             constants=constants,
@@ -208,7 +208,7 @@ def _check_room(manifest: Manifest, options: CompileOptions, dtype: str) -> None
         )
 
 
-def _limits(options: CompileOptions, dtype: str) -> Iterator[str]:
+def _limits(dtype: str) -> Iterator[str]:
     """Where the documentation of torch-npu 2.13.0 does not cover what the graphs ask for."""
     if dtype == "fp32":
         yield "fp32: the NPU's attention takes bf16 and fp16; these graphs are for CPU"
