@@ -41,7 +41,6 @@ _ASK_CANN = "torchair asks CANN whether its registry has this operator; ask on t
 class TracedGraph:
     """A GE graph as torchair emits it: `model` is a ge.proto.ModelDef; `notes` lists operators that need a check."""
 
-    name: str
     model: Any
     binding: Binding
     notes: tuple[OperatorNote, ...]
@@ -233,7 +232,7 @@ def trace(spec: GraphSpec, method: Callable[..., Any], arguments: Mapping[str, A
         raise TargetError(
             f"{name}: this torchair sets the options {', '.join(unknown)}, which the runtime does not know"
         )
-    return TracedGraph(name, model, open_length_lists(model, binding, spec), notes)
+    return TracedGraph(model, open_length_lists(model, binding, spec), notes)
 
 
 def _gist(error: Exception) -> str:
