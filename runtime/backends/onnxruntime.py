@@ -43,7 +43,6 @@ _MAX_ROWS = 64
 # of the standard operators' cache, whose whole length is read, no more is shown than this many positions allow
 _LENGTH_STEP = 256
 
-Arrays = tuple[NDArray[Any], ...]
 _NO_MEMORY = re.compile(r"bad_?alloc|bad allocation|Failed to allocate memory|[Oo]ut of memory|Cannot allocate memory")
 
 

@@ -163,7 +163,8 @@ class GraphOptions:
         return cls(part.max_length, part.operators, part.visual_attention, part.batches, part.admitted is not None)
 
 
-class Picture(NamedTuple):
+@dataclass(frozen=True, eq=False)
+class Picture:
     """A picture or clip of grid (t, h, w) in patches; seconds: from one step of a clip's grid to the next."""
 
     kind: str

@@ -93,9 +93,9 @@ def operands(node: Call, inputs: Sequence[Tensor | None], layout: str, takes: se
     kv_heads = attribute(node, "num_key_value_heads", 0) or heads
     if heads < 1 or kv_heads < 1 or heads % kv_heads:
         raise refused(node, f"{heads} heads do not share {kv_heads} key and value heads")
-    found = f"query {list(q.shape)}, key {list(k.shape)}, value {list(v.shape)}, {heads} and {kv_heads} heads"
+    shapes = f"query {list(q.shape)}, key {list(k.shape)}, value {list(v.shape)}, {heads} and {kv_heads} heads"
     if q.dim() != 3 or k.dim() != 3 or k.shape != v.shape:
-        raise refused(node, f"layout {layout} does not hold {found}")
+        raise refused(node, f"layout {layout} does not hold {shapes}")
     if layout == "TND":
         dim = q.shape[2]
         fits = (q.shape[1], *k.shape[1:]) == (heads, kv_heads, dim)
@@ -103,7 +103,7 @@ def operands(node: Call, inputs: Sequence[Tensor | None], layout: str, takes: se
         dim = q.shape[2] // heads
         fits = q.shape[2] == heads * dim and (k.shape[0], k.shape[2]) == (q.shape[0], kv_heads * dim)
     if not fits:
-        raise refused(node, f"layout {layout} does not hold {found}")
+        raise refused(node, f"layout {layout} does not hold {shapes}")
     return Operands(q, k, v, heads, kv_heads, dim)
 
 
@@ -127,7 +127,7 @@ def _attend(
     grouped = q.shape[1] != k.shape[1]
     if offset is None or tokens == 1 or not offset:
         seen = None if hidden is None else ~hidden
-        found = F.scaled_dot_product_attention(
+        attended = F.scaled_dot_product_attention(
             q4, k4, v4, seen, is_causal=offset == 0 and tokens > 1, scale=scale, enable_gqa=grouped
         )
     else:
@@ -142,8 +142,8 @@ def _attend(
                     part, k4[:, :, :end], v4[:, :, :end], seen, scale=scale, enable_gqa=grouped
                 )
             )
-        found = torch.cat(parts, 2)
-    out[blind:] = found[0].transpose(0, 1)
+        attended = torch.cat(parts, 2)
+    out[blind:] = attended[0].transpose(0, 1)
     return out
 
 
@@ -151,13 +151,13 @@ def _row_lengths(node: Call, tensor: Tensor | None, rows: int, limit: int) -> li
     """The lengths of a batch: all of `limit` if not given, one for all rows, or the first `rows` of them."""
     if tensor is None:
         return [limit] * rows
-    found = ints(node, tensor)
-    if tensor.dim() != 1 or len(found) not in (1, *range(rows, len(found) + 1)):
+    values = ints(node, tensor)
+    if tensor.dim() != 1 or len(values) not in (1, *range(rows, len(values) + 1)):
         raise refused(node, f"sequence lengths {list(tensor.shape)} for a batch of {rows}, expected 1 or {rows}")
-    found = found * rows if len(found) == 1 else found[:rows]
-    if any(not 0 <= value <= limit for value in found):
-        raise refused(node, f"sequence lengths {found} are outside 0 to {limit}")
-    return found
+    values = values * rows if len(values) == 1 else values[:rows]
+    if any(not 0 <= value <= limit for value in values):
+        raise refused(node, f"sequence lengths {values} are outside 0 to {limit}")
+    return values
 
 
 def attend_bsh(
@@ -195,10 +195,10 @@ def attend_tnd(node: Call, of: Operands, scale: float, lengths: Tensor | None, l
     if lengths is None or lengths_kv is None:
         raise refused(node, "layout TND needs both sequence lengths")
     ends, ends_kv = ints(node, lengths), ints(node, lengths_kv)
-    for found, x in ((ends, of.q), (ends_kv, of.k)):
-        if any(not 0 <= end <= x.shape[0] for end in found):
-            raise refused(node, f"sequence lengths {found} are outside 0 to {x.shape[0]}")
-        if found != sorted(found) or found[-1:] != [x.shape[0]] or len(ends) != len(ends_kv):
+    for each, x in ((ends, of.q), (ends_kv, of.k)):
+        if any(not 0 <= end <= x.shape[0] for end in each):
+            raise refused(node, f"sequence lengths {each} are outside 0 to {x.shape[0]}")
+        if each != sorted(each) or each[-1:] != [x.shape[0]] or len(ends) != len(ends_kv):
             raise refused(
                 node,
                 f"TND lengths {ends} and {ends_kv} do not partition {of.q.shape[0]} tokens and {of.k.shape[0]} keys",

@@ -11,7 +11,6 @@ from numpy.typing import NDArray
 from ...artifacts.errors import ArtifactError, RequestError
 from ...artifacts.schema import parse_json
 from ..models import family_of
-from ..models.base import Picture
 from ..models.config import ModelConfig
 from ..pictures.images import ImageSource
 from ..pictures.items import cut_item
@@ -174,8 +173,7 @@ class Processor:
             )
         pictures = tuple(cut_item(item, self.settings, vision) for item in self._in_order(text, items))
         token_ids, spans = self._token_ids(text, pictures)
-        facts = [Picture(each.kind, each.grid, each.seconds) for each in pictures]
-        return Prompt(text, token_ids, pictures, spans, *self.inputs.positions(token_ids, facts))
+        return Prompt(text, token_ids, pictures, spans, *self.inputs.positions(token_ids, pictures))
 
     def _token_text(self, token_id: int) -> str:
         text = self.tokenizer.id_to_token(token_id)

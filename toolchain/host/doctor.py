@@ -264,11 +264,11 @@ def _cann_version(home: str | None) -> str | None:
     for name in ("compiler/version.info", "runtime/version.info", "version.cfg"):
         path = Path(home or "/usr/local/Ascend/ascend-toolkit/latest") / name
         try:
-            found = re.search(r"(?im)^(?:version|\w*running_version)\s*=\s*\[?(?:[^:\]]*:)?([\w.]+)", path.read_text())
+            match = re.search(r"(?im)^(?:version|\w*running_version)\s*=\s*\[?(?:[^:\]]*:)?([\w.]+)", path.read_text())
         except (OSError, UnicodeDecodeError):
             continue
-        if found:
-            return found[1]
+        if match:
+            return match[1]
     return None
 
 
