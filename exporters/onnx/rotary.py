@@ -120,7 +120,7 @@ def _flat(t: Translation, name: str, table: Table) -> str:
     kind, *operands = table
     writer = t.writer
     if kind == "constant":
-        return writer.constant(f"constants.{'.'.join(map(str, operands[:3]))}", _array(t, table), None)
+        return writer.constant(f"constants.{'.'.join(map(str, operands))}", _array(t, table), None)
     if kind == "rows":
         return writer.node("Gather", writer.fresh(f"{name}.rows"), _flat(t, name, operands[0]), t.value(operands[1]))
     if kind == "ReduceSum":

@@ -31,7 +31,11 @@ def config_of(manifest: Manifest) -> ModelConfig:
     """The config of an artifact's model. Raises ArtifactError for a family that is not here, and for a model that
     cannot be."""
     where = f"{manifest.name}: manifest.json: model"
-    config = from_plain(family_of(manifest.model).config, manifest.model, where)
+    try:
+        family = family_of(manifest.model)
+    except ArtifactError as error:
+        raise ArtifactError(f"{where}: {error}; use the release that made it, or rebuild it") from error
+    config = from_plain(family.config, manifest.model, where)
     if problem := config.contradiction():
         raise ArtifactError(f"{where}: {problem}; the artifact is damaged or hostile: rebuild it")
     return config

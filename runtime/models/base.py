@@ -19,6 +19,9 @@ if TYPE_CHECKING:
     from .segments import VisualCall
 
 FP32 = "fp32"
+# Longest side of a picture in patches, and rows of the table of their angles. The processor's limits (max_pixels
+# 12,845,056, aspect ratio 200) allow 3,620.
+MAX_VISION_SIDE = 4096
 MODEL_DTYPE = "model"
 
 
@@ -174,12 +177,13 @@ class Picture:
 
 class VisualLimits(NamedTuple):
     """How an engine's visual graph takes patches. attention: a GraphOptions.visual_attention. most: patches of one
-    call, padding included, which a longer picture exceeds; longest: patches of one picture, where that is limited;
-    packed: segments of one call end to end."""
+    call, padding included, which a longer picture exceeds; longest: patches of one picture, padding included, where
+    that is limited; side: of a picture, in patches; packed: sequences of one call end to end."""
 
     attention: str
     most: int
     longest: int | None = None
+    side: int = MAX_VISION_SIDE
     packed: int = 0
 
 

@@ -150,7 +150,9 @@ def stage_graphs(
             f"{staging.target}: an earlier release converted its weights, whose biases cost the device a Cast each; "
             f"run `qwen2vl-tc convert --src <hf_dir> --out {staging.target}` first"
         )
-    total = 4 + len(options.batches)
+    graph_options = options.graphs(config)
+    specs = family_of(config).graphs(config, graph_options)
+    total = 2 + len(specs)
     progress("opening the device", 0, total)
     from ...exporters.torchair.device import open_device
     from ..check.check import admitted
@@ -167,10 +169,9 @@ def stage_graphs(
     graphs: list[Graph] = []
     checks: list[GraphCheck] = []
     notes: set[OperatorNote] = set()
-    graph_options = options.graphs(config)
     # on the emulated NPU these pages are never touched: a 72B model costs no memory
     model = empty_model(config, graph_options, dtype).to_empty(device="npu").requires_grad_(False)
-    for spec in family_of(config).graphs(config, graph_options):
+    for spec in specs:
         progress(spec.name, 2 + len(graphs), total)
         with no_lost_interrupt():
             traced = trace(spec, getattr(model, spec.method), example_arguments(spec, config, dtype, "npu"))

@@ -10,12 +10,11 @@ from ...runtime.models.qwen2_5_vl import Qwen25VLConfig
 from . import decoder, tower
 from .attention import Segments
 from .layers import GatedMlp, RMSNorm
-from .qwen2_vl import tables
-
-__all__ = ["MODULES", "tables"]
 
 # the tower fixes it; config.json has no field for it
 _EPS = 1e-6
+
+tables = tower.tables
 
 
 class Qwen25VL(decoder.Decoder):

@@ -15,9 +15,7 @@ from .layers import LayerNorm, Mlp, quick_gelu
 _EPS = 1e-6
 
 
-def tables(config: ModelConfig, options: GraphOptions) -> dict[str, Tensor]:
-    """The constants of all graphs."""
-    return {**decoder.tables(config.text, options), **tower.tables(config.vision)}
+tables = tower.tables
 
 
 class Qwen2VL(decoder.Decoder):

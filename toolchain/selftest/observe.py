@@ -65,7 +65,7 @@ def observe(
     for i, each in enumerate(inputs.visual):
         with _named(VISUAL, backend):
             made = backend.embed(of_family, each.patches, each.grids)
-            output = _on_host(made.tensor)
+            output = made.in_order(_on_host(made.tensor))
         embeds.append(made)
         yield Observed(VISUAL, (-1, i), VISUAL_CALLS[i], None, output, None)
     for batch in sorted(batches):
