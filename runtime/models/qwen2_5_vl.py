@@ -221,8 +221,8 @@ class WindowInputs:
             windows = max(len(each.counts) for each in segments)
             if windows > limits.packed:
                 raise RequestError(
-                    f"a picture has {windows:,} windows, the visual graph takes {limits.packed:,}; make it smaller, with "
-                    "max_pixels for instance"
+                    f"a picture has {windows:,} windows, the visual graph takes {limits.packed:,}; make it smaller, "
+                    "with max_pixels for instance"
                 )
             for run in plan_packed(ends, limits.most, limits.packed // windows):
                 yield self._packed(run, segments, ends, patches, positions)
