@@ -11,7 +11,8 @@ from typing import Any
 import numpy as np
 import onnx
 import pytest
-from helpers.synthetic import tiny_config, write_checkpoint
+from helpers import onnx_artifact
+from helpers.synthetic import tiny_config, tiny_windowed, write_checkpoint
 from onnx import TensorProto, helper
 from typer.testing import CliRunner
 
@@ -203,6 +204,32 @@ def test_what_the_exporter_does_not_write_is_refused(
 ) -> None:
     with pytest.raises(ArtifactError, match=rf"text\.onnx: .*{said}.*compile"):
         load(altered(artifact, tmp_path / "artifact", change))
+
+
+def _mask(name: str) -> Change:
+    return lambda model: node(model, "MultiHeadAttention").input.__setitem__(4, name)
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (_mask("window_lengths"), "takes 'window_lengths' for 'window_lengths.int32'"),
+        (_mask("keys"), "takes 'keys' for"),
+        (lambda m: made(m, "window_lengths.int32").input.__setitem__(0, "keys"), "reads .*keys"),
+        (
+            lambda m: m.graph.node.extend(
+                helper.make_node("Gather", ["rope.cos", "keys"], [f"x{i}"], axis=0) for i in range(17)
+            ),
+            "more than 16 of these",
+        ),
+    ],
+    ids=["lengths in int64", "keys for lengths", "keys cast to lengths", "gathers without end"],
+)
+def test_lengths_are_those_that_the_caller_gives(change: Change, said: str, build: Any, tmp_path: Path) -> None:
+    _, artifact = build("onnx_windows", tiny_windowed(tie_word_embeddings=True))
+    copy = onnx_artifact.exported(artifact, tmp_path / "made", OnnxOptions("int8", False, 64))
+    with pytest.raises(ArtifactError, match=rf"visual\.onnx: .*{said}.*compile"):
+        load(altered(copy, tmp_path / "artifact", change, "visual"))
 
 
 def test_every_form_that_is_exported_passes_and_uses_no_other_operators(artifact: Path, tmp_path: Path) -> None:

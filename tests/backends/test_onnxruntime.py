@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 from helpers.onnx_artifact import exported
-from helpers.synthetic import tiny_config
+from helpers.synthetic import tiny_config, tiny_windowed
 from PIL import Image
 from typer.testing import CliRunner
 
@@ -51,6 +51,16 @@ SHAPES: dict[str, dict[str, Any]] = {
         "vision": {"depth": 1, "embed_dim": 160, "num_heads": 2, "mlp_ratio": 4},
     },
 }
+WINDOWED: dict[str, dict[str, Any]] = {
+    "windows": {"tie_word_embeddings": True},
+    "windows_last": {"vision": {"depth": 3, "hidden_size": 48, "num_heads": 3, "fullatt_block_indexes": [0, 2]}},
+    "windows_of_one": {"vision": {"window_size": 28, "fullatt_block_indexes": [2]}},
+    "windows_alone": {"vision": {"depth": 2, "intermediate_size": 128, "fullatt_block_indexes": [], "window_size": 84}},
+}
+CONFIGS = {
+    **{name: tiny_config(**changes) for name, changes in SHAPES.items()},
+    **{name: tiny_windowed(**changes) for name, changes in WINDOWED.items()},
+}
 
 Export = Callable[..., tuple[Path, Path]]
 
@@ -69,7 +79,7 @@ def export(tmp_path_factory: pytest.TempPathFactory, build: Any) -> Export:
     def make(shape: str, *options: str, max_length: int = 512) -> tuple[Path, Path]:
         key = (shape, *options, max_length)
         if key not in made:
-            source, traced = build(f"onnx_{shape}", tiny_config(**SHAPES[shape]))
+            source, traced = build(f"onnx_{shape}", CONFIGS[shape])
             weights, standard = options[options.index("--weights") + 1], "--standard-only" in options
             out = tmp_path_factory.mktemp(shape) / "artifact"
             made[key] = source, exported(traced, out, OnnxOptions(weights, standard, max_length))
@@ -91,8 +101,8 @@ def messages(pictures: list[Image.Image], text: str = QUESTION) -> list[dict[str
 
 CASES = {
     "one_image": [picture(112, 140, 0)],
-    # two neighbours of one size run as one call of the visual model
-    "three_images": [picture(84, 196, 1), picture(57, 61, 2), picture(57, 61, 3)],
+    # a single row; two neighbours of one size run as one call of the visual model
+    "three_images": [picture(28, 196, 1), picture(57, 61, 2), picture(57, 61, 3)],
     "text_only": [],
 }
 
@@ -122,7 +132,7 @@ def oracle(source: Path) -> HfReference:
 
 
 @pytest.mark.parametrize("options", [(), ("--standard-only",)], ids=["default", "standard"])
-@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("shape", CONFIGS)
 def test_fp32_models_agree_with_transformers(export: Export, tmp_path: Path, shape: str, options: tuple[str]) -> None:
     source, artifact = export(shape, "--weights", "fp32", *options)
     model, reference = load(artifact), oracle(source)
@@ -221,7 +231,13 @@ def test_a_cache_takes_memory_for_the_positions_that_are_written(export: Export,
 
 
 def test_quantized_models_stay_within_the_bounds_that_verify_states(export: Export) -> None:
-    for shape, weights in (("untied", "int8"), ("gqa7", "int4"), ("tied", "fp16")):
+    for shape, weights in (
+        ("untied", "int8"),
+        ("gqa7", "int4"),
+        ("tied", "fp16"),
+        ("windows", "int8"),
+        ("windows", "int4"),
+    ):
         source, artifact = export(shape, "--weights", weights)
         report = json.loads(run("verify", artifact, "--against", source, "--json"))
         assert report["passed"] and report["dtype"] == weights and report["backend"] == "onnxruntime"
@@ -350,7 +366,7 @@ def test_what_cannot_run_says_what_to_install(export: Export, monkeypatch: pytes
 
 
 def test_load_takes_onnxruntime_before_the_reference_where_an_artifact_has_both(build: Any) -> None:
-    _, artifact = build("both", tiny_config(**SHAPES["tied"]))
+    _, artifact = build("both", CONFIGS["tied"])
     assert load(artifact).backend.name == "reference"
     run("compile", artifact, "--mode", "onnx", "--max-length", 128)
     model = load(artifact)

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import onnx
 import pytest
-from helpers.synthetic import tiny_config, write_checkpoint
+from helpers.synthetic import tiny_config, tiny_windowed, write_checkpoint
 from typer.testing import CliRunner
 
 from qwen2vl_tc.artifacts.errors import ArtifactError, MissingDependencyError, TargetError, WeightError
@@ -69,9 +69,15 @@ def models(artifact: Path) -> dict[str, onnx.ModelProto]:
     }
 
 
-@pytest.mark.parametrize("tied", [True, False])
-def test_every_form_passes_the_checker_and_stays_inside_its_operator_set(convert: Convert, tied: bool) -> None:
-    artifact = convert(tiny_config(tie_word_embeddings=tied))
+@pytest.mark.parametrize(
+    "config",
+    [tiny_config(tie_word_embeddings=True), tiny_config(tie_word_embeddings=False), tiny_windowed()],
+    ids=["tied", "untied", "windows"],
+)
+def test_every_form_passes_the_checker_and_stays_inside_its_operator_set(
+    convert: Convert, config: dict[str, Any]
+) -> None:
+    artifact = convert(config)
     for weights, standard in EVERY_FORM:
         export_onnx(artifact, OnnxOptions(weights, standard, 64), sync=False)
         for name, model in models(artifact).items():
@@ -113,6 +119,19 @@ def test_operators_are_those_of_the_npu_graphs_one_by_one(convert: Convert) -> N
         "logits",
         "next_token",
     } <= names
+
+
+def test_windows_have_lengths_and_whole_segments_are_of_one(convert: Convert) -> None:
+    artifact = convert(tiny_windowed())
+    export_onnx(artifact, OnnxOptions("int8", False, 64), sync=False)
+    visual = models(artifact)["visual"].graph
+    assert [each.name for each in visual.input] == ["patches", "positions", "keys", "window_lengths"]
+    # blocks 1 and 3 attend to the segment: without lengths, which would keep all of its scores in memory
+    lengths = [node.input[3:] for node in visual.node if node.op_type == "MultiHeadAttention"]
+    assert lengths == [["", "window_lengths.int32"], []] * 2
+    # the angles are computed once for both forms
+    ops = Counter(node.op_type for node in visual.node)
+    assert ops["ReduceSum"] == 2 and ops["RotaryEmbedding"] == 8 and ops["Gather"] == 2 + 2 * 2
 
 
 def test_two_exports_are_equal_byte_by_byte_and_carry_the_hash_of_what_they_were_made_from(convert: Convert) -> None:
