@@ -17,6 +17,7 @@ from .layers import Constants, Linear, Norm, gelu
 MAX_VISION_SIDE = 4096
 # the towers fix it; config.json has no field for it
 _THETA = 10000.0
+EPS = 1e-6
 
 
 def tables(vision: VisionConfig) -> dict[str, Tensor]:
