@@ -18,12 +18,15 @@ from .base import Call, OpCost, Shape, TensorSpec, Work
 from .kernel import Tensor, attribute, dtype_name, floating, ints, refused, required, same_dtype
 from .shapes import fits
 
+# sparse_mode 3 aligns the causal triangle with the end of the cache; the operator reads one fixed mask of this side
+# instead of a mask of queries x keys
 FULL, RIGHT_DOWN_CAUSAL = 0, 3
+CAUSAL_MASK_SIDE = 2048
 # Inputs by position in the operators' definitions; the rest must be unfed.
 MASK, LENGTHS, LENGTHS_KV = 4, 5, 6
-# what torch_npu says where nothing is hidden, of tokens before and after
+# what torch_npu says where nothing is hidden, of tokens before and after; without it PromptFlashAttention hides all
+# that lies ahead, whatever the mask says
 UNLIMITED = 2147483647
-_CAUSAL_MASK = 2048
 # Rows of the query that share one mask, so that a long prompt needs no mask of its own squared.
 _QUERY_BLOCK = 512
 
@@ -215,7 +218,7 @@ def attend_tnd(node: Call, of: Operands, scale: float, lengths: Tensor | None, l
 def _triangle() -> Tensor:
     import torch
 
-    return torch.ones(_CAUSAL_MASK, _CAUSAL_MASK, dtype=torch.bool).triu(1)
+    return torch.ones(CAUSAL_MASK_SIDE, CAUSAL_MASK_SIDE, dtype=torch.bool).triu(1)
 
 
 @functools.cache
@@ -242,9 +245,9 @@ def check_causal_mask(node: Call, mask: Tensor) -> None:
         return
     _mask_dtype(node, mask)
     sizes = list(mask.shape)
-    if sizes[-2:] != [_CAUSAL_MASK] * 2 or sizes[:-2] not in ([], [1], [1, 1]):
+    if sizes[-2:] != [CAUSAL_MASK_SIDE] * 2 or sizes[:-2] not in ([], [1], [1, 1]):
         raise refused(node, f"sparse_mode 3 takes a mask of 2048 x 2048, got {sizes}")
-    if not torch.equal(mask.reshape(_CAUSAL_MASK, _CAUSAL_MASK).bool(), _triangle()):
+    if not torch.equal(mask.reshape(CAUSAL_MASK_SIDE, CAUSAL_MASK_SIDE).bool(), _triangle()):
         raise refused(node, "sparse_mode 3 takes a mask that hides what is above the diagonal, and nothing else")
     _right_masks()[mask] = version
 

@@ -23,7 +23,7 @@ from .stream import TextStream
 from .template import ChatTemplate, Renderer
 from .tokenizer import open_tokenizer, refuse
 
-_TEMPLATE_TOKENS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
+TEMPLATE_TOKENS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 
 
 @dataclass(frozen=True, eq=False)
@@ -230,7 +230,7 @@ class Processor:
 
 def _template_variables(tokenizer_config: Mapping[str, Any]) -> dict[str, str]:
     """The special tokens that transformers hands to a template."""
-    values = ((name, tokenizer_config.get(name)) for name in _TEMPLATE_TOKENS)
+    values = ((name, tokenizer_config.get(name)) for name in TEMPLATE_TOKENS)
     # saved either as text or as an AddedToken
     texts = ((name, value.get("content") if isinstance(value, dict) else value) for name, value in values)
     return {name: text for name, text in texts if isinstance(text, str)}

@@ -64,6 +64,8 @@ class CompileOptions:
     operators: str = "fused"
     visual_attention: str = "segments"
     passes: tuple[str, ...] | None = None
+    # which graphs: a whole artifact has all
+    kinds: tuple[str, ...] = ("visual", "prefill", "decode")
     # releases that must admit the graphs
     cann: tuple[str, ...] = ()
 
@@ -151,7 +153,7 @@ def stage_graphs(
             f"run `qwen2vl-tc convert --src <hf_dir> --out {staging.target}` first"
         )
     graph_options = options.graphs(config)
-    specs = family_of(config).graphs(config, graph_options)
+    specs = [spec for spec in family_of(config).graphs(config, graph_options) if spec.kind in options.kinds]
     total = 2 + len(specs)
     progress("opening the device", 0, total)
     from ...exporters.torchair.device import open_device

@@ -327,7 +327,7 @@ def _abilities(status: dict[str, Status]) -> tuple[Ability, ...]:
         ability("compile --mode dynamo", "on the NPU", *tracing)
         if on_device
         else ability("compile --mode dynamo", "on the emulated NPU", *tracing, "CANN stand-ins"),
-        ability("compile --mode onnx", "on the CPU", "base packages", "onnx"),
+        ability("compile --mode onnx", "on the CPU, from GE graphs", "base packages", "torch", "onnx"),
         ability("verify", "on the CPU, in fp32", "base packages", "torch", "transformers"),
         ability("generate --backend reference", "on the CPU", "base packages", "torch"),
         ability("generate --backend onnxruntime", "on the CPU", "base packages", "onnxruntime"),

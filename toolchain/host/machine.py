@@ -9,11 +9,10 @@ from typing import TYPE_CHECKING, Any
 
 from ...artifacts.host.process import driver_version
 from ...artifacts.manifest import Manifest
+from ...runtime.loader import ONNXRUNTIME
 
 if TYPE_CHECKING:
     from ...runtime.backends.base import Backend
-
-ONNXRUNTIME = "onnxruntime"
 
 
 @dataclass(frozen=True)

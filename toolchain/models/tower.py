@@ -17,6 +17,7 @@ from .layers import Constants, Linear, Norm, gelu
 
 # the towers fix it; config.json has no field for it
 _THETA = 10000.0
+EPS = 1e-6
 
 
 def tables(config: ModelConfig, options: GraphOptions) -> dict[str, Tensor]:

@@ -8,7 +8,7 @@ import numpy as np
 
 from ...artifacts.errors import ArtifactError, TargetError
 from ...artifacts.host.process import prepare_process
-from ...artifacts.manifest import MOST_OWN_RMS, Folding, Manifest, OwnError, SelftestPart
+from ...artifacts.manifest import MOST_OWN_RMS, SELFTEST_SOURCES, Folding, Manifest, OwnError, SelftestPart
 from ...artifacts.staging import Staging, amend
 from ...artifacts.store import Artifact, ge_part, open_artifact
 from ...runtime.backends.base import Backend
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from ..verify.reference import HfReference
 
 SELFTEST_PATH = "selftest/selftest.safetensors"
-TRANSFORMERS, REFERENCE = "transformers", "reference"
+TRANSFORMERS, REFERENCE = SELFTEST_SOURCES
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

@@ -9,7 +9,7 @@ from ...artifacts.errors import ConfigError
 from ...artifacts.schema import shown
 from .files import read_file, read_object
 
-_JOINT = "processor_config.json"
+JOINT = "processor_config.json"
 _LEGACY = "chat_template.json"
 _PLAIN = "chat_template.jinja"
 _NAMED_FOLDER = "additional_chat_templates"
@@ -32,7 +32,7 @@ def decide_template(folder: Path, joint: Mapping[str, Any], tokenizer_config: Ma
     beside named templates, and for named ones without a default.
     """
     templates: dict[str, str] = {}
-    _keep(templates, folder, _JOINT, joint.get("chat_template"), listed=False)
+    _keep(templates, folder, JOINT, joint.get("chat_template"), listed=False)
     legacy = read_object(folder, _LEGACY)
     named = sorted((folder / _NAMED_FOLDER).glob("*.jinja"))
     if legacy is not None:
