@@ -272,7 +272,7 @@ def test_an_artifact_that_failed_its_verification_is_not_served(artifact: Path, 
 def test_a_picture_longer_than_the_rotary_table_is_refused_before_any_compute(model: Model) -> None:
     grid = np.array([[1, 2, 4098]])
     patches = np.zeros((2 * 4098, 1176), np.uint8)
-    with pytest.raises(RequestError, match="a picture is 4098 patches long, the visual graph takes 4096; make it"):
+    with pytest.raises(RequestError, match="a picture is 4,098 patches long, the visual graph takes 4,096; make it"):
         model.backend.embed(model.processor.inputs, patches, grid)
 
 

@@ -11,7 +11,7 @@ from helpers.synthetic import nested_config, published_2_5, tiny_windowed
 from transformers import vision_utils
 from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import Qwen2_5_VLModel
 
-from qwen2vl_tc.artifacts.errors import ConfigError, RequestError
+from qwen2vl_tc.artifacts.errors import ArtifactError, ConfigError, RequestError
 from qwen2vl_tc.runtime.models import config_from_hf, config_of, to_plain
 from qwen2vl_tc.runtime.models.base import Picture, VisualLimits
 from qwen2vl_tc.runtime.models.positions import segment_ends, vision_positions
@@ -104,7 +104,7 @@ def test_a_picture_that_is_too_large_is_refused() -> None:
     with pytest.raises(RequestError, match="a picture has 832 patches, the visual graph takes 800"):
         list(
             inputs_of(PUBLISHED).visual(
-                np.zeros((832, 1), np.uint8), np.array([[1, 26, 32]]), VisualLimits("tnd", 800, 800, 9)
+                np.zeros((832, 1), np.uint8), np.array([[1, 26, 32]]), VisualLimits("tnd", 800, 800, packed=9)
             )
         )
 
@@ -162,3 +162,31 @@ def test_a_tower_that_cannot_be_is_refused(vision: dict[str, Any], said: str) ->
 def test_another_model_type_is_refused_with_those_that_there_are() -> None:
     with pytest.raises(ConfigError, match="model_type 'qwen3_vl' is not supported; supported: qwen2_vl, qwen2_5_vl"):
         config_from_hf({**tiny_windowed(), "model_type": "qwen3_vl"})
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "said"),
+    [
+        ("patch_size", 0, "vision patch_size is 0"),
+        ("spatial_merge_size", 0, "vision spatial_merge_size is 0"),
+        ("window_size", 28 << 20, "of at most 65536 patches in all"),
+    ],
+)
+def test_a_hostile_manifest_is_one_error(field: str, value: int, said: str) -> None:
+    model = to_plain(PUBLISHED)
+    model["vision"][field] = value
+    hostile: Any = SimpleNamespace(name="a", model=model)
+    with pytest.raises(ArtifactError, match=said):
+        config_of(hostile)
+
+
+def test_windows_that_padding_makes_too_many_are_refused() -> None:
+    # 213 windows of 16 patches, each padded to 64
+    patches, grids = np.zeros((3400, 1), np.uint8), np.array([[1, 2, 1700]])
+    narrow = inputs_of(config_from_hf(published_2_5("3b")))
+    with pytest.raises(RequestError, match=r"a picture has .* patches, the visual graph takes 13,000"):
+        list(narrow.visual(patches, grids, VisualLimits("segments", 13000, longest=13000)))
+    with pytest.raises(RequestError, match="a picture has 213 windows, the visual graph takes 200"):
+        list(narrow.visual(patches, grids, VisualLimits("tnd", 1 << 16, packed=200)))
+    with pytest.raises(RequestError, match="a picture is 1,700 patches long, the visual graph takes 1,600"):
+        list(narrow.visual(patches, grids, VisualLimits("segments", 1 << 16, side=1600)))
