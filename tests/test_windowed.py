@@ -58,7 +58,7 @@ def test_a_clip_whose_clock_runs_out_of_positions_is_refused_before_any_compute(
     prompt = model.processor.prepare(request)
     assert prompt.delta > 300
     room = LENGTH - len(prompt.token_ids) - prompt.delta + 1
-    assert len(model.generate(request, max_new_tokens=room, eos_token_ids=[], **settings).token_ids) == room
+    assert len(model.generate(request, max_new_tokens=room, ignore_eos=True, **settings).token_ids) == room
     monkeypatch.setattr(model.backend, "visual", lambda calls: pytest.fail("computed"))
     with pytest.raises(RequestError, match=rf"up to rotary position .* ask for at most {room}, or compile with"):
         model.generate(request, max_new_tokens=room + 1, **settings)
@@ -76,9 +76,8 @@ def test_an_engine_reads_no_position_that_its_table_does_not_have(model: Model) 
 def test_a_chat_keeps_what_it_has_seen_and_answers_as_a_new_request_does(model: Model) -> None:
     chat, said = model.chat(), []
     for text, pictures in (("One?", [picture(84, 140)]), ("Two?", [picture(30, 200, 1)]), ("And?", [])):
-        said.append(
-            {"role": "user", "content": [*({"type": "image", "image": each} for each in pictures), text_of(text)]}
-        )
+        shown = [{"type": "image", "image": each} for each in pictures]
+        said.append({"role": "user", "content": [*shown, {"type": "text", "text": text}]})
         answer = chat.send(text, images=pictures, max_new_tokens=6)
         assert answer.token_ids == model.generate(said, max_new_tokens=6).token_ids
         said.append({"role": "assistant", "content": answer.text})
