@@ -38,7 +38,7 @@ def by_row(t: Translation, edge: Edge, shape: str, width: int | None = None) -> 
             heads, dim = heads_of(t, node)
             x = by_row(t, t.edge(node, 0), shape, heads * dim)
             t.by_row[edge, shape] = rotated(t, node, t.writer.fresh(node.name), x, range(heads), shape)
-        elif node.op == "FusedInferAttentionScore":
+        elif node.op == "FusedInferAttentionScore" and t.cached:
             t.by_row[edge, shape] = t.value(edge)
         else:
             t.by_row[edge, shape] = t.writer.node("Reshape", f"{t.value(edge)}.by_row", t.value(edge), shape)
@@ -171,10 +171,7 @@ def _write_at(t: Translation) -> str:
 
 def _lengths(t: Translation) -> tuple[str, str]:
     """Each row's last position, and the length of the longest, as GroupQueryAttention takes them."""
-    names = ("last_position.int32", "longest.int32")
-    if not t.writer.has(names[0]):
-        before = t.writer.node("Sub", "last_position", "kv_lengths", t.writer.constant("one_int", 1, np.int64))
-        longest = t.writer.node("ReduceMax", "longest", "kv_lengths", keepdims=0)
-        for name, value in zip(names, (before, longest), strict=True):
-            t.writer.cast(name, value, "int32")
-    return names
+    if not t.writer.has("longest"):
+        t.writer.node("Sub", "last_position", "kv_lengths", t.writer.constant("one_int", 1, np.int64))
+        t.writer.node("ReduceMax", "longest", "kv_lengths", keepdims=0)
+    return _int32(t, "last_position"), _int32(t, "longest")

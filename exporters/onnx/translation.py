@@ -1,4 +1,14 @@
-"""A graph while it is translated: its values by what they are called in the model, asked for one by one."""
+"""A GE graph as an ONNX model, operator by operator, of whatever model: what it computes, the graph alone says.
+
+A value is translated when something asks for it: the products and attentions in the graph's order, then the outputs.
+Activations are fp32 whatever the graph's dtype: Casts between floats are left out.
+
+Rows. A graph over a cache is traced for one row; its model takes as many as it is given. Where the runtime's interface
+gives an argument one more free size than the graph (token_ids [rows, tokens] for [tokens]), that argument is flattened,
+and each size of the graph that counts tokens counts rows x tokens. Where the graph has its one row as a size of its
+own, in front of its tokens, there the model has all rows: a Reshape to [1, -1, ...] is one to [rows, tokens, ...]. An
+argument of that one row ([1], such as `last`) picks by token in every row, the same of each.
+"""
 
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -22,7 +32,12 @@ _FLOATS = ("fp32", "fp16", "bf16")
 
 
 class Translation:
-    """What the functions of `operators` are given. The arguments are those of `translate`, and these functions."""
+    """A graph while it is translated into the model of `linears`, with the inputs and outputs that the runtime feeds
+    and reads; other outputs of the graph are left out.
+
+    constants: the tables that the binding names, floats in fp32. functions: operators.OPERATORS, which are given this.
+    Raises TargetError for an operator, or a use of one, that has no translation.
+    """
 
     def __init__(
         self,
@@ -216,15 +231,10 @@ class Translation:
 
     def _sized_by(self, node: Node, count: int) -> str:
         """The argument whose first `count` sizes begin the shape that a Reshape gives."""
-        arguments = set()
-        for place in range(count):
-            gather = self.behind(self.behind(node, 1), place)
-            shape = self.behind(gather, 0)
-            if shape.op == "Shape" and self.ints(self.edge(gather, 1)) == [place]:
-                arguments.add(self.value(self.edge(shape, 0)))
-            else:
-                arguments.add("")
-        if len(arguments) != 1 or "" in arguments:
+        gathers = [self.behind(self.behind(node, 1), place) for place in range(count)]
+        sizes = [(self.behind(gather, 0), self.ints(self.edge(gather, 1))) for gather in gathers]
+        arguments = {self.value(self.edge(shape, 0)) for shape, _ in sizes if shape.op == "Shape"}
+        if len(arguments) != 1 or [place for _, place in sizes] != [[place] for place in range(count)]:
             raise self.refused(node, "its sizes are not the first of one tensor")
         return arguments.pop()
 

@@ -19,7 +19,8 @@ from qwen2vl_tc.artifacts.ge.graph import GeGraph, Node, read_graph
 from qwen2vl_tc.artifacts.manifest import Tensor as Interface
 from qwen2vl_tc.artifacts.soc import DEFAULT_SOC
 from qwen2vl_tc.exporters.onnx.linear import Linears, OnnxForm
-from qwen2vl_tc.exporters.onnx.translate import translate
+from qwen2vl_tc.exporters.onnx.operators import OPERATORS
+from qwen2vl_tc.exporters.onnx.translation import Translation
 from qwen2vl_tc.exporters.onnx.writer import DataFile, ModelWriter
 from qwen2vl_tc.exporters.torchair.device import open_device
 from qwen2vl_tc.exporters.torchair.passes import PASSES, run_passes
@@ -215,9 +216,8 @@ def emit(toy: Traced, folder: Path, standard: bool) -> Path:
     writer = ModelWriter("toy", data)
     weights: Any = Arrays(toy.parameters)
     try:
-        translate(
-            toy.graph, toy.binding, Linears(writer, weights, OnnxForm("fp32", standard)), toy.constants, inputs, outputs
-        )
+        linears = Linears(writer, weights, OnnxForm("fp32", standard))
+        Translation(toy.graph, toy.binding, linears, toy.constants, inputs, outputs, OPERATORS).run()
     finally:
         data.close()
     onnx.save(writer.model({}), folder / "toy.onnx")

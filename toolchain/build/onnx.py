@@ -175,7 +175,8 @@ def _stage_model(
     source: str,
 ) -> OnnxGraph:
     from ...exporters.onnx.linear import Linears
-    from ...exporters.onnx.translate import translate
+    from ...exporters.onnx.operators import OPERATORS
+    from ...exporters.onnx.translation import Translation
     from ...exporters.onnx.writer import DataFile, ModelWriter
     from ...runtime.backends.onnx_check import expected_tensors
 
@@ -190,7 +191,7 @@ def _stage_model(
     try:
         writer = ModelWriter(name, data)
         interface = expected_tensors(name, config_of(traced.manifest), form.standard_only)
-        translate(graph, binding, Linears(writer, weights, form), constants, *interface)
+        Translation(graph, binding, Linears(writer, weights, form), constants, *interface, OPERATORS).run()
     finally:
         data.close()
     model = writer.model({"manifest_hash": source, "weights": form.weights})
