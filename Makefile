@@ -12,6 +12,9 @@ TYPING := .typing/qwen2vl_tc
 # kills of `make torture`, and mutations of `make fuzz`
 RUNS ?=
 
+# Whether `make measure` also takes the figures that need hours.
+ALL ?=
+
 # Interpreters of `make newest`, and whether torch (gigabytes each) comes with them.
 PYTHONS ?= $(foreach each,python3.11 python3.12 python3.13,$(shell command -v $(each)))
 TORCH ?= yes
@@ -27,7 +30,7 @@ NEWEST := '.[onnx,sign,video]' hypothesis pytest pytest-xdist safetensors
 FAST := $(WITHOUT_TORCH)
 endif
 
-.PHONY: demo test lint setup torture fuzz newest
+.PHONY: demo test lint setup torture fuzz measure newest
 
 demo: $(READY)
 	$(BIN)/qwen2vl-tc demo
@@ -50,6 +53,10 @@ torture: $(READY)
 # Loads artifacts with damaged and hostile files, of GE graphs and of ONNX models; gives the command line odd words.
 fuzz: $(READY)
 	OMP_NUM_THREADS=1 PYTHONPATH=tests $(BIN)/python -m fuzz.runner $(if $(RUNS),--runs $(RUNS))
+
+# The figures of docs/MEASURED.md, as rows of its table.
+measure: $(READY)
+	$(BIN)/python benchmarks/measure.py $(if $(ALL),--all)
 
 # The newest version of each dependency that pyproject.toml allows, on each Python that is here, and the suite's fast part.
 newest:

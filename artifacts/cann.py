@@ -13,8 +13,8 @@ class CannWarning(UserWarning):
 
 def cann_release(version: str) -> str | None:
     """The release of a version: 9.0 of "9.0.0", "9.0.RC1" and "V9.0.0-beta.2"; None of what has no such number."""
-    found = _VERSION.fullmatch(version.strip())
-    return f"{int(found[1])}.{int(found[2])}" if found else None
+    match = _VERSION.fullmatch(version.strip())
+    return f"{int(match[1])}.{int(match[2])}" if match else None
 
 
 def is_newer(release: str) -> bool:

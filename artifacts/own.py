@@ -20,15 +20,15 @@ def trusted_users() -> set[int]:
     return {os.geteuid(), 0}
 
 
-def check_own(found: os.stat_result, where: "Path | str", kind: int = stat.S_IFDIR, others_may_not: int = 0) -> None:
+def check_own(status: os.stat_result, where: "Path | str", kind: int = stat.S_IFDIR, others_may_not: int = 0) -> None:
     """Raises TargetError unless this is a file of that kind, nobody else's, without these bits of its mode."""
     what = {stat.S_IFDIR: "folder", stat.S_IFREG: "file", stat.S_IFLNK: "link"}[kind]
-    if stat.S_IFMT(found.st_mode) != kind:
-        problem = "is a symbolic link" if stat.S_ISLNK(found.st_mode) else f"is no {what}"
-    elif found.st_uid not in trusted_users():
-        problem = f"belongs to user {found.st_uid}"
-    elif found.st_mode & others_may_not:
-        problem = f"has mode {stat.S_IMODE(found.st_mode):o}"
+    if stat.S_IFMT(status.st_mode) != kind:
+        problem = "is a symbolic link" if stat.S_ISLNK(status.st_mode) else f"is no {what}"
+    elif status.st_uid not in trusted_users():
+        problem = f"belongs to user {status.st_uid}"
+    elif status.st_mode & others_may_not:
+        problem = f"has mode {stat.S_IMODE(status.st_mode):o}"
     else:
         return
     raise TargetError(

@@ -81,7 +81,7 @@ def public_keys(keys: "Sequence[str | Path]") -> dict[str, str]:
     if isinstance(keys, str | Path):
         raise TargetError(f"trusted_keys is {str(keys)!r}, expected a list of files")
     serialization, ed25519 = _library()
-    found = {}
+    files = {}
     for path in keys:
         try:
             key = serialization.load_pem_public_key(_read(path))
@@ -91,23 +91,23 @@ def public_keys(keys: "Sequence[str | Path]") -> dict[str, str]:
             ) from error
         if not isinstance(key, ed25519.Ed25519PublicKey):
             raise TargetError(f"{path}: is no ed25519 key")
-        found[key.public_bytes_raw().hex()] = str(path)
-    return found
+        files[key.public_bytes_raw().hex()] = str(path)
+    return files
 
 
 def _parse(signature: bytes, where: str) -> tuple[str, bytes]:
     """The public key in hexadecimal, and what it made of the manifest."""
     name = f"{where}/{SIGNATURE_NAME}"
-    found = from_plain(Signature, parse_json(signature, name), name)
-    if found.algorithm != _ALGORITHM:
-        raise ArtifactError(f"{name}: algorithm {found.algorithm[:40]!r}, expected {_ALGORITHM!r}")
+    parsed = from_plain(Signature, parse_json(signature, name), name)
+    if parsed.algorithm != _ALGORITHM:
+        raise ArtifactError(f"{name}: algorithm {parsed.algorithm[:40]!r}, expected {_ALGORITHM!r}")
     try:
-        key, value = bytes.fromhex(found.key), bytes.fromhex(found.signature)
+        key, value = bytes.fromhex(parsed.key), bytes.fromhex(parsed.signature)
     except ValueError as error:
         raise ArtifactError(f"{name}: key and signature must be hexadecimal") from error
-    if (key.hex(), len(key), len(value)) != (found.key, 32, 64):
+    if (key.hex(), len(key), len(value)) != (parsed.key, 32, 64):
         raise ArtifactError(f"{name}: key and signature must be 64 and 128 hexadecimal digits, in lower case")
-    return found.key, value
+    return parsed.key, value
 
 
 def _verify(manifest: bytes, key: str, value: bytes, where: str) -> None:

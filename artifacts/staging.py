@@ -10,7 +10,7 @@ import os
 import shutil
 import stat
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -83,7 +83,7 @@ class Staging:
         """Count a file of a killed run as staged by this one. Raises ArtifactError unless it is there and whole."""
         folder_fd = os.open(self.path, os.O_RDONLY)
         try:
-            with OpenedFile(folder_fd, entry, str(self.path)) as file:
+            with closing(OpenedFile(folder_fd, entry, str(self.path))) as file:
                 file.check()
         finally:
             os.close(folder_fd)

@@ -4,7 +4,6 @@ import mmap
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from types import TracebackType
 
 from .errors import ArtifactError
 from .host.process import current_folder
@@ -139,9 +138,7 @@ class Artifact:
     def __enter__(self) -> "Artifact":
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *raised: object) -> None:
         self.close()
 
 

@@ -42,12 +42,12 @@ class Bench:
             options.add_session_config_entry(f"session.{key}", value)
         session = onnxruntime.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
         session.run(None, feeds)
-        found = []
+        times = []
         for _ in range(repeats):
             begin = self.clock()
             session.run(None, feeds)
-            found.append((self.clock() - begin) * 1e3)
-        return statistics.median(found)
+            times.append((self.clock() - begin) * 1e3)
+        return statistics.median(times)
 
 
 def node(op: str, inputs: Sequence[str], outputs: Sequence[str], domain: str = "", **attributes: Any) -> Any:

@@ -73,15 +73,15 @@ def main(
     if option:
         print(json.dumps(_measure(artifact, option)))
         return
-    found: dict[str, list[dict[str, float]]] = {name: [] for name in OPTIONS}
+    runs_of: dict[str, list[dict[str, float]]] = {name: [] for name in OPTIONS}
     for _ in range(rounds):
         for name in OPTIONS:
             command = [sys.executable, __file__, str(artifact), "--option", name]
             done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
-            found[name].append(json.loads(done.stdout.splitlines()[-1]))
+            runs_of[name].append(json.loads(done.stdout.splitlines()[-1]))
     print("| option | load, ms | ViT, ms | prefill, ms | decode, ms a token | peak memory, GB |")
     print("|---|---|---|---|---|---|")
-    for name, runs in found.items():
+    for name, runs in runs_of.items():
         middle = {key: median(run[key] for run in runs) for key in runs[0]}
         print(
             f"| {name} | {middle['load']:.0f} | {middle['visual']:.0f} | {middle['prefill']:.0f} | "

@@ -39,8 +39,8 @@ def _operators(file: str) -> list[tuple[float, dict[str, float]]]:
 def _show(name: str, runs: list[tuple[float, dict[str, float]]]) -> None:
     whole = median(length for length, _ in runs)
     print(f"{name}: {whole:.1f} ms (median of {len(runs)})")
-    types = {key for _, found in runs for key in found}
-    middles = {key: median(found.get(key, 0.0) for _, found in runs) for key in types}
+    types = {key for _, times in runs for key in times}
+    middles = {key: median(times.get(key, 0.0) for _, times in runs) for key in types}
     for key, value in sorted(middles.items(), key=lambda item: -item[1])[:SHOWN]:
         print(f"  {key:<34}{value:9.2f} ms {value / whole:7.1%}")
     print(f"  {'between operators':<34}{whole - sum(middles.values()):9.2f} ms")

@@ -52,11 +52,11 @@ def main() -> None:
         engines = {} if options.no_transformers else {"transformers": source}
         for weights in options.weights.split(","):
             engines[weights] = _artifact(work, source, options.size, weights)
-        found: dict[str, list[dict[str, float]]] = {name: [] for name in engines}
+        runs_of: dict[str, list[dict[str, float]]] = {name: [] for name in engines}
         for _ in range(options.runs):
             for name, path in engines.items():
-                found[name].append(_child(name, path, options.threads))
-        _report(found, engines, options.threads)
+                runs_of[name].append(_child(name, path, options.threads))
+        _report(runs_of, engines, options.threads)
 
 
 def _checkpoint(work: Path, size: str) -> Path:
@@ -117,15 +117,15 @@ def _ours(path: Path, threads: int) -> dict[str, float]:
     model = load(path, backend="onnxruntime")
     picture = request_picture()
     at: list[float] = []
-    found = model.generate(
+    reply = model.generate(
         _text(),
         [picture],
         max_new_tokens=NEW_TOKENS,
         do_sample=False,
         on_token=lambda token: at.append(time.perf_counter()),
     )
-    assert len(found.prompt_token_ids) == 507, len(found.prompt_token_ids)
-    timings = found.timings_ms
+    assert len(reply.prompt_token_ids) == 507, len(reply.prompt_token_ids)
+    timings = reply.timings_ms
     first = timings["visual"] + timings["prefill"]
     made = {**_steps(at), "first": first, "peak": peak_gb(), "visual": timings["visual"]}
     # at once, and after the peak was taken: a virtual machine's share of the memory changes within seconds
@@ -177,22 +177,22 @@ def _bandwidth(threads: int) -> float:
     import numpy as np
 
     arrays = [np.ones(1 << 27, np.float32) for _ in range(threads)]
-    found = []
+    rates = []
     with ThreadPoolExecutor(threads) as pool:
         for _ in range(9):
             begin = time.perf_counter()
             list(pool.map(lambda array: float(array.max()), arrays))
-            found.append(sum(array.nbytes for array in arrays) / (time.perf_counter() - begin))
-    return statistics.median(found)
+            rates.append(sum(array.nbytes for array in arrays) / (time.perf_counter() - begin))
+    return statistics.median(rates)
 
 
-def _report(found: dict[str, list[dict[str, float]]], engines: dict[str, Path], threads: int) -> None:
+def _report(runs_of: dict[str, list[dict[str, float]]], engines: dict[str, Path], threads: int) -> None:
     middle = {
-        name: {key: statistics.median(run[key] for run in runs) for key in runs[0]} for name, runs in found.items()
+        name: {key: statistics.median(run[key] for run in runs) for key in runs[0]} for name, runs in runs_of.items()
     }
     base = middle.get("transformers")
     print(
-        f"{threads} threads, {len(next(iter(found.values())))} runs, medians; in brackets: ratio to transformers fp32"
+        f"{threads} threads, {len(next(iter(runs_of.values())))} runs, medians; in brackets: ratio to transformers fp32"
     )
     print("| engine | " + " | ".join(FIGURES.values()) + " |\n|---|" + "---|" * len(FIGURES))
     for name, values in middle.items():
@@ -211,8 +211,8 @@ def _report(found: dict[str, list[dict[str, float]]], engines: dict[str, Path], 
             part = read_manifest(engines[name]).onnx
             assert part is not None
             text = next(graph.data.bytes for graph in part.graphs if graph.name == "text")
-            shares = [text / (run["decode"] / 1e3) / run["bandwidth"] for run in found[name]]
-            read = ", ".join(f"{run['bandwidth'] / 1e9:.0f}" for run in found[name])
+            shares = [text / (run["decode"] / 1e3) / run["bandwidth"] for run in runs_of[name]]
+            read = ", ".join(f"{run['bandwidth'] / 1e9:.0f}" for run in runs_of[name])
             print(
                 f"{name}: vision {values['visual']:.0f} ms; decode reads {text / 1e9:.2f} GB a token, "
                 f"{statistics.median(shares):.0%} ({min(shares):.0%} to {max(shares):.0%}) of what these threads read "

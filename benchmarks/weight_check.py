@@ -78,9 +78,9 @@ def measure(artifact: Path, runs: int, picture: bool) -> None:
     cpu: dict[str, list[float]] = {"with": [], "without": []}
     waits = []
     for _ in range(runs):
-        for how, found in seconds.items():
+        for how, times in seconds.items():
             took, used, waited = cold_start(artifact, how, picture)
-            found.append(took)
+            times.append(took)
             cpu[how].append(used)
             if how == "with":
                 waits.append(waited)

@@ -1,4 +1,4 @@
-"""Compile Qwen2-VL for Ascend NPUs, ahead of time: .toolchain, .exporters, .runtime and .artifacts.
+"""Compile Qwen2-VL and Qwen2.5-VL for Ascend NPUs, ahead of time: .toolchain, .exporters, .runtime and .artifacts.
 
 This folder is the root of the import package; setuptools maps the four folders beside it into it.
 """

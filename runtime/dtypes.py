@@ -13,8 +13,8 @@ def torch_dtype(name: str) -> "torch.dtype":
     """torch.bfloat16 of bf16."""
     import torch
 
-    found: torch.dtype = getattr(torch, torch_name(name))
-    return found
+    dtype: torch.dtype = getattr(torch, torch_name(name))
+    return dtype
 
 
 def numpy_dtype(name: str) -> "np.dtype[Any]":
@@ -22,5 +22,5 @@ def numpy_dtype(name: str) -> "np.dtype[Any]":
     import ml_dtypes
     import numpy as np
 
-    found = numpy_name(name)
-    return np.dtype(getattr(ml_dtypes, found) if found == "bfloat16" else found)
+    own_name = numpy_name(name)
+    return np.dtype(getattr(ml_dtypes, own_name) if own_name == "bfloat16" else own_name)

@@ -1,7 +1,7 @@
 """How far a piece of work is: what it calls as it goes on, and what is called where nobody watches."""
 
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
 # (bytes done, bytes in all), in steps of a few MB
@@ -18,19 +18,9 @@ def no_steps(step: str, done: int, total: int) -> None:
     """Nobody watches."""
 
 
-@contextmanager
-def _no_copy(task: str) -> Iterator[BytesProgress]:
-    yield no_bytes
-
-
-@contextmanager
-def _no_task(task: str) -> Iterator[StepProgress]:
-    yield no_steps
-
-
 @dataclass(frozen=True)
 class Displays:
     """How the progress of each task is shown: context managers, entered with the task's name while it runs."""
 
-    copy: Callable[[str], AbstractContextManager[BytesProgress]] = _no_copy
-    steps: Callable[[str], AbstractContextManager[StepProgress]] = _no_task
+    copy: Callable[[str], AbstractContextManager[BytesProgress]] = lambda task: nullcontext(no_bytes)
+    steps: Callable[[str], AbstractContextManager[StepProgress]] = lambda task: nullcontext(no_steps)

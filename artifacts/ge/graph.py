@@ -68,17 +68,17 @@ class GeGraph:
     @cached_property
     def inputs(self) -> tuple[Node, ...]:
         """The Data nodes by index."""
-        found = sorted((n for n in self.nodes if n.op in INPUTS), key=lambda n: n.attributes["index"])
-        if [n.attributes["index"] for n in found] != list(range(len(found))):
-            raise ArtifactError(f"graph {self.name}: its inputs are not numbered 0 to {len(found) - 1}")
-        return tuple(found)
+        inputs = sorted((n for n in self.nodes if n.op in INPUTS), key=lambda n: n.attributes["index"])
+        if [n.attributes["index"] for n in inputs] != list(range(len(inputs))):
+            raise ArtifactError(f"graph {self.name}: its inputs are not numbered 0 to {len(inputs) - 1}")
+        return tuple(inputs)
 
     @cached_property
     def output(self) -> Node:
-        found = [node for node in self.nodes if node.op == OUTPUT]
-        if len(found) != 1:
-            raise ArtifactError(f"graph {self.name}: has {len(found)} NetOutput nodes, expected 1")
-        return found[0]
+        outputs = [node for node in self.nodes if node.op == OUTPUT]
+        if len(outputs) != 1:
+            raise ArtifactError(f"graph {self.name}: has {len(outputs)} NetOutput nodes, expected 1")
+        return outputs[0]
 
 
 def attribute_value(value: Any) -> Any:

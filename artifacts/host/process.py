@@ -79,8 +79,8 @@ def _recorded(file: Path, key: str, value: str) -> str | None:
         text = file.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError):
         return None
-    found = re.search(rf"(?m)^{key}=({value})\s*$", text)
-    return found[1] if found else None
+    match = re.search(rf"(?m)^{key}=({value})\s*$", text)
+    return match[1] if match else None
 
 
 def emulated() -> bool:

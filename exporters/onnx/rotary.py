@@ -56,7 +56,14 @@ def heads_of(t: Translation, rotation: Node) -> tuple[int, int]:
 
 
 def _resolved(t: Translation, rotation: Node, edge: Edge, begin: int, count: int, head: int) -> Table:
-    """Columns of a table, for one head, as an expression of constants."""
+    """Columns of a table, for one head, as an expression of constants: once, however many ways lead to it."""
+    key = (edge, begin, count, head)
+    if key not in t.resolved:
+        t.resolved[key] = _resolve(t, rotation, edge, begin, count, head)
+    return t.resolved[key]
+
+
+def _resolve(t: Translation, rotation: Node, edge: Edge, begin: int, count: int, head: int) -> Table:
     node = t.nodes[edge[0]]
     if bound := t.bound_as(edge, CONSTANT):
         sizes = t.constants[bound.name].shape
@@ -120,7 +127,7 @@ def _flat(t: Translation, name: str, table: Table) -> str:
     kind, *operands = table
     writer = t.writer
     if kind == "constant":
-        return writer.constant(f"constants.{'.'.join(map(str, operands[:3]))}", _array(t, table), None)
+        return writer.constant(f"constants.{'.'.join(map(str, operands))}", _array(t, table), None)
     if kind == "rows":
         return writer.node("Gather", writer.fresh(f"{name}.rows"), _flat(t, name, operands[0]), t.value(operands[1]))
     if kind == "ReduceSum":

@@ -67,6 +67,7 @@ class Translation:
         self.by_row: dict[tuple[Edge, str], str] = {}
         # tables of angles in that form, see `rotary`
         self.tables: dict[tuple[Any, str], str] = {}
+        self.resolved: dict[tuple[Any, ...], tuple[Any, ...]] = {}
         self.writer.declare(inputs, outputs)
         made = set(self._outputs.values()) | {name for name in _names(outputs) if name.startswith("present_")}
         if missing := sorted(_names(outputs) - made):
@@ -119,7 +120,7 @@ class Translation:
         try:
             return function(self, node)
         # a graph may have anything for an attribute, and a binding any name
-        except (KeyError, IndexError, TypeError, ValueError) as error:
+        except (KeyError, IndexError, TypeError, ValueError, RecursionError) as error:
             reason = f"{type(error).__name__}: {error}"
             raise self.refused(node, f"cannot be translated with {node.attributes}: {reason}") from error
 

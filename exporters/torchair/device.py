@@ -44,24 +44,24 @@ def open_device(soc: str) -> DeviceInfo:
                 "torch_npu was imported before the device was opened, without an NPU; open the device first"
             )
         _preload_stubs(soc)
-    found, cann_version = _import_and_open()
-    if found != soc:
+    actual, cann_version = _import_and_open()
+    if actual != soc:
         raise TargetError(
-            f"--soc {soc}: this process runs on {found}; "
-            + ("use a new process for another SoC" if emulated() else f"compile here with --soc {found}")
+            f"--soc {soc}: this process runs on {actual}; "
+            + ("use a new process for another SoC" if emulated() else f"compile here with --soc {actual}")
         )
-    return DeviceInfo(emulated(), found, None if emulated() else cann_version, *versions)
+    return DeviceInfo(emulated(), actual, None if emulated() else cann_version, *versions)
 
 
 def _matching_versions() -> tuple[str, str]:
     """Versions of torch and torch-npu, which are built for each other."""
-    found = []
+    versions = []
     for name in ("torch", "torch-npu"):
         try:
-            found.append(importlib.metadata.version(name))
+            versions.append(importlib.metadata.version(name))
         except importlib.metadata.PackageNotFoundError as error:
             raise MissingDependencyError(f"{name} is not installed; {INSTALL}") from error
-    torch, torch_npu = found
+    torch, torch_npu = versions
     if release(torch) != release(torch_npu):
         wanted = ".".join(map(str, release(torch_npu)))
         raise MissingDependencyError(

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from ...artifacts.dtypes import BY_PROTO
+from ...artifacts.dtypes import BY_GE, BY_PROTO
 from ...artifacts.errors import TargetError
 from ...artifacts.ge.graph import attribute_value
 from ...artifacts.ge.ops import CONSTANT, CONTROL, FILE_CONSTANT, INPUTS, OUTPUT
@@ -15,17 +15,18 @@ def tensor_dtypes(graph: Any) -> dict[str, list[str]]:
 
     Raises TargetError for an operator whose dtypes nothing says.
     """
-    found: dict[str, list[str]] = {op.name: [] for op in graph.op if op.type == OUTPUT}
-    described = [op for op in graph.op if op.type in (*INPUTS, CONSTANT, FILE_CONSTANT)]
-    found |= {op.name: [dtype_name(op.output_desc[0].dtype)] for op in described}
+    dtypes: dict[str, list[str]] = {op.name: [] for op in graph.op if op.type == OUTPUT}
+    dtypes |= {op.name: [dtype_name(op.output_desc[0].dtype)] for op in graph.op if op.type in (*INPUTS, CONSTANT)}
+    # torchair leaves the descriptor of one empty
+    dtypes |= {op.name: [BY_GE[op.attr["dtype"].dt].name] for op in graph.op if op.type == FILE_CONSTANT}
     for op in graph.op:
-        if op.name in found:
+        if op.name in dtypes:
             continue
         if op.type not in OPERATORS:
             raise TargetError(f"{op.type} {op.name}: no rule says which dtypes it gives")
         attributes = {name: attribute_value(value) for name, value in op.attr.items()}
-        found[op.name] = OPERATORS[op.type].dtypes(len(op.output_desc), attributes, input_dtypes(op, found))
-    return found
+        dtypes[op.name] = OPERATORS[op.type].dtypes(len(op.output_desc), attributes, input_dtypes(op, dtypes))
+    return dtypes
 
 
 def dtype_name(number: int) -> str:
@@ -35,10 +36,10 @@ def dtype_name(number: int) -> str:
     return BY_PROTO[number].name
 
 
-def input_dtypes(op: Any, found: dict[str, list[str]]) -> list[str | None]:
+def input_dtypes(op: Any, dtypes: dict[str, list[str]]) -> list[str | None]:
     """The dtypes that reach an operator's data inputs; None where one is not fed."""
     edges = (op.input[i].rpartition(":") for i in data_inputs(op))
-    return [found[name][int(index)] if index else None for name, _, index in edges]
+    return [dtypes[name][int(index)] if index else None for name, _, index in edges]
 
 
 def data_inputs(op: Any) -> list[int]:

@@ -41,7 +41,6 @@ _ASK_CANN = "torchair asks CANN whether its registry has this operator; ask on t
 class TracedGraph:
     """A GE graph as torchair emits it: `model` is a ge.proto.ModelDef; `notes` lists operators that need a check."""
 
-    name: str
     model: Any
     binding: Binding
     notes: tuple[OperatorNote, ...]
@@ -119,7 +118,7 @@ def _sources(gm: Any) -> list[str]:
 
 def _bind_inputs(concrete: Any, sources: list[str], caches: frozenset[str], local: Mapping[str, str]) -> Any:
     frozen = local["frozenInput"].split(",")
-    found = []
+    inputs = []
     for position, info in enumerate(concrete._input_info_list):
         func = info.func
         kind = type(func).__name__
@@ -139,21 +138,23 @@ def _bind_inputs(concrete: Any, sources: list[str], caches: frozenset[str], loca
                 raise TargetError(
                     f"input {position}: integers packed from {[sources[i] for i in func.fx_input_idx_list]}"
                 )
-            found.append(replace(bound, kind=LENGTHS, name=names[0][1]))  # type: ignore[index]
+            inputs.append(replace(bound, kind=LENGTHS, name=names[0][1]))  # type: ignore[index]
         elif kind == "_TensorInput":
             source = sources[func.fx_input_idx]
             if name := _parameter_name(source):
                 is_constant = name.startswith(CONSTANTS_PREFIX)
                 name = name.removeprefix(CONSTANTS_PREFIX)
-                found.append(replace(bound, kind=CONSTANT if is_constant else PARAMETER, name=name))
+                inputs.append(replace(bound, kind=CONSTANT if is_constant else PARAMETER, name=name))
             elif match := _ARGUMENT.fullmatch(source):
                 index = int(match[2]) if match[2] else None
-                found.append(replace(bound, kind=CACHE if match[1] in caches else ARGUMENT, name=match[1], index=index))
+                inputs.append(
+                    replace(bound, kind=CACHE if match[1] in caches else ARGUMENT, name=match[1], index=index)
+                )
             else:
                 raise TargetError(f"input {position}: {source} is neither a parameter nor an argument of the method")
         else:
             raise TargetError(f"input {position}: torchair wants it as {kind}; only contiguous tensors are supported")
-    return tuple(found)
+    return tuple(inputs)
 
 
 def _data_op(graph: Any, index: int) -> Any:
@@ -231,7 +232,7 @@ def trace(spec: GraphSpec, method: Callable[..., Any], arguments: Mapping[str, A
         raise TargetError(
             f"{name}: this torchair sets the options {', '.join(unknown)}, which the runtime does not know"
         )
-    return TracedGraph(name, model, open_length_lists(model, binding, spec), notes)
+    return TracedGraph(model, open_length_lists(model, binding, spec), notes)
 
 
 def _gist(error: Exception) -> str:

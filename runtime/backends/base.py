@@ -1,13 +1,14 @@
 """What the generation loop asks of an engine. Tensors on the engine's device are opaque to the loop."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from ...artifacts.errors import RequestError
 from ..models.base import Inputs, VisualLimits
 from ..models.segments import VisualCall
 from ..phases import PhaseTimes
@@ -29,8 +30,8 @@ class Step:
     cache_index: Any = None
     positions: Any = None
     checked_token: Any = None
-    # last cache position of each row that this step writes; None where the next one does not follow from it
-    written: list[int] | None = None
+    # cache and rotary position of the token that each row is fed next; None where no step follows from this one
+    places: list[tuple[int, int]] | None = None
 
 
 @dataclass(frozen=True)
@@ -90,6 +91,17 @@ class Backend(ABC):
 
     # how the visual graph takes patches
     visual_limits: VisualLimits
+
+    def check_room(self, begin: int, end: int, positions: Iterable[int]) -> None:
+        """Raises RequestError unless cache positions from `begin` to before `end` exist, and these rotary ones: an
+        engine's operators write and read wherever an index points."""
+        positions = list(positions)
+        least, most = min(positions, default=0), max(positions, default=0)
+        if begin < 0 or not begin < end <= self.max_length or least < 0 or most >= self.max_length:
+            raise RequestError(
+                f"cache positions {begin} to {end} and rotary position {most} are needed, the artifact has "
+                f"{self.max_length}" + ("" if begin < 0 else f"; compile with --max-length {max(end, most + 1)}")
+            )
 
     def embed(self, inputs: Inputs, patches: NDArray[np.uint8], grids: Ints) -> Embeds:
         """Embeddings of pictures: patches [n, patch_dim] in merge-window order, grids [pictures, 3]."""

@@ -1,7 +1,7 @@
 """The model's calls over an artifact's weights: all that engines over torch tensors have in common."""
 
 from abc import abstractmethod
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -53,7 +53,7 @@ class ModelBackend(Backend):
         self._place = next(argument for argument in decodes[0].arguments if argument.indexes)
         self._visual = next(spec for spec in self._specs.values() if spec.kind == "visual")
         self._prefill = next(spec for spec in self._specs.values() if spec.kind == "prefill")
-        self.visual_limits = VisualLimits(part.visual_attention, MOST_PATCHES, MOST_PATCHES, MOST_PACKED)
+        self.visual_limits = VisualLimits(part.visual_attention, MOST_PATCHES, longest=MOST_PATCHES, packed=MOST_PACKED)
         self._where = str(artifact.path)
         self._dtype = torch_dtype(part.dtype)
         self.max_rows = max(part.batches)
@@ -63,7 +63,7 @@ class ModelBackend(Backend):
         tensors: dict[str, Tensor] | None = None
         if artifact.manifest.weights is not None:
             tensors = {**load_weights(artifact, check_weights), **mapped_tensors(artifact, part.constants, check=True)}
-            self._rows = _table_rows(self._specs.values(), tensors, f"{artifact.path}: {part.constants.path}")
+            self.visual_limits = self._limits(tensors, f"{artifact.path}: {part.constants.path}")
         self.loading.mark("weights")
         self.prepare(artifact, tensors)
         self.loading.mark("graphs")
@@ -73,6 +73,16 @@ class ModelBackend(Backend):
             self.loading.mark("device")
             self._embedding = tensors["model.embed_tokens.weight"]
             self.bind(tensors)
+
+    def _limits(self, tensors: Mapping[str, Tensor], where: str) -> VisualLimits:
+        """Raises ArtifactError where a table that an argument indexes is missing."""
+        arguments = [argument for spec in self._specs.values() for argument in spec.arguments]
+        for name in sorted({argument.indexes for argument in arguments if argument.indexes}):
+            if name not in tensors or not tensors[name].dim():
+                raise ArtifactError(f"{where} has no table {name}; compile again")
+        # what the positions of patches choose rows of
+        sides = [tensors[each.indexes].shape[0] for each in self._visual.arguments if each.indexes]
+        return self.visual_limits._replace(side=min([self.visual_limits.side, *sides]))
 
     def spec(self, name: str) -> GraphSpec:
         """The spec of a graph that the manifest lists. Raises ArtifactError where the model has none of this name."""
@@ -140,7 +150,6 @@ class ModelBackend(Backend):
     def visual(self, calls: Sequence[VisualCall]) -> Tensor:
         count, embeds = rows_in(calls), None
         for call in calls:
-            self._check_indexes(call)
             made = self._run_visual(call)
             if call.pieces == (Piece(0, count, 0),):
                 # what stands behind belongs to no patch
@@ -158,17 +167,6 @@ class ModelBackend(Backend):
         arguments = {name: self.to_device(array) for name, array in call.arguments.items()}
         return self.run(self._visual.name, arguments, call.lengths)["embeds"]
 
-    def _check_indexes(self, call: VisualCall) -> None:
-        """Raises RequestError unless the values of an argument that indexes a table are rows of it: the device's
-        operators read wherever an index points."""
-        for argument in self._visual.arguments:
-            rows = self._rows.get(argument.indexes)
-            if rows is not None and (largest := int(call.arguments[argument.name].max())) >= rows:
-                raise RequestError(
-                    f"a picture is {largest + 1} patches long, the visual graph takes {rows}; make it smaller, with "
-                    "max_pixels for instance"
-                )
-
     def prefill(
         self, cache: KvCache, row: int, start: int, token_ids: Ints, positions: Ints, embeds: Embeds | None, index: Ints
     ) -> Step:
@@ -182,7 +180,7 @@ class ModelBackend(Backend):
                     f"compile with --max-length {start + 2}"
                 )
             token_ids, positions = np.repeat(token_ids, 2), np.repeat(positions, 2, 1)
-        self._check_room(start, start + len(token_ids), int(positions.max(initial=0)))
+        self.check_room(start, start + len(token_ids), (int(positions.min()), int(positions.max())))
         written = len(token_ids)
         if embeds is None:
             # The graph always writes rows of embeddings. With no picture it writes the first token's own embedding
@@ -205,31 +203,21 @@ class ModelBackend(Backend):
         outputs = self.run(self._prefill.name, arguments, {"kv_lengths": [start + written]}, cache.row(row))
         return Step(outputs["next_token"], outputs["logits"], checked_token=outputs.get("checked_token"))
 
-    def _check_room(self, begin: int, end: int, position: int) -> None:
-        """Raises RequestError unless cache positions from `begin` to before `end` exist, and rotary ones to `position`:
-        the device's operators write and read wherever an index points."""
-        if begin < 0 or not begin < end <= self.max_length or not 0 <= position < self.max_length:
-            raise RequestError(
-                f"cache positions {begin} to {end} and rotary position {position} are needed, the artifact has "
-                f"{self.max_length}" + ("" if begin < 0 else f"; compile with --max-length {max(end, position + 1)}")
-            )
-
     def begin(self, cache: KvCache, tokens: Ints | Step, cache_index: Ints, positions: Ints) -> Step:
         def padded(values: Ints) -> Tensor:
             # rows that the batch has and the request has not repeat the last one's values into their own cache row
             missing = [(0, cache.rows - len(values)), *[(0, 0)] * (values.ndim - 1)]
             return self.to_device(np.pad(values, missing, mode="edge"))
 
-        for at, position in zip(cache_index.tolist(), positions.tolist(), strict=True):
-            self._check_room(at, at + 1, position)
+        places = list(zip(cache_index.tolist(), positions.tolist(), strict=True))
+        for at, position in places:
+            self.check_room(at, at + 1, [position])
         if isinstance(tokens, Step):
             # a row without a token is an error as soon as it is read, and until then stays within the embedding
             token_ids = tokens.next_token if cache.rows == 1 else padded(np.maximum(self.tokens(tokens), 0))
         else:
             token_ids = padded(tokens)
-        return Step(
-            token_ids, None, padded(cache_index), padded(self._rope_rows(positions)), written=cache_index.tolist()
-        )
+        return Step(token_ids, None, padded(cache_index), padded(self._rope_rows(positions)), places=places)
 
     def _rope_rows(self, positions: Ints) -> Ints:
         """Rotary positions [rows] as decode takes them: a row of its table for every head, the one that turns nothing
@@ -237,16 +225,16 @@ class ModelBackend(Backend):
         if len(self._place.shape) == 1:
             return positions
         text = self._config.text
-        rows = np.repeat(positions[:, None], text.num_heads + 2 * text.num_kv_heads, axis=1)
+        rows = np.repeat(positions[:, None], text.rotary_heads, axis=1)
         rows[:, -text.num_kv_heads :] = self.max_length
         return rows
 
     def decode(self, cache: KvCache, step: Step, kv_lengths: list[int]) -> Step:
-        if kv_lengths != [at + 1 for at in step.written or ()] or max(kv_lengths) > self.max_length:
-            raise RequestError(
-                f"a step after cache positions {step.written} was asked for with lengths {kv_lengths}; the artifact "
-                f"has {self.max_length}"
-            )
+        places = step.places or []
+        if not places or kv_lengths != [at + 1 for at, _ in places]:
+            raise RequestError(f"a step to the places {places} was asked for with lengths {kv_lengths}")
+        for at, position in places:
+            self.check_room(at, at + 1, [position])
         place = self._place.name
         arguments = {"token_ids": step.next_token, "cache_index": step.cache_index, place: step.positions}
         lengths = kv_lengths + [kv_lengths[-1]] * (cache.rows - len(kv_lengths))
@@ -257,7 +245,7 @@ class ModelBackend(Backend):
             outputs["cache_index"],
             outputs[place],
             outputs.get("checked_token"),
-            kv_lengths,
+            [(at + 1, position + 1) for at, position in places],
         )
 
     def tokens(self, step: Step) -> Ints:
@@ -268,12 +256,3 @@ class ModelBackend(Backend):
     def logits(self, step: Step) -> NDArray[np.float32]:
         logits: NDArray[np.float32] = step.logits.cpu().float().numpy()
         return logits
-
-
-def _table_rows(specs: Iterable[GraphSpec], tensors: Mapping[str, Tensor], where: str) -> dict[str, int]:
-    """Rows of the constants that arguments index. Raises ArtifactError where one is missing."""
-    tables = {argument.indexes for spec in specs for argument in spec.arguments if argument.indexes}
-    for name in sorted(tables):
-        if name not in tensors or not tensors[name].dim():
-            raise ArtifactError(f"{where} has no table {name}; compile again")
-    return {name: tensors[name].shape[0] for name in tables}

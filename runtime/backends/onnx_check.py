@@ -16,7 +16,7 @@ from ...artifacts.errors import ArtifactError
 from ...artifacts.manifest import OnnxGraph, Tensor
 from ...artifacts.onnx_ops import FLOAT, INLINE_BYTES, MICROSOFT, OPERATORS, SIZE, STANDARD
 from ..models import family_of
-from ..models.base import FP32, MODEL_DTYPE, Argument, GraphOptions, GraphSpec
+from ..models.base import FP32, MAX_VISION_SIDE, MODEL_DTYPE, Argument, GraphOptions, GraphSpec
 from ..models.config import ModelConfig
 from .onnx_proto import parse_model
 
@@ -75,6 +75,9 @@ class _Check:
         self.layers = vision.depth if graph.name == "visual" else text.num_layers
         self.widest = max(max(shape) for shape in self.shapes.values())
         self.stored: dict[bytes, _Stored] = {}
+        # of a table: what its rows are of, and cos and sin of a head
+        self.positions = max(text.max_position_embeddings + 1, MAX_VISION_SIDE)
+        self.angles = 2 * max(text.head_dim, vision.head_dim)
         given, self.at_most = [b"kv_lengths"], _AT_MOST
         if graph.name == "visual":
             arguments = _visual_spec(config).arguments
@@ -133,7 +136,8 @@ class _Check:
                 )
         # tables that positions are looked up in
         elif tensor.name.startswith(b"constants.") and dtype.name == "fp32":
-            pass
+            if len(shape) > 3 or math.prod(shape[:-1]) > self.positions or shape[-1] > self.angles:
+                raise _Refused(f"the table {name} has the shape {list(shape)}, larger than any of this model")
         # what else there is are small constants, written by the exporter's own hand
         elif (len(shape) > 1 and not tensor.name.startswith(b"rope.")) or size > 4 * self.widest:
             raise _Refused(f"tensor {name} of shape {list(shape)} belongs to no parameter of this model")

@@ -43,7 +43,6 @@ _MAX_ROWS = 64
 # of the standard operators' cache, whose whole length is read, no more is shown than this many positions allow
 _LENGTH_STEP = 256
 
-Arrays = tuple[NDArray[Any], ...]
 _NO_MEMORY = re.compile(r"bad_?alloc|bad allocation|Failed to allocate memory|[Oo]ut of memory|Cannot allocate memory")
 
 
@@ -159,11 +158,8 @@ class OnnxBackend(Backend):
         images: tuple[NDArray[np.float32], Ints] | None,
     ) -> Step:
         """The text model on token_ids [rows, tokens] of the cache's rows (first, count); images: embeddings, index."""
-        longest, limit = max(kv_lengths), self.max_length
-        if longest > limit:
-            raise RequestError(
-                f"{longest} cache positions are needed, the artifact has {limit}; compile with --max-length {longest}"
-            )
+        longest = max(kv_lengths)
+        self.check_room(min(kv_lengths) - token_ids.shape[1], longest, (int(positions.min()), int(positions.max())))
         text, (first, count) = self._model.text, rows
         embeds, index = images or (np.empty((0, text.hidden_size), np.float32), np.empty(0, np.int64))
         # arrays must live until the run is over

@@ -20,14 +20,14 @@ def mapped_tensors(artifact: Artifact, entry: FileEntry, check: bool) -> dict[st
     """The tensors of a safetensors file as views of its mapping; nothing is copied. Raises ArtifactError."""
     where = f"{artifact.path}: {entry.path}"
     mapping = artifact.map(entry, check=check)
-    found = {}
+    tensors = {}
     for info in read_header(memoryview(mapping), where):
         dtype = BY_SAFETENSORS[info.dtype]
         if dtype.proto is None:
             raise ArtifactError(f"{where}: tensor {info.name} is {info.dtype}, which no graph takes")
         raw = mapped_bytes(mapping, info.begin, info.end - info.begin)
-        found[info.name] = raw.view(torch_dtype(dtype.name)).view(info.shape)
-    return found
+        tensors[info.name] = raw.view(torch_dtype(dtype.name)).view(info.shape)
+    return tensors
 
 
 def mapped_bytes(mapping: mmap.mmap, offset: int, length: int) -> Tensor:

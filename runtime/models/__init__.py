@@ -1,32 +1,41 @@
 """The model families that there are, and which one an artifact or a checkpoint is of."""
 
+import importlib
 from collections.abc import Mapping
 from typing import Any
 
 from ...artifacts.errors import ArtifactError, ConfigError
 from ...artifacts.manifest import GePart, Manifest
 from ...artifacts.schema import dump_json, from_plain, parse_json, shown
-from . import qwen2_5_vl, qwen2_vl
 from .base import Family, GraphOptions, GraphSpec
 from .config import ModelConfig
 
-FAMILIES: dict[str, Family] = {family.name: family for family in (qwen2_vl.FAMILY, qwen2_5_vl.FAMILY)}
+# by config.json's model_type: the name that people know, of a family in the module beside this one that is called like
+# the type, which is imported when it is asked for; or the family itself
+FAMILIES: dict[str, str | Family] = {"qwen2_vl": "Qwen2-VL", "qwen2_5_vl": "Qwen2.5-VL"}
 
 
 def family_of(model: Any) -> Family:
     """The family of a config, or of a manifest's plain one. Raises ArtifactError for one that is not here."""
     name = model.get("model_type") if isinstance(model, dict) else getattr(model, "model_type", None)
-    family = FAMILIES.get(name) if isinstance(name, str) else None
-    if family is None:
+    if not isinstance(name, str) or name not in FAMILIES:
         raise ArtifactError(f"model_type {shown(name)} is not supported; supported: {', '.join(FAMILIES)}")
-    return family
+    row = FAMILIES[name]
+    if isinstance(row, str):
+        family: Family = importlib.import_module(f".{name}", __name__).FAMILY
+        return family
+    return row
 
 
 def config_of(manifest: Manifest) -> ModelConfig:
     """The config of an artifact's model. Raises ArtifactError for a family that is not here, and for a model that
     cannot be."""
     where = f"{manifest.name}: manifest.json: model"
-    config = from_plain(family_of(manifest.model).config, manifest.model, where)
+    try:
+        family = family_of(manifest.model)
+    except ArtifactError as error:
+        raise ArtifactError(f"{where}: {error}; use the release that made it, or rebuild it") from error
+    config = from_plain(family.config, manifest.model, where)
     if problem := config.contradiction():
         raise ArtifactError(f"{where}: {problem}; the artifact is damaged or hostile: rebuild it")
     return config

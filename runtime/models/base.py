@@ -7,16 +7,21 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from enum import Enum
-from typing import Any, Literal, NamedTuple, Protocol
-
-import numpy as np
-from numpy.typing import NDArray
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol
 
 from ...artifacts.manifest import GePart
 from .config import ModelConfig
-from .segments import VisualCall
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
+    from .segments import VisualCall
 
 FP32 = "fp32"
+# Longest side of a picture in patches, and rows of the table of their angles. The processor's limits (max_pixels
+# 12,845,056, aspect ratio 200) allow 3,620.
+MAX_VISION_SIDE = 4096
 MODEL_DTYPE = "model"
 
 
@@ -161,7 +166,8 @@ class GraphOptions:
         return cls(part.max_length, part.operators, part.visual_attention, part.batches, part.admitted is not None)
 
 
-class Picture(NamedTuple):
+@dataclass(frozen=True, eq=False)
+class Picture:
     """A picture or clip of grid (t, h, w) in patches; seconds: from one step of a clip's grid to the next."""
 
     kind: str
@@ -171,12 +177,13 @@ class Picture(NamedTuple):
 
 class VisualLimits(NamedTuple):
     """How an engine's visual graph takes patches. attention: a GraphOptions.visual_attention. most: patches of one
-    call, padding included, which a longer picture exceeds; longest: patches of one picture, where that is limited;
-    packed: segments of one call end to end."""
+    call, padding included, which a longer picture exceeds; longest: patches of one picture, padding included, where
+    that is limited; side: of a picture, in patches; packed: sequences of one call end to end."""
 
     attention: str
     most: int
     longest: int | None = None
+    side: int = MAX_VISION_SIDE
     packed: int = 0
 
 
@@ -184,17 +191,17 @@ class Inputs(Protocol):
     """What a family makes of pictures and ids."""
 
     def visual(
-        self, patches: NDArray[np.uint8], grids: NDArray[np.int64], limits: VisualLimits
-    ) -> Iterator[VisualCall]:
+        self, patches: "NDArray[np.uint8]", grids: "NDArray[np.int64]", limits: VisualLimits
+    ) -> "Iterator[VisualCall]":
         """The calls of the visual graph that embed pictures: patches [n, patch_dim] in merge-window order and grids
         [pictures, 3]. Raises RequestError for a picture that no call takes."""
 
-    def order(self, grids: NDArray[np.int64]) -> NDArray[np.int64] | None:
+    def order(self, grids: "NDArray[np.int64]") -> "NDArray[np.int64] | None":
         """Which placeholder each row of the visual graph's output is for, [merged patches]; None: in their order."""
 
     def positions(
-        self, token_ids: NDArray[np.int64], pictures: Sequence[Picture], start: int = 0
-    ) -> tuple[NDArray[np.int64], int]:
+        self, token_ids: "NDArray[np.int64]", pictures: Sequence[Picture], start: int = 0
+    ) -> "tuple[NDArray[np.int64], int]":
         """Rotary positions int64 [3, tokens] of a prompt, and delta: the token behind it has position
         tokens + delta. Raises RequestError where placeholders and pictures differ."""
 
@@ -205,7 +212,6 @@ class Family:
     modules: the module with its torch modules, by default toolchain/models' of the same name."""
 
     name: str
-    title: str
     config: type[ModelConfig]
     read_config: Callable[[dict[str, Any]], ModelConfig]
     weights: Callable[[Any], Iterator[Weight]]

@@ -102,13 +102,13 @@ class ModelConfig:
             return f"mrope_section {section} sums to {sum(section)}, expected half of head_dim {text.head_dim}"
         if vision.embed_dim % vision.num_heads or vision.head_dim % 4:
             return (
-                f"vision embed_dim {vision.embed_dim} / num_heads {vision.num_heads} must be a whole multiple of 4 "
-                "(2-D rotary embedding)"
+                f"the vision tower's width {vision.embed_dim} / num_heads {vision.num_heads} must be a whole multiple "
+                "of 4 (2-D rotary embedding)"
             )
         if vision.in_channels != 3:
             return f"vision in_channels is {vision.in_channels}, expected 3 (RGB)"
         if vision.hidden_size != text.hidden_size:
-            return f"vision hidden_size {vision.hidden_size} differs from the text model's {text.hidden_size}"
+            return f"the vision tower gives {vision.hidden_size} columns, the text model takes {text.hidden_size}"
         for name in ("image_token_id", "video_token_id", "vision_start_token_id", "vision_end_token_id"):
             if not 0 <= getattr(self, name) < text.vocab_size:
                 return f"{name} is {getattr(self, name)}, outside the vocabulary of {text.vocab_size}"

@@ -49,14 +49,17 @@ def segment_ends(grids: ArrayLike) -> list[int]:
     return ends
 
 
-def check_longest(ends: Sequence[int], limits: VisualLimits) -> None:
-    """Raises RequestError for a segment that is longer than the visual graph takes."""
+def check_sizes(grids: ArrayLike, ends: Sequence[int], limits: VisualLimits) -> None:
+    """Raises RequestError for a picture that is larger than the visual graph takes: whatever its engine reads of a
+    table or of a segment, it reads without looking. ends: of the segments, padding included."""
+    side = int(as_grids(grids, 1)[:, 1:].max(initial=0))
     longest = int(np.diff(ends, prepend=0).max(initial=0))
-    if limits.longest is not None and longest > limits.longest:
-        raise RequestError(
-            f"a picture has {longest:,} patches, the visual graph takes {limits.longest:,}; make it smaller, with "
-            "max_pixels for instance"
-        )
+    for found, most, what in ((side, limits.side, "is {} patches long"), (longest, limits.longest, "has {} patches")):
+        if most is not None and found > most:
+            raise RequestError(
+                f"a picture {what.format(f'{found:,}')}, the visual graph takes {most:,}; make it smaller, with "
+                "max_pixels for instance"
+            )
 
 
 def by_frame(steps: NDArray[np.int64], seconds: float) -> NDArray[np.int64]:

@@ -10,6 +10,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from ...artifacts.errors import RequestError
+from ...artifacts.ge.ops import MOST_PATCHES
 from . import qwen2
 from .base import (
     Argument,
@@ -26,7 +28,7 @@ from .base import (
 )
 from .config import ModelConfig, VisionConfig
 from .fields import Section
-from .positions import as_grids, check_longest, rope_positions, segment_ends, vision_positions
+from .positions import as_grids, check_sizes, rope_positions, segment_ends, vision_positions
 from .segments import Run, VisualCall, joined, plan_packed, plan_runs
 
 # What transformers' vision config takes for a field that is left out.
@@ -80,15 +82,17 @@ class Qwen25VLConfig(ModelConfig):
     vision: WindowedVisionConfig
 
     def contradiction(self) -> str | None:
+        if problem := super().contradiction():
+            return problem
         vision = self.vision
-        if vision.window_size % (vision.patch_size * vision.spatial_merge_size):
+        if vision.window_size % (vision.patch_size * vision.spatial_merge_size) or vision.window_patches > MOST_PATCHES:
             return (
                 f"vision window_size is {vision.window_size}, expected a multiple of patch_size {vision.patch_size} "
-                f"times spatial_merge_size {vision.spatial_merge_size}"
+                f"times spatial_merge_size {vision.spatial_merge_size}, of at most {MOST_PATCHES} patches in all"
             )
         if not all(0 <= block < vision.depth for block in vision.full_blocks):
             return f"vision fullatt_block_indexes are {list(vision.full_blocks)}, of {vision.depth} blocks"
-        return super().contradiction()
+        return None
 
 
 def read_config(plain: dict[str, Any]) -> ModelConfig:
@@ -209,17 +213,23 @@ class WindowInputs:
     ) -> Iterator[VisualCall]:
         merge = self._merge
         ends = segment_ends(grids)
-        check_longest(ends, limits)
         order = (self.order(grids)[:, None] * merge + np.arange(merge)).ravel()
         patches, positions = patches[order], vision_positions(grids, self.config.vision.spatial_merge_size)[:, order]
         segments = [windows for windows, times in self._windows(grids) for _ in range(times)]
         if limits.attention == "tnd":
-            fewest = limits.packed // max(len(windows.counts) for windows in segments)
-            for run in plan_packed(ends, limits.most, max(1, fewest)):
+            check_sizes(grids, ends, limits)
+            windows = max(len(each.counts) for each in segments)
+            if windows > limits.packed:
+                raise RequestError(
+                    f"a picture has {windows:,} windows, the visual graph takes {limits.packed:,}; make it smaller, "
+                    "with max_pixels for instance"
+                )
+            for run in plan_packed(ends, limits.most, limits.packed // windows):
                 yield self._packed(run, segments, ends, patches, positions)
             return
         area = self.config.vision.window_patches
         padded = np.cumsum([len(windows.counts) * area for windows in segments]).tolist()
+        check_sizes(grids, padded, limits)
         equal = limits.attention == "equal"
         for run in plan_runs(padded, limits.most, pads=False):
             together: dict[int, list[int]] = {}
@@ -303,7 +313,6 @@ def _by_clock(tokens_per_second: int, steps: NDArray[np.int64], seconds: float) 
 
 FAMILY = Family(
     name="qwen2_5_vl",
-    title="Qwen2.5-VL",
     config=Qwen25VLConfig,
     read_config=read_config,
     weights=weights,

@@ -22,7 +22,7 @@ from .base import (
 )
 from .config import ModelConfig, VisionConfig
 from .fields import LARGEST_SIZE, Section
-from .positions import check_longest, rope_positions, segment_ends, vision_positions
+from .positions import check_sizes, rope_positions, segment_ends, vision_positions
 from .segments import Run, VisualCall, pieces, plan_packed, plan_runs, rows_of
 
 # What transformers' vision config takes for a field that is left out, in all of 4.45 to 5.23; 4.45 to 4.50 save only
@@ -137,7 +137,7 @@ class SegmentInputs:
     ) -> Iterator[VisualCall]:
         merge = self.config.vision.spatial_merge_size
         ends, positions = segment_ends(grids), vision_positions(grids, merge)
-        check_longest(ends, limits)
+        check_sizes(grids, ends, limits)
         if limits.attention in ("segments", "equal"):
             runs = plan_runs(ends, limits.most, pads=limits.attention == "segments")
         else:
@@ -175,7 +175,6 @@ def _call(
 
 FAMILY = Family(
     name="qwen2_vl",
-    title="Qwen2-VL",
     config=ModelConfig,
     read_config=read_config,
     weights=weights,

@@ -25,18 +25,18 @@ class Operators(Mapping[str, Operator]):
         self._read: dict[str, Operator] = {}
 
     def __getitem__(self, name: str) -> Operator:
-        if found := self.changed.get(name) or self._read.get(name):
-            return found
+        if operator := self.changed.get(name) or self._read.get(name):
+            return operator
         module = _WORD.sub("_", name).lower()
         # a graph may name anything: only what lies here is imported
-        found = _record(module) if module in _modules() else None
-        if found is None or found.ge != name:
+        operator = _record(module) if module in _modules() else None
+        if operator is None or operator.ge != name:
             raise KeyError(name)
-        self._read[name] = found
-        return found
+        self._read[name] = operator
+        return operator
 
     def __iter__(self) -> Iterator[str]:
-        return iter(sorted(found.ge for module in _modules() if (found := _record(module))))
+        return iter(sorted(operator.ge for module in _modules() if (operator := _record(module))))
 
     def __len__(self) -> int:
         return len(list(iter(self)))
@@ -53,8 +53,8 @@ def _files(folders: tuple[str, ...]) -> frozenset[str]:
 
 def _record(module: str) -> Operator | None:
     """The operator that a file states; None of a file that others share."""
-    found: Operator | None = getattr(importlib.import_module(f".{module}", __name__), "OPERATOR", None)
-    return found
+    operator: Operator | None = getattr(importlib.import_module(f".{module}", __name__), "OPERATOR", None)
+    return operator
 
 
 OPERATORS = Operators()
@@ -74,8 +74,8 @@ def computed() -> Iterable[str]:
 def kernel_of(node: Node, where: str, soc: str = DEFAULT_SOC) -> Kernel:
     """The function for a node, as `soc` computes it. Raises ArtifactError for an operator that this runtime does not
     know."""
-    found = OPERATORS.get(node.op)
-    if found is None or found.run is None:
+    operator = OPERATORS.get(node.op)
+    if operator is None or operator.run is None:
         known = ", ".join(computed())
         raise ArtifactError(f"{where}: {node.where} is not an operator of the reference backend; it knows {known}")
-    return found.kernel(soc)
+    return operator.kernel(soc)

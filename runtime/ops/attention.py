@@ -18,12 +18,15 @@ from .base import Call, OpCost, Shape, TensorSpec, Work
 from .kernel import Tensor, attribute, dtype_name, floating, ints, refused, required, same_dtype
 from .shapes import fits
 
+# sparse_mode 3 aligns the causal triangle with the end of the cache; the operator reads one fixed mask of this side
+# instead of a mask of queries x keys
 FULL, RIGHT_DOWN_CAUSAL = 0, 3
+CAUSAL_MASK_SIDE = 2048
 # Inputs by position in the operators' definitions; the rest must be unfed.
 MASK, LENGTHS, LENGTHS_KV = 4, 5, 6
-# what torch_npu says where nothing is hidden, of tokens before and after
+# what torch_npu says where nothing is hidden, of tokens before and after; without it PromptFlashAttention hides all
+# that lies ahead, whatever the mask says
 UNLIMITED = 2147483647
-_CAUSAL_MASK = 2048
 # Rows of the query that share one mask, so that a long prompt needs no mask of its own squared.
 _QUERY_BLOCK = 512
 
@@ -93,9 +96,9 @@ def operands(node: Call, inputs: Sequence[Tensor | None], layout: str, takes: se
     kv_heads = attribute(node, "num_key_value_heads", 0) or heads
     if heads < 1 or kv_heads < 1 or heads % kv_heads:
         raise refused(node, f"{heads} heads do not share {kv_heads} key and value heads")
-    found = f"query {list(q.shape)}, key {list(k.shape)}, value {list(v.shape)}, {heads} and {kv_heads} heads"
+    shapes = f"query {list(q.shape)}, key {list(k.shape)}, value {list(v.shape)}, {heads} and {kv_heads} heads"
     if q.dim() != 3 or k.dim() != 3 or k.shape != v.shape:
-        raise refused(node, f"layout {layout} does not hold {found}")
+        raise refused(node, f"layout {layout} does not hold {shapes}")
     if layout == "TND":
         dim = q.shape[2]
         fits = (q.shape[1], *k.shape[1:]) == (heads, kv_heads, dim)
@@ -103,7 +106,7 @@ def operands(node: Call, inputs: Sequence[Tensor | None], layout: str, takes: se
         dim = q.shape[2] // heads
         fits = q.shape[2] == heads * dim and (k.shape[0], k.shape[2]) == (q.shape[0], kv_heads * dim)
     if not fits:
-        raise refused(node, f"layout {layout} does not hold {found}")
+        raise refused(node, f"layout {layout} does not hold {shapes}")
     return Operands(q, k, v, heads, kv_heads, dim)
 
 
@@ -127,7 +130,7 @@ def _attend(
     grouped = q.shape[1] != k.shape[1]
     if offset is None or tokens == 1 or not offset:
         seen = None if hidden is None else ~hidden
-        found = F.scaled_dot_product_attention(
+        attended = F.scaled_dot_product_attention(
             q4, k4, v4, seen, is_causal=offset == 0 and tokens > 1, scale=scale, enable_gqa=grouped
         )
     else:
@@ -142,8 +145,8 @@ def _attend(
                     part, k4[:, :, :end], v4[:, :, :end], seen, scale=scale, enable_gqa=grouped
                 )
             )
-        found = torch.cat(parts, 2)
-    out[blind:] = found[0].transpose(0, 1)
+        attended = torch.cat(parts, 2)
+    out[blind:] = attended[0].transpose(0, 1)
     return out
 
 
@@ -151,13 +154,13 @@ def _row_lengths(node: Call, tensor: Tensor | None, rows: int, limit: int) -> li
     """The lengths of a batch: all of `limit` if not given, one for all rows, or the first `rows` of them."""
     if tensor is None:
         return [limit] * rows
-    found = ints(node, tensor)
-    if tensor.dim() != 1 or len(found) not in (1, *range(rows, len(found) + 1)):
+    values = ints(node, tensor)
+    if tensor.dim() != 1 or len(values) not in (1, *range(rows, len(values) + 1)):
         raise refused(node, f"sequence lengths {list(tensor.shape)} for a batch of {rows}, expected 1 or {rows}")
-    found = found * rows if len(found) == 1 else found[:rows]
-    if any(not 0 <= value <= limit for value in found):
-        raise refused(node, f"sequence lengths {found} are outside 0 to {limit}")
-    return found
+    values = values * rows if len(values) == 1 else values[:rows]
+    if any(not 0 <= value <= limit for value in values):
+        raise refused(node, f"sequence lengths {values} are outside 0 to {limit}")
+    return values
 
 
 def attend_bsh(
@@ -195,10 +198,10 @@ def attend_tnd(node: Call, of: Operands, scale: float, lengths: Tensor | None, l
     if lengths is None or lengths_kv is None:
         raise refused(node, "layout TND needs both sequence lengths")
     ends, ends_kv = ints(node, lengths), ints(node, lengths_kv)
-    for found, x in ((ends, of.q), (ends_kv, of.k)):
-        if any(not 0 <= end <= x.shape[0] for end in found):
-            raise refused(node, f"sequence lengths {found} are outside 0 to {x.shape[0]}")
-        if found != sorted(found) or found[-1:] != [x.shape[0]] or len(ends) != len(ends_kv):
+    for each, x in ((ends, of.q), (ends_kv, of.k)):
+        if any(not 0 <= end <= x.shape[0] for end in each):
+            raise refused(node, f"sequence lengths {each} are outside 0 to {x.shape[0]}")
+        if each != sorted(each) or each[-1:] != [x.shape[0]] or len(ends) != len(ends_kv):
             raise refused(
                 node,
                 f"TND lengths {ends} and {ends_kv} do not partition {of.q.shape[0]} tokens and {of.k.shape[0]} keys",
@@ -215,7 +218,7 @@ def attend_tnd(node: Call, of: Operands, scale: float, lengths: Tensor | None, l
 def _triangle() -> Tensor:
     import torch
 
-    return torch.ones(_CAUSAL_MASK, _CAUSAL_MASK, dtype=torch.bool).triu(1)
+    return torch.ones(CAUSAL_MASK_SIDE, CAUSAL_MASK_SIDE, dtype=torch.bool).triu(1)
 
 
 @functools.cache
@@ -242,9 +245,9 @@ def check_causal_mask(node: Call, mask: Tensor) -> None:
         return
     _mask_dtype(node, mask)
     sizes = list(mask.shape)
-    if sizes[-2:] != [_CAUSAL_MASK] * 2 or sizes[:-2] not in ([], [1], [1, 1]):
+    if sizes[-2:] != [CAUSAL_MASK_SIDE] * 2 or sizes[:-2] not in ([], [1], [1, 1]):
         raise refused(node, f"sparse_mode 3 takes a mask of 2048 x 2048, got {sizes}")
-    if not torch.equal(mask.reshape(_CAUSAL_MASK, _CAUSAL_MASK).bool(), _triangle()):
+    if not torch.equal(mask.reshape(CAUSAL_MASK_SIDE, CAUSAL_MASK_SIDE).bool(), _triangle()):
         raise refused(node, "sparse_mode 3 takes a mask that hides what is above the diagonal, and nothing else")
     _right_masks()[mask] = version
 

@@ -103,13 +103,13 @@ def written_by(graph: GeGraph, where: str) -> list[Node]:
     Raises ArtifactError for one that writes into a constant: those may be read-only memory.
     """
     by_name = {node.name: node for node in graph.nodes}
-    found = []
+    inputs = []
     for node in graph.nodes:
         root = node
         while known(root.op).hands_on and root.first is not None:
             root = by_name[root.first[0]]
         if known(node.op).writes and root.op in INPUTS:
-            found.append(root)
+            inputs.append(root)
         elif known(node.op).writes and root.op in (CONSTANT, FILE_CONSTANT):
             raise ArtifactError(f"{where}: {node.where} writes into the constant {root.name!r}; rebuild the artifact")
-    return found
+    return inputs

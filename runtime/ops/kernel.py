@@ -66,8 +66,8 @@ def attribute(node: Call, name: str, default: T) -> T:
     value = node.attributes.get(name, default)
     # Python's 1 is as good as 1.0, and a bool is none of them
     if type(value) is type(default) or (type(default) is float and type(value) is int):
-        found: T = value
-        return found
+        typed: T = value
+        return typed
     raise refused(node, f"attribute {name} is {value!r:.80}, expected {type(default).__name__}")
 
 

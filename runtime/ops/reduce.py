@@ -10,8 +10,8 @@ def reduced_shape(node: Call, x: TensorSpec, axes: TensorSpec) -> tuple[Shape, .
 
 
 def reduced_axes(node: Call, x: Tensor, axes: Tensor) -> list[int]:
-    found = [axis(node, number, x) for number in ints(node, axes)]
-    if not found:
+    reduced = [axis(node, number, x) for number in ints(node, axes)]
+    if not reduced:
         # nothing and everything are both in use as its meaning
         raise refused(node, "names no axis to reduce")
-    return found
+    return reduced

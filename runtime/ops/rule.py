@@ -13,9 +13,8 @@ from ...artifacts.cann import RELEASES
 
 # refused: the release does not take the node. crash: the host process may end. wrong: taken, with a result that may be
 # wrong. unproven: no source says that it is taken, and evidence may. All of these keep a release from being admitted.
+# Two more do not. undocumented: the code takes it, the documentation does not say so. cost: one that can be avoided.
 BLOCKING = ("refused", "crash", "wrong", "unproven")
-# undocumented: the code takes it, the documentation does not say so. cost: taken, with a cost that can be avoided.
-REMARKS = ("undocumented", "cost")
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ SAMPLING_RULES = ("qwen", "transformers")
 # qwen-vl-utils 0.0.14, vision_process.py; transformers 5.23 has the same bounds of the frame count
 DEFAULT_FPS, _MIN_FRAMES, _MAX_FRAMES = 2.0, 4, 768
 # of any number that a request gives: beyond it, floats overflow
-_MOST = 1 << 31
+MOST = 1 << 31
 # floats in the vectors that torch.arange fills: the rounding of a vector's first value reaches the others
 _VECTOR = 8
 
@@ -68,9 +68,9 @@ def check_frames(wanted: FrameRequest) -> None:
         value: Any = getattr(wanted, field.name)
         if value is None:
             continue
-        if isinstance(value, int | float) and abs(value) > _MOST:
+        if isinstance(value, int | float) and abs(value) > MOST:
             # not shown: Python refuses to print, or to make a float of, integers of thousands of digits
-            raise RequestError(f"{field.name} is out of range, expected a number of at most {_MOST}")
+            raise RequestError(f"{field.name} is out of range, expected a number of at most {MOST}")
         if field.name in ("nframes", "min_frames", "max_frames"):
             if type(value) is not int or value <= 0:
                 raise RequestError(f"{field.name} is {value!r}, expected a positive integer")

@@ -19,6 +19,7 @@ def cut_item(item: VisionItem, settings: ImageSettings, options: VisionOptions) 
         if item.kind == "video":
             return cut_video(item.source, item.frames, size, settings, options)
         image = load_image(item.source, options.http, options.picture_modes)
-        return CutPicture("image", *image_patches(image, settings, size))
+        patches, grid = image_patches(image, settings, size)
+        return CutPicture("image", grid, patches=patches)
     except RequestError as error:
         raise RequestError(f"{item.where}: {error}") from error

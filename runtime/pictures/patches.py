@@ -1,7 +1,7 @@
 """Pixels to patches: resized pictures and frames cut into uint8 patches in the model's merge-window order."""
 
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 import numpy as np
@@ -9,6 +9,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from ...artifacts.errors import RequestError
+from ..models.base import Picture
 from .resize import SizeRequest, image_size, resized_bands
 from .vision import ImageSettings
 
@@ -20,17 +21,14 @@ MAX_PATCH_BYTES = 1 << 31
 
 
 @dataclass(frozen=True, eq=False)
-class CutPicture:
+class CutPicture(Picture):
     """A picture or clip that was cut: all that later stages know of it. May stand in a message as its source.
 
-    patches uint8 [t * h * w, patch_dim]; grid (t, h, w) counts them. seconds: from one temporal patch of a
-    clip to the next, temporal_patch_size over the rate of its frames (transformers' second_per_grid_ts).
+    patches uint8 [t * h * w, patch_dim], counted by its grid. seconds: temporal_patch_size over the rate of its frames
+    (transformers' second_per_grid_ts).
     """
 
-    kind: Kind
-    patches: Patches
-    grid: Grid
-    seconds: float = 1.0
+    patches: Patches = field(kw_only=True)
 
     def tokens(self, merge_size: int) -> int:
         """How many tokens of a prompt it takes: one a merge window."""

@@ -17,13 +17,12 @@ from PIL import Image
 
 from ...artifacts.errors import MissingDependencyError, RequestError
 from ...artifacts.host.process import prepare_process
+from .frames import MOST
 from .images import MAX_IMAGE_PIXELS
 from .vision import ImageSettings
 
 _MAX_ASPECT_RATIO = 200
 _PIECE_BYTES = 1 << 20
-# of any size that a request gives: beyond it, floats overflow
-_MOST = 1 << 31
 # qwen-vl-utils 0.0.14, vision_process.py: merge windows of a picture, of one frame, and of all frames of a video
 _IMAGE_MIN_TOKENS, _IMAGE_MAX_TOKENS = 4, 16384
 _FRAME_MIN_TOKENS, _FRAME_MAX_TOKENS = 128, 768
@@ -100,7 +99,7 @@ def frame_size(height: int, width: int, frames: int, wanted: SizeRequest, settin
     Raises RequestError as image_size does.
     """
     area = settings.factor**2
-    budget = _pixels("total_pixels", wanted.total_pixels, _VIDEO_TOKENS * area, most=_MOST)
+    budget = _pixels("total_pixels", wanted.total_pixels, _VIDEO_TOKENS * area, most=MOST)
     if _given_size(wanted) is not None:
         return image_size(height, width, wanted, settings)
     least = _pixels("min_pixels", wanted.min_pixels, _FRAME_MIN_TOKENS * area)
@@ -142,8 +141,8 @@ def _given_size(wanted: SizeRequest) -> tuple[int, int] | None:
         return None
     if type(height) is not int or type(width) is not int or min(height, width) <= 0:
         raise RequestError(f"resized_height, resized_width are {height!r}, {width!r}; expected two positive integers")
-    if max(height, width) > _MOST:
-        raise RequestError(f"resized_height or resized_width is above {_MOST}")
+    if max(height, width) > MOST:
+        raise RequestError(f"resized_height or resized_width is above {MOST}")
     return height, width
 
 

@@ -37,7 +37,8 @@ def cut_video(
     def cut(shown: Iterable[Image.Image | NDArray[np.uint8]], count: int, fps: float) -> CutPicture:
         # odd counts are filled up before the budget of pixels is shared
         sized = _size_rule(-(-count // multiple) * multiple, size, settings, options.video_sampling)
-        return CutPicture("video", *clip_patches(shown, count, sized, settings), seconds=multiple / fps)
+        patches, grid = clip_patches(shown, count, sized, settings)
+        return CutPicture("video", grid, multiple / fps, patches=patches)
 
     if not isinstance(source, str | bytes | os.PathLike):
         fps = _listed_rate(source, frames)

@@ -68,24 +68,28 @@ class Timings(PhaseTimes):
         return {name: round(value, 3) for name, value in {**self.phases, **sums}.items()}
 
 
-def tokens_to_make(prompt_tokens: int, settings: Settings, max_length: int) -> int:
-    """How many tokens may be generated. Raises RequestError when prompt and answer do not fit the KV cache.
+def tokens_to_make(prompt_tokens: int, settings: Settings, max_length: int, delta: int = 0) -> int:
+    """How many tokens may be generated. Raises RequestError when prompt and answer do not fit the KV cache, which has
+    as many rotary positions as places. delta: the prompt's, of rotary positions; above 0 where a clip's clock runs
+    faster than its tokens.
 
     The last token is never written to the cache: n tokens need prompt + n - 1 positions.
     """
     wanted = settings.max_new_tokens
     least = wanted or settings.min_new_tokens or 1
-    room = max_length - prompt_tokens + 1
+    taken = prompt_tokens + max(0, delta)
+    room = max_length - taken + 1
+    what = f"{prompt_tokens} tokens" + (f" up to rotary position {taken - 1}" if delta > 0 else "")
     if room < 1:
         raise RequestError(
-            f"the prompt has {prompt_tokens} tokens, the artifact's cache {max_length}; shorten it or compile with "
-            f"--max-length {prompt_tokens + least - 1}"
+            f"the prompt has {what}, the artifact's cache {max_length}; shorten it or compile with "
+            f"--max-length {taken + least - 1}"
         )
     if least > room:
         raise RequestError(
-            f"{prompt_tokens} prompt tokens and {'max' if wanted else 'min'}_new_tokens {least} need a cache of "
-            f"{prompt_tokens + least - 1}, the artifact has {max_length}; ask for at most {room}, or compile "
-            f"with --max-length {prompt_tokens + least - 1}"
+            f"a prompt of {what} and {'max' if wanted else 'min'}_new_tokens {least} need a cache of "
+            f"{taken + least - 1}, the artifact has {max_length}; ask for at most {room}, or compile "
+            f"with --max-length {taken + least - 1}"
         )
     return wanted or min(max(settings.default_new_tokens or DEFAULT_NEW_TOKENS, least), room)
 
@@ -102,7 +106,7 @@ class Row:
         self.settings = settings
         # the prompt's first tokens that the row's cache holds
         self.cached_tokens = 0
-        self.limit = tokens_to_make(len(prompt.token_ids), settings, max_length)
+        self.limit = tokens_to_make(len(prompt.token_ids), settings, max_length, prompt.delta)
         self._vocab_size = processor.config.text.vocab_size
         self.made: list[int] = []
         self.texts: list[str] = []

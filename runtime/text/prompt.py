@@ -11,7 +11,6 @@ from numpy.typing import NDArray
 from ...artifacts.errors import ArtifactError, RequestError
 from ...artifacts.schema import parse_json
 from ..models import family_of
-from ..models.base import Picture
 from ..models.config import ModelConfig
 from ..pictures.images import ImageSource
 from ..pictures.items import cut_item
@@ -24,7 +23,7 @@ from .stream import TextStream
 from .template import ChatTemplate, Renderer
 from .tokenizer import open_tokenizer, refuse
 
-_TEMPLATE_TOKENS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
+TEMPLATE_TOKENS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 
 
 @dataclass(frozen=True, eq=False)
@@ -174,8 +173,7 @@ class Processor:
             )
         pictures = tuple(cut_item(item, self.settings, vision) for item in self._in_order(text, items))
         token_ids, spans = self._token_ids(text, pictures)
-        facts = [Picture(each.kind, each.grid, each.seconds) for each in pictures]
-        return Prompt(text, token_ids, pictures, spans, *self.inputs.positions(token_ids, facts))
+        return Prompt(text, token_ids, pictures, spans, *self.inputs.positions(token_ids, pictures))
 
     def _token_text(self, token_id: int) -> str:
         text = self.tokenizer.id_to_token(token_id)
@@ -232,7 +230,7 @@ class Processor:
 
 def _template_variables(tokenizer_config: Mapping[str, Any]) -> dict[str, str]:
     """The special tokens that transformers hands to a template."""
-    values = ((name, tokenizer_config.get(name)) for name in _TEMPLATE_TOKENS)
+    values = ((name, tokenizer_config.get(name)) for name in TEMPLATE_TOKENS)
     # saved either as text or as an AddedToken
     texts = ((name, value.get("content") if isinstance(value, dict) else value) for name, value in values)
     return {name: text for name, text in texts if isinstance(text, str)}

@@ -37,8 +37,8 @@ def evaluate(
 
     if artifact is None:
         import_transformers()
-    found = score(answer_by_artifact(artifact) if artifact else answer_by_transformers(src), scenes)
-    for kind, each in found.items():
+    scores = score(answer_by_artifact(artifact) if artifact else answer_by_transformers(src), scenes)
+    for kind, each in scores.items():
         result(f"{kind:12} {each.right:5} of {each.asked:5}  {each.share:7.1%}")
 
 

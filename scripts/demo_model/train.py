@@ -153,8 +153,8 @@ def _cells(scene: Scene) -> Iterator[list[int]]:
 def _embeddings(model: Any, processor: Processor, group: Sequence[str]) -> Tensor:
     """The embeddings [words, hidden] of words that are one token each."""
     ids = [processor.tokenizer.encode(f" {word}").ids[0] for word in group]
-    found: Tensor = model.get_input_embeddings().weight[ids].detach().clone()
-    return found
+    embeddings: Tensor = model.get_input_embeddings().weight[ids].detach().clone()
+    return embeddings
 
 
 def _write_files(folder: Path) -> Processor:

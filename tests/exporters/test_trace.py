@@ -159,6 +159,7 @@ def test_what_torchair_cannot_trace_is_refused_by_name(bindings: dict[str, Bindi
 
     from qwen2vl_tc.artifacts.errors import TargetError
     from qwen2vl_tc.exporters.torchair.trace import trace
+    from qwen2vl_tc.runtime.models.base import GraphSpec
 
     class Branching(torch.nn.Module):
         def step(self, x: torch.Tensor) -> torch.Tensor:
@@ -166,7 +167,7 @@ def test_what_torchair_cannot_trace_is_refused_by_name(bindings: dict[str, Bindi
 
     x = torch.empty(4, 4, device="npu")
     with pytest.raises(TargetError, match="cannot trace the branch graph"):
-        trace("branch", Branching().step, {"x": x}, ("y",), frozenset())
+        trace(GraphSpec("branch", "decode", "step", (), ()), Branching().step, {"x": x})
 
 
 def test_folded_pictures_are_plain_bytes(bindings: dict[str, Binding]) -> None:

@@ -169,13 +169,19 @@ def without_outputs(binding: Any) -> None:
 
 
 BINDINGS: dict[str, tuple[Edit, str]] = {
-    "an argument that there is not": (first("argument", name="password"), "argument password, which nothing feeds"),
-    "lengths that there are not": (first("lengths", name="x"), "lengths x, which nothing feeds"),
-    "a layer that there is not": (first("cache", index=1 << 40), "this model has keys and values of 2 layers"),
-    "a negative layer": (first("cache", index=-1), "this model has keys and values of 2 layers"),
+    "an argument that there is not": (
+        first("argument", name="password"),
+        "takes password .* as argument of .*, which this",
+    ),
+    "lengths that there are not": (
+        first("lengths", name="x"),
+        "takes x .* as lengths of .*, which this",
+    ),
+    "a layer that there is not": (first("cache", index=1 << 40), "this model has 2 layers of keys, "),
+    "a negative layer": (first("cache", index=-1), "this model has 2 layers of keys, "),
     "a cache of another shape": (
         first("cache", shape=[1 << 40, 1 << 40]),
-        "this model has keys and values of 2 layers",
+        "this model has 2 layers of keys, ",
     ),
     "a parameter that there is not": (first("parameter", name="x"), "parameter x: got nothing"),
     "a dtype that there is not": (first("parameter", dtype="fp\u0000"), "unknown dtype"),
@@ -184,7 +190,7 @@ BINDINGS: dict[str, tuple[Edit, str]] = {
     "another graph's name": (lambda binding: binding.update(graph="prefill"), "is the binding of prefill"),
     "an option of GE's": (lambda binding: binding["local_options"].update({"ge.x": "/etc"}), "unknown option"),
     "an input too few": (lambda binding: binding["inputs"].pop(), "inputs, its binding names"),
-    "a weight as cache": (first("parameter", kind="cache", name="keys", index=0), "this model has keys and values"),
+    "a weight as cache": (first("parameter", kind="cache", name="keys", index=0), "this model has 2 layers of keys, "),
 }
 
 
@@ -212,7 +218,7 @@ MANIFESTS: dict[str, tuple[Edit, str]] = {
     "heads that do not divide": (into("model", "text", "num_kv_heads", value=3), "must each divide the one before"),
     "no batches": (into("ge", "batches", value=[]), r"ge\.batches is \[\]"),
     "a batch twice": (into("ge", "batches", value=[1, 1]), r"ge\.batches is \[1, 1\]"),
-    "another cache": (into("ge", "max_length", value=2**30), "this model has keys and values"),
+    "another cache": (into("ge", "max_length", value=2**30), "this model has 2 layers of keys, "),
     "no such dtype": (into("ge", "dtype", value="fp8"), r"ge\.dtype is 'fp8'"),
     "graphs in another order": (lambda plain: plain["ge"]["graphs"].reverse(), "has the graphs decode_b2"),
     "a path out of the folder": (into("processor", 0, "path", value="processor/../../x"), "plain relative path"),
@@ -284,7 +290,7 @@ def test_weights_that_are_not_the_models_are_refused(
 
 
 def test_constants_without_the_table_of_positions_are_refused(clean: Path, tmp_path: Path) -> None:
-    refused(clean, tmp_path, {CONSTANTS: header_bytes([("x", "F32", (1,))]) + bytes(4)}, "has no table vision_rope")
+    refused(clean, tmp_path, {CONSTANTS: header_bytes([("x", "F32", (1,))]) + bytes(4)}, "has no table text_rope")
 
 
 def processor(clean: Path, name: str, edit: Edit) -> dict[str, bytes]:

@@ -72,8 +72,12 @@ def answers(path: str) -> list[Any]:
     """Everything that a user gets to see of an artifact."""
     from qwen2vl_tc.artifacts.errors import ToolchainError
     from qwen2vl_tc.runtime import load
+    from qwen2vl_tc.runtime.ops import OPERATORS
     from qwen2vl_tc.toolchain.inspect.inspect import inspect_artifact
 
+    # each is imported when a graph first has it: that is reading our own files, and no sign of anything
+    for name in OPERATORS:
+        OPERATORS[name]
     with contextlib.suppress(ToolchainError):  # loading says its own
         inspect_artifact(Path(path), None, None)
     model = load(path)

@@ -41,7 +41,6 @@ class ClockInputs(qwen2_vl.SegmentInputs):
 
 FAMILY = Family(
     name="toy_vl",
-    title="Toy",
     config=ModelConfig,
     read_config=read_config,
     weights=weights,

@@ -23,10 +23,9 @@ from qwen2vl_tc.artifacts.store import open_artifact, read_manifest
 from qwen2vl_tc.runtime import load
 from qwen2vl_tc.runtime.backends.reference import ReferenceBackend
 from qwen2vl_tc.runtime.loader import open_processor
-from qwen2vl_tc.runtime.models import config_of
-from qwen2vl_tc.runtime.models.base import GraphOptions, Picture
+from qwen2vl_tc.runtime.models import config_of, qwen2_vl
+from qwen2vl_tc.runtime.models.base import GraphOptions
 from qwen2vl_tc.runtime.models.positions import rope_positions
-from qwen2vl_tc.runtime.text import prompt
 from qwen2vl_tc.toolchain.build.compile import CompileOptions, compile_artifact
 from qwen2vl_tc.toolchain.models.build import constant_tables
 from qwen2vl_tc.toolchain.verify import verify as module
@@ -397,12 +396,10 @@ def test_a_cache_too_short_for_the_prompts_is_refused_with_the_length_it_takes(f
         make_cases(open_processor(artifact), 16)
 
 
-def text_inside_the_clip(ids: Any, images: Any, videos: Any, config: Any) -> tuple[np.ndarray, int]:
+def text_inside_the_clip(ids: Any, pictures: Any, config: Any, start: int) -> tuple[np.ndarray, int]:
     """The rule of transformers from 5.3 on: text goes on max(h, w) behind a clip's beginning, however long it is."""
-    pictures = [*(Picture("image", grid) for grid in images), *(Picture("video", grid) for grid in videos)]
-    positions, delta = rope_positions(ids, pictures, config)
-    if len(videos):
-        ((t, h, w),) = videos.tolist()
+    positions, delta = rope_positions(ids, pictures, config, start)
+    for t, h, w in [picture.grid for picture in pictures if picture.kind == "video"]:
         before = t - max(h, w) // config.vision.spatial_merge_size
         behind = int(np.flatnonzero(ids == config.video_token_id)[-1]) + 1
         positions[:, behind:] -= before
@@ -413,7 +410,7 @@ def text_inside_the_clip(ids: Any, images: Any, videos: Any, config: Any) -> tup
 def test_text_that_begins_inside_a_clip_fails_by_its_positions(
     fp32: Path, source: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(prompt, "rope_positions", text_inside_the_clip)
+    monkeypatch.setattr(qwen2_vl, "rope_positions", text_inside_the_clip)
     report = verified(fp32, source, steps=1)
     assert not report.passed
     assert report.conclusion.startswith("FAILED: a clip: M-RoPE positions differ from transformers': ")

@@ -100,9 +100,9 @@ WRONG: dict[str, tuple[Callable[[Path], Any], type[ToolchainError], str]] = {
     "config is no JSON": (lambda f: (f / "config.json").write_text("{"), ConfigError, r"config.json: not valid JSON"),
     "config is a list": (lambda f: (f / "config.json").write_text("[]"), ConfigError, r"expected a JSON object"),
     "model type": (
-        config(lambda c: c.update(model_type="qwen2_5_vl")),
+        config(lambda c: c.update(model_type="qwen3_vl")),
         ConfigError,
-        r"model_type 'qwen2_5_vl' is not supported; supported: qwen2_vl",
+        r"model_type 'qwen3_vl' is not supported; supported: qwen2_vl, qwen2_5_vl",
     ),
     "quantized by config": (
         config(lambda c: c.update(quantization_config={"quant_method": "awq"})),

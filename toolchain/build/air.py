@@ -96,7 +96,7 @@ def _stage_graph(
 def _slices(
     artifact: Artifact, binding: Binding, tensors: dict[str, tuple[FileEntry, TensorInfo]]
 ) -> dict[str, FileSlice]:
-    found = {}
+    slices = {}
     for bound in binding.inputs:
         if bound.kind in (PARAMETER, CONSTANT):
             if bound.name not in tensors:
@@ -109,5 +109,5 @@ def _slices(
                     f"{artifact.path}: {entry.path}: {bound.name} is {list(info.shape)} {info.dtype}, graph "
                     f"{binding.graph} was compiled for {list(bound.shape)} {bound.dtype}; compile the artifact again"
                 )
-            found[bound.name] = FileSlice(entry.path, info.begin, info.end - info.begin)
-    return found
+            slices[bound.name] = FileSlice(entry.path, info.begin, info.end - info.begin)
+    return slices

@@ -48,11 +48,15 @@ def build(
         options = replace(options, dtype=plan.dtype)
         # everything that can be refused is refused before gigabytes are written
         options.check(plan.checkpoint.config)
-        if verify:
-            _require_transformers()
+        if verify and importlib.util.find_spec("transformers") is None:
+            raise MissingDependencyError(
+                "verifying needs transformers; pip install 'qwen2vl-tc[compile]', or build with --no-verify"
+            )
+        from ...exporters.torchair.device import open_device
+
         with displays.steps("prepare") as step:
             step("opening the device", 0, 1)
-            _open_device(options.soc)
+            open_device(options.soc)
             step("done", 1, 1)
         with displays.copy("convert") as copied:
             converted = convert_planned(plan, staging, copied)
@@ -74,19 +78,6 @@ def build(
             return BuildResult(manifest, converted, report, committed=False)
         staging.commit(manifest)
         return BuildResult(manifest, converted, report, committed=True)
-
-
-def _require_transformers() -> None:
-    if importlib.util.find_spec("transformers") is None:
-        raise MissingDependencyError(
-            "verifying needs transformers; pip install 'qwen2vl-tc[compile]', or build with --no-verify"
-        )
-
-
-def _open_device(soc: str) -> None:
-    from ...exporters.torchair.device import open_device
-
-    open_device(soc)
 
 
 def _verify(staging: Staging, manifest: Manifest, src: Path, progress: StepProgress) -> "tuple[VerifyReport, Manifest]":

@@ -1,6 +1,6 @@
 """`compile --mode dynamo`: trace the graphs for a target and put them into an artifact, with or without weights."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -31,6 +31,7 @@ from ...runtime.models.config import ModelConfig
 from ..progress import StepProgress, no_steps
 
 if TYPE_CHECKING:
+    from ...exporters.torchair.trace import TracedGraph
     from ..check.check import GraphCheck
 
 _DEFAULT_MAX_LENGTH = 8192
@@ -63,6 +64,8 @@ class CompileOptions:
     operators: str = "fused"
     visual_attention: str = "segments"
     passes: tuple[str, ...] | None = None
+    # which graphs: a whole artifact has all
+    kinds: tuple[str, ...] = ("visual", "prefill", "decode")
     # releases that must admit the graphs
     cann: tuple[str, ...] = ()
 
@@ -149,13 +152,18 @@ def stage_graphs(
             f"{staging.target}: an earlier release converted its weights, whose biases cost the device a Cast each; "
             f"run `qwen2vl-tc convert --src <hf_dir> --out {staging.target}` first"
         )
-    total = 4 + len(options.batches)
+    graph_options = options.graphs(config)
+    specs = [spec for spec in family_of(config).graphs(config, graph_options) if spec.kind in options.kinds]
+    total = 2 + len(specs)
     progress("opening the device", 0, total)
     from ...exporters.torchair.device import open_device
     from ..check.check import admitted
     from ..check.target import require_admitted
 
     device = open_device(options.soc)
+    from ...exporters.torchair.trace import trace
+    from ..models.build import empty_model, example_arguments
+
     if not device.emulated:
         _check_room(manifest, options, dtype)
     progress("constants", 1, total)
@@ -163,13 +171,17 @@ def stage_graphs(
     graphs: list[Graph] = []
     checks: list[GraphCheck] = []
     notes: set[OperatorNote] = set()
-    for traced in _trace_all(config, options, dtype):
-        progress(traced.name, 2 + len(graphs), total)
+    # on the emulated NPU these pages are never touched: a 72B model costs no memory
+    model = empty_model(config, graph_options, dtype).to_empty(device="npu").requires_grad_(False)
+    for spec in specs:
+        progress(spec.name, 2 + len(graphs), total)
         with no_lost_interrupt():
-            graph, check, found = traced.run(staging)
+            traced = trace(spec, getattr(model, spec.method), example_arguments(spec, config, dtype, "npu"))
+            _check_binding(traced.binding, config, dtype)
+            graph, check = _stage_graph(staging, traced, spec, options, config)
         graphs.append(graph)
         checks.append(check)
-        notes.update(found)
+        notes.update(traced.notes)
     require_admitted(checks, options.cann)
     progress("done", total, total)
     return manifest.with_graphs(
@@ -182,7 +194,7 @@ def stage_graphs(
             batches=options.batches,
             passes=_passes(options),
             versions={"torch": device.torch, "torch-npu": device.torch_npu, "cann": device.cann_version or "none"},
-            limits=tuple(_limits(options, dtype)),
+            limits=tuple(_limits(dtype)),
             operator_notes=tuple(sorted(notes, key=lambda note: (note.operator, note.inputs, note.attributes))),
             admitted=admitted(checks),
             constants=constants,
@@ -208,7 +220,7 @@ def _check_room(manifest: Manifest, options: CompileOptions, dtype: str) -> None
         )
 
 
-def _limits(options: CompileOptions, dtype: str) -> Iterator[str]:
+def _limits(dtype: str) -> Iterator[str]:
     """Where the documentation of torch-npu 2.13.0 does not cover what the graphs ask for."""
     if dtype == "fp32":
         yield "fp32: the NPU's attention takes bf16 and fp16; these graphs are for CPU"
@@ -223,45 +235,8 @@ def _passes(options: CompileOptions) -> tuple[str, ...]:
     return names
 
 
-@dataclass(frozen=True)
-class _PendingGraph:
-    name: str
-    run: "Callable[[Staging], tuple[Graph, GraphCheck, tuple[OperatorNote, ...]]]"
-
-
-def _trace_all(config: ModelConfig, options: CompileOptions, dtype: str) -> list[_PendingGraph]:
-    """The graphs in order, each traced when its `run` is called. The device is open."""
-    from ...exporters.torchair.trace import trace
-    from ..models.build import empty_model, example_arguments
-
-    graph_options = options.graphs(config)
-    # on the emulated NPU these pages are never touched: a 72B model costs no memory
-    model = empty_model(config, graph_options, dtype).to_empty(device="npu")
-    model.requires_grad_(False)
-
-    def pending(spec: GraphSpec) -> _PendingGraph:
-        def run(staging: Staging) -> "tuple[Graph, GraphCheck, tuple[OperatorNote, ...]]":
-            traced = trace(
-                spec,
-                getattr(model, spec.method),
-                example_arguments(spec, config, dtype, "npu"),
-            )
-            _check_binding(traced.binding, config, dtype)
-            graph, check = _stage_graph(staging, traced.model, traced.binding, spec, options, config)
-            return graph, check, traced.notes
-
-        return _PendingGraph(spec.name, run)
-
-    return [pending(spec) for spec in family_of(config).graphs(config, graph_options)]
-
-
 def _stage_graph(
-    staging: Staging,
-    model: object,
-    binding: Binding,
-    spec: GraphSpec,
-    options: CompileOptions,
-    config: ModelConfig,
+    staging: Staging, traced: "TracedGraph", spec: GraphSpec, options: CompileOptions, config: ModelConfig
 ) -> "tuple[Graph, GraphCheck]":
     from google.protobuf import text_format
 
@@ -269,14 +244,15 @@ def _stage_graph(
     from ...exporters.torchair.passes import count_ops, run_passes
     from ..check.check import check_graph
 
-    graph = model.graph[0]  # type: ignore[attr-defined]
+    model, binding = traced.model, traced.binding
+    graph = model.graph[0]
     run_passes(graph, _passes(options))
     folder = f"{FOLDER}/{binding.graph}"
     # map fields have no order of their own: without this, equal graphs would differ in bytes
-    data = model.SerializeToString(deterministic=True)  # type: ignore[attr-defined]
+    data = model.SerializeToString(deterministic=True)
     readable = None
     if options.dump_pbtxt:
-        readable = staging.add(f"{folder}/graph.pbtxt", text_format.MessageToString(model).encode())  # type: ignore[arg-type]
+        readable = staging.add(f"{folder}/graph.pbtxt", text_format.MessageToString(model).encode())
     where = f"{folder}/graph.pb"
     check = check_graph(
         read_graph(data, where), binding, config, spec, cache_length(options.max_length, config), options.soc, where

@@ -20,7 +20,7 @@ from ...artifacts.integrity import hash_bytes
 from ...artifacts.manifest import FileEntry, Manifest, OnnxGraph, OnnxPart, Tensor, empty_manifest
 from ...artifacts.staging import Staging, amend, stage
 from ...artifacts.store import Artifact, open_artifact
-from ...runtime.models import config_of, family_of
+from ...runtime.models import config_of, family_of, graphs_of, spec_of
 from ...runtime.models.base import GraphOptions, Role
 from ...runtime.models.config import ModelConfig
 from ..progress import StepProgress, no_steps
@@ -109,14 +109,15 @@ def stage_onnx(
     planned = planned_bytes(config, options.weights, options.standard_only)
     require_disk(staging.path, planned, f"{options.weights} ONNX")
     total = 2 + len(MODELS)
-    progress("checking the weights", 0, total)
-    weights = Weights(artifact)
     form = OnnxForm(options.weights, options.standard_only)
     length = cache_length(options.max_length, config)
     made_from = replace(empty_manifest(manifest.name, manifest.model), weights=manifest.weights)
     source = hash_bytes(made_from.to_bytes())
     graphs = []
-    with _traced(artifact, length, lambda step: progress(step, 1, total)) as traced:
+    with _traced(artifact, length, lambda step: progress(step, 0, total)) as traced:
+        # gigabytes are hashed: after what may be refused at once
+        progress("checking the weights", 1, total)
+        weights = Weights(artifact)
         constants = _constants(config, length)
         for done, name in enumerate(MODELS, start=2):
             progress(name, done, total)
@@ -148,7 +149,7 @@ def _traced(artifact: Artifact, max_length: int, report: Callable[[str], None]) 
         return
     with tempfile.TemporaryDirectory(prefix="qwen2vl-tc-") as folder:
         target = Path(folder) / "traced.artifact"
-        options = CompileOptions(dtype="fp32", max_length=max_length)
+        options = CompileOptions(dtype="fp32", max_length=max_length, kinds=tuple(MODELS.values()))
         with stage(target, sync=False, resumes=False) as staging:
             empty = empty_manifest(manifest.name, manifest.model)
             staging.commit(stage_graphs(staging, empty, options, lambda step, done, total: report(f"tracing: {step}")))
@@ -178,31 +179,43 @@ def _stage_model(
     from ...exporters.onnx.operators import OPERATORS
     from ...exporters.onnx.translation import Translation
     from ...exporters.onnx.writer import DataFile, ModelWriter
-    from ...runtime.backends.onnx_check import expected_tensors
+    from ...runtime.backends.ge.checks import check_binding, check_graph
+    from ...runtime.backends.onnx_check import check_model, expected_tensors
+    from ..check.attributes import nonsense
 
     part = traced.manifest.ge
     entry = next((graph for graph in part.graphs if graph.name == MODELS[name]), None) if part else None
-    if entry is None:
+    if part is None or entry is None:
         raise ArtifactError(f"{traced.path}: has no graph {MODELS[name]}; run `qwen2vl-tc compile {traced.path}` first")
-    graph = read_graph(traced.read(entry.graph), entry.graph.path)
-    binding = binding_from_bytes(traced.read(entry.binding), entry.binding.path)
+    config, where = config_of(traced.manifest), f"{traced.path}: {entry.graph.path}"
+    graph = read_graph(traced.read(entry.graph), where)
+    binding = binding_from_bytes(traced.read(entry.binding), f"{traced.path}: {entry.binding.path}")
+    # as whoever runs them checks them
+    check_binding(binding, spec_of(graphs_of(config, part), entry.name, where), part, where)
+    check_graph(graph, binding, where)
+    for node, _, problem in nonsense(graph.nodes):
+        raise ArtifactError(f"{where}: {node}: {problem}; compile the artifact again")
     path = f"{FOLDER}/{name}.onnx.data"
     data = DataFile(staging.file(path))
     try:
         writer = ModelWriter(name, data)
-        interface = expected_tensors(name, config_of(traced.manifest), form.standard_only)
+        interface = expected_tensors(name, config, form.standard_only)
         Translation(graph, binding, Linears(writer, weights, form), constants, *interface, OPERATORS).run()
     finally:
         data.close()
     model = writer.model({"manifest_hash": source, "weights": form.weights})
-    return OnnxGraph(
+    written = model.SerializeToString(deterministic=True)
+    made = OnnxGraph(
         name=name,
-        model=staging.add(f"{FOLDER}/{name}.onnx", model.SerializeToString(deterministic=True)),
+        model=staging.add(f"{FOLDER}/{name}.onnx", written),
         data=FileEntry(path, data.size, data.hash),
         inputs=tuple(_tensors(model.graph.input)),
         outputs=tuple(_tensors(model.graph.output)),
         ops=dict(sorted(Counter(node.op_type for node in model.graph.node).items())),
     )
+    # what the runtime would refuse is not written
+    check_model(written, made, config, form.standard_only, f"{FOLDER}/{name}.onnx")
+    return made
 
 
 def _tensors(values: Any) -> Iterator[Tensor]:

@@ -35,7 +35,8 @@ _FLAGS = (
     *("additional_output", "is_preprocessed", "keep_dims", "negative_index_support", "softmax_lse_flag"),
     *("transpose_x1", "transpose_x2", "use_locking", "validate_indices"),
 )
-_WORDS = {"input_layout": ("BSH", "TND"), "reduce": ("update",)}
+# the layouts that there are: which of them an operator takes, the rules say
+_WORDS = {"input_layout": ("BSH", "BSND", "BNSD", "TND", "NTD", "SH", "NSD"), "reduce": ("update",)}
 
 
 def nonsense(nodes: Iterable[Node]) -> Iterator[tuple[str, str, str]]:
@@ -53,7 +54,7 @@ def _expected(attribute: str, value: Any) -> str | None:
         return None if type(value) is int and value >= least else f"an integer of at least {least}"
     if attribute in _FLOATS:
         # 0 would make all scores equal, and divide by nothing
-        return None if type(value) is float and isfinite(value) and value > 0 else "a positive number"
+        return None if type(value) in (float, int) and isfinite(value) and value > 0 else "a positive number"
     if attribute in _FLAGS:
         return None if type(value) is bool else "true or false"
     if attribute in _WORDS:

@@ -109,28 +109,28 @@ def check_graph(
 ) -> GraphCheck:
     """Check one graph for a SoC, at both ends of the sizes that prompts of up to `max_length` tokens and pictures of up
     to 65,536 patches give it."""
-    found: dict[str, Violation] = {}
+    by_rule: dict[str, Violation] = {}
     nodes = [node for node in live_nodes(graph) if known(node.op).kind != DATA]
     if soc_family(soc) not in FAMILIES:
         have = " and ".join(FAMILIES)
-        _add(found, _unproven("no rules", f"the rules are of {have}, and not of {soc}", "ask CANN on the device"), [])
-    _add_unknown(found, nodes)
+        _add(by_rule, _unproven("no rules", f"the rules are of {have}, and not of {soc}", "ask CANN on the device"), [])
+    _add_unknown(by_rule, nodes)
     for name, attribute, problem in nonsense(nodes):
         rule = replace(_unproven(f"nonsense, {attribute}", problem, "compile the artifact again"), severity="refused")
-        _add(found, rule, [name])
-    if any(each.severity == "refused" for each in found.values()):
+        _add(by_rule, rule, [name])
+    if any(each.severity == "refused" for each in by_rule.values()):
         # the rules compare and divide what makes sense
-        return GraphCheck(binding.graph, len(nodes), tuple(found.values()))
+        return GraphCheck(binding.graph, len(nodes), tuple(by_rule.values()))
     facts = graph_facts(graph, binding)
     for title, lengths in extremes(spec, config, max_length):
         try:
             specs = propagate(graph, input_specs(binding, spec, config, lengths), where)
         except ToolchainError as error:
-            _add(found, _unproven("no sizes", str(error), "compile the artifact again"), [], sizes=title)
+            _add(by_rule, _unproven("no sizes", str(error), "compile the artifact again"), [], sizes=title)
             continue
         for rule, node in violations(graph, specs, facts):
-            _add(found, rule, [node.name] if node else [], rule.releases, title)
-    return GraphCheck(binding.graph, len(nodes), tuple(found.values()))
+            _add(by_rule, rule, [node.name] if node else [], rule.releases, title)
+    return GraphCheck(binding.graph, len(nodes), tuple(by_rule.values()))
 
 
 def violations(graph: GeGraph, specs: Mapping[str, Specs], about: GraphFacts) -> Iterator[tuple[Rule, Node | None]]:
@@ -164,7 +164,7 @@ def inserted(graph: GeGraph, binding: Binding, specs: Mapping[str, Specs]) -> di
     return max(counts.values(), key=lambda types: sum(types.values()), default={})
 
 
-def _add_unknown(found: dict[str, Violation], nodes: list[Node]) -> None:
+def _add_unknown(by_rule: dict[str, Violation], nodes: list[Node]) -> None:
     """Operators of which no rule says that a release has them: one violation for those that the same releases lack."""
     lacking: dict[tuple[str, ...], dict[str, None]] = {}
     for node in nodes:
@@ -176,7 +176,7 @@ def _add_unknown(found: dict[str, Violation], nodes: list[Node]) -> None:
             f"no rule says that the release has {', '.join(ops)}",
             "use another release" if len(releases) < len(RELEASES) else "use another operator, or another form",
         )
-        _add(found, rule, [node.name for node in nodes if node.op in ops], releases)
+        _add(by_rule, rule, [node.name for node in nodes if node.op in ops], releases)
 
 
 def _unproven(rule: str, reason: str, fix: str) -> Rule:
@@ -184,11 +184,11 @@ def _unproven(rule: str, reason: str, fix: str) -> Rule:
 
 
 def _add(
-    found: dict[str, Violation], rule: Rule, nodes: list[str], releases: tuple[str, ...] = RELEASES, sizes: str = ""
+    by_rule: dict[str, Violation], rule: Rule, nodes: list[str], releases: tuple[str, ...] = RELEASES, sizes: str = ""
 ) -> None:
-    before = found.get(rule.id)
+    before = by_rule.get(rule.id)
     if before is None:
         source = rule.source if rule.source.path else None
-        found[rule.id] = Violation(rule.id, rule.severity, rule.rule, tuple(nodes), sizes, releases, rule.fix, source)
+        by_rule[rule.id] = Violation(rule.id, rule.severity, rule.rule, tuple(nodes), sizes, releases, rule.fix, source)
     elif new := tuple(name for name in nodes if name not in before.nodes):
-        found[rule.id] = Violation(**{**vars(before), "nodes": (*before.nodes, *new)})
+        by_rule[rule.id] = Violation(**{**vars(before), "nodes": (*before.nodes, *new)})

@@ -72,8 +72,8 @@ class NodeFacts:
         if dimension := _DIMENSION.fullmatch(what):
             index = int(dimension[1])
             return spec.shape[index] if -len(spec.shape) <= index < len(spec.shape) else None
-        found = {"dtype": spec.dtype, "rank": len(spec.shape), "size": prod(spec.shape), "values": spec.values}
-        return found.get(what)
+        facts = {"dtype": spec.dtype, "rank": len(spec.shape), "size": prod(spec.shape), "values": spec.values}
+        return facts.get(what)
 
     @functools.cached_property
     def _attention(self) -> dict[str, Any]:
@@ -83,14 +83,14 @@ class NodeFacts:
         if not known(self.op).attention or not query or not key or not value or len(query.shape) != 3:
             return {}
         heads, kv_heads = self("attr.num_heads"), self("attr.num_key_value_heads")
-        found = {"layout": self("attr.input_layout"), "heads": heads, "kv_heads": kv_heads}
-        if found["layout"] == "TND":
+        facts = {"layout": self("attr.input_layout"), "heads": heads, "kv_heads": kv_heads}
+        if facts["layout"] == "TND":
             # every sequence in one row of tokens: there are no rows to count
-            return {**found, "d": query.shape[2], "d_v": value.shape[2], "q_s": query.shape[0], "kv_s": key.shape[0]}
+            return {**facts, "d": query.shape[2], "d_v": value.shape[2], "q_s": query.shape[0], "kv_s": key.shape[0]}
         widths = {}
         if heads:
             widths = {"d": query.shape[2] // heads, "d_v": value.shape[2] // (kv_heads or heads)}
-        return {**found, **widths, "b": query.shape[0], "q_s": query.shape[1], "kv_s": key.shape[1]}
+        return {**facts, **widths, "b": query.shape[0], "q_s": query.shape[1], "kv_s": key.shape[1]}
 
 
 def graph_facts(graph: GeGraph, binding: Binding) -> GraphFacts:

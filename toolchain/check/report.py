@@ -10,16 +10,16 @@ from .check import ArtifactCheck, GraphCheck, Violation
 WIDTH = 80
 
 
-def as_json(found: ArtifactCheck) -> dict[str, Any]:
+def as_json(check: ArtifactCheck) -> dict[str, Any]:
     """The check with its verdicts: graphs.NAME.RELEASE has accepted, violations, and remarks, which do not block."""
     return {
-        "artifact": found.name,
-        "soc": found.soc,
-        "dtype": found.dtype,
-        "releases": list(found.releases),
-        "admitted": list(found.admitted),
+        "artifact": check.name,
+        "soc": check.soc,
+        "dtype": check.dtype,
+        "releases": list(check.releases),
+        "admitted": list(check.admitted),
         "graphs": {
-            graph.graph: {release: _verdict(graph, release) for release in found.releases} for graph in found.graphs
+            graph.graph: {release: _verdict(graph, release) for release in check.releases} for graph in check.graphs
         },
     }
 
@@ -33,36 +33,36 @@ def _verdict(graph: GraphCheck, release: str) -> dict[str, Any]:
     }
 
 
-def lines(found: ArtifactCheck) -> Iterator[str]:
+def lines(check: ArtifactCheck) -> Iterator[str]:
     """The report for people: a table of graphs and releases, then every violated rule once."""
-    yield f"{found.name}: {found.dtype} graphs for {found.soc}"
+    yield f"{check.name}: {check.dtype} graphs for {check.soc}"
     yield ""
-    wide = max(len(graph.graph) for graph in found.graphs)
-    yield " " * wide + "".join(f"{'CANN ' + release:>10}" for release in found.releases)
-    for graph in found.graphs:
-        words = ("refused" if graph.refusals(release) else "accepted" for release in found.releases)
+    wide = max(len(graph.graph) for graph in check.graphs)
+    yield " " * wide + "".join(f"{'CANN ' + release:>10}" for release in check.releases)
+    for graph in check.graphs:
+        words = ("refused" if graph.refusals(release) else "accepted" for release in check.releases)
         yield f"{graph.graph:<{wide}}" + "".join(f"{word:>10}" for word in words)
-    for graphs, violation in _merged(found):
+    for graphs, violation in _merged(check):
         yield ""
-        yield from _paragraph(graphs, violation, found.releases)
+        yield from _paragraph(graphs, violation, check.releases)
     yield ""
-    yield from textwrap.wrap(_summary(found), WIDTH)
+    yield from textwrap.wrap(_summary(check), WIDTH)
 
 
-def _summary(found: ArtifactCheck) -> str:
-    if found.admitted == found.releases:
-        return f"accepted by CANN {', '.join(found.admitted)}, as published sources have it; no device has run this"
-    refusing = [release for release in found.releases if release not in found.admitted]
-    taken = f"; accepted by {', '.join(found.admitted)}" if found.admitted else ""
+def _summary(check: ArtifactCheck) -> str:
+    if check.admitted == check.releases:
+        return f"accepted by CANN {', '.join(check.admitted)}, as published sources have it; no device has run this"
+    refusing = [release for release in check.releases if release not in check.admitted]
+    taken = f"; accepted by {', '.join(check.admitted)}" if check.admitted else ""
     return f"refused by CANN {', '.join(refusing)}{taken}"
 
 
-def _merged(found: ArtifactCheck) -> list[tuple[list[str], Violation]]:
+def _merged(check: ArtifactCheck) -> list[tuple[list[str], Violation]]:
     """Violations in the releases that were asked for, each once for all graphs that have it; blocking ones first."""
     merged: dict[tuple[str, str], tuple[list[str], Violation]] = {}
-    for graph in found.graphs:
+    for graph in check.graphs:
         for each in graph.violations:
-            if set(each.releases) & set(found.releases):
+            if set(each.releases) & set(check.releases):
                 merged.setdefault((each.rule, each.reason), ([], each))[0].append(graph.graph)
     return sorted(merged.values(), key=lambda item: not item[1].blocks)
 

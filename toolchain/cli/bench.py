@@ -94,9 +94,9 @@ def _size(text: str) -> tuple[int, int]:
     """`728x504` to (728, 504)."""
     from ...runtime.pictures.images import check_area
 
-    found = re.fullmatch(r"([0-9]{1,9})x([0-9]{1,9})", text)
-    if found is None:
+    match = re.fullmatch(r"([0-9]{1,9})x([0-9]{1,9})", text)
+    if match is None:
         raise RequestError(f"--size {text}: expected width and height in pixels, such as 728x504")
-    width, height = int(found[1]), int(found[2])
+    width, height = int(match[1]), int(match[2])
     check_area(f"--size {text}", width, height)
     return width, height

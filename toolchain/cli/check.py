@@ -35,11 +35,11 @@ def check(
     from .console import result, result_json
     from .locate import find_artifact
 
-    found = check_artifact(artifact or find_artifact(Path()), asked)
+    checked = check_artifact(artifact or find_artifact(Path()), asked)
     if as_json:
-        result_json(check_json(found))
+        result_json(check_json(checked))
     else:
-        for line in lines(found):
+        for line in lines(checked):
             result(line)
-    if found.admitted != found.releases:
+    if checked.admitted != checked.releases:
         raise typer.Exit(FAILED)

@@ -20,7 +20,7 @@ def default_artifact(src: Path) -> Path:
 
 def find_artifact(folder: Path) -> Path:
     """The only artifact in `folder`. Raises ArtifactError, listing what was seen, if there are several or none."""
-    found, seen = [], []
+    artifacts, seen = [], []
     for path in sorted(folder.iterdir()):
         # hidden folders are what builds stage beside an artifact
         if path.name.startswith(".") or not path.is_dir():
@@ -36,12 +36,12 @@ def find_artifact(folder: Path) -> Path:
         except ArtifactError as error:
             seen.append(f"{path.name} ({error})")
         else:
-            found.append(path)
-    if len(found) == 1:
-        return Path(found[0].name) if folder == Path() else found[0]
-    if found:
+            artifacts.append(path)
+    if len(artifacts) == 1:
+        return Path(artifacts[0].name) if folder == Path() else artifacts[0]
+    if artifacts:
         raise ArtifactError(
-            f"{folder.resolve()}: has several artifacts: {', '.join(path.name for path in found)}; say which one"
+            f"{folder.resolve()}: has several artifacts: {', '.join(path.name for path in artifacts)}; say which one"
         )
     listed = ", ".join(seen[:_LISTED]) + (f" and {len(seen) - _LISTED} more" if len(seen) > _LISTED else "")
     here = "; it is an artifact itself: give its path" if (folder / MANIFEST_NAME).is_file() else ""

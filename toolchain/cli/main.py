@@ -24,8 +24,8 @@ DEBUG_VARIABLE = "QWEN2VL_TC_DEBUG"
 app = typer.Typer(
     cls=Commands,
     name="qwen2vl-tc",
-    help="Compile Qwen2-VL for Ascend NPUs, ahead of time: from a Hugging Face checkpoint to one artifact that loads "
-    "and generates without tracing anything.",
+    help="Compile Qwen2-VL and Qwen2.5-VL for Ascend NPUs, ahead of time: from a Hugging Face checkpoint to one "
+    "artifact that loads and generates without tracing anything.",
     no_args_is_help=True,
     rich_markup_mode="rich",
     pretty_exceptions_enable=False,

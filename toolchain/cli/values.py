@@ -60,10 +60,10 @@ def check_mode(mode: str) -> None:
 def config_file(path: Path) -> Path:
     """A config.json, named itself or by its folder. Raises ConfigError for what is there and is no file: reading a pipe
     or a device may never end."""
-    found = path / "config.json" if path.is_dir() else path
-    if found.exists() and not found.is_file():
-        raise ConfigError(f"{found}: not a file; --config is a config.json, or the folder of one")
-    return found
+    file = path / "config.json" if path.is_dir() else path
+    if file.exists() and not file.is_file():
+        raise ConfigError(f"{file}: not a file; --config is a config.json, or the folder of one")
+    return file
 
 
 def check_source(src: Path) -> None:
@@ -101,17 +101,17 @@ def requests_file(path: Path) -> list[Any]:
     """
     from ...artifacts.schema import parse_json
 
-    found = []
+    requests = []
     # not splitlines: JSON may hold characters that it takes for the end of a line
     for number, line in enumerate(_read(path).removeprefix(codecs.BOM_UTF8).split(b"\n"), 1):
         if line.strip():
             try:
-                found.append(_messages(parse_json(line, f"{path}:{number}"), f"{path}:{number}"))
+                requests.append(_messages(parse_json(line, f"{path}:{number}"), f"{path}:{number}"))
             except ArtifactError as error:
                 raise RequestError(str(error)) from error
-    if not found:
+    if not requests:
         raise RequestError(f"{path}: has no requests; each line is a list of messages as JSON")
-    return found
+    return requests
 
 
 def _messages(request: Any, where: str) -> Any:

@@ -150,7 +150,7 @@ def _draw_shape(picture: "Image.Image", shape: str, x: float, y: float, r: float
 
 def turns(scene: Scene, rng: np.random.Generator) -> list[Turn]:
     """One question of every kind that this scene has one right answer to, worded at random, in a random order."""
-    return [found[rng.integers(len(found))] for found in _shuffled(list(_by_kind(scene, rng)), rng) if found]
+    return [kind[rng.integers(len(kind))] for kind in _shuffled(list(_by_kind(scene, rng)), rng) if kind]
 
 
 def _by_kind(scene: Scene, rng: np.random.Generator) -> Iterator[list[Turn]]:

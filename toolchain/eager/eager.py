@@ -50,9 +50,9 @@ class EagerBackend(ModelBackend):
 
     def bind(self, tensors: dict[str, Tensor]) -> None:
         names = [name for name, _ in self._modules.named_parameters()]
-        found = {name: tensors[name.removeprefix(CONSTANTS_PREFIX)] for name in names}
+        state = {name: tensors[name.removeprefix(CONSTANTS_PREFIX)] for name in names}
         # assigned, not copied: the weights stay what is mapped
-        self._modules.load_state_dict(found, assign=True)
+        self._modules.load_state_dict(state, assign=True)
 
     def run(
         self,

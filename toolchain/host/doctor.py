@@ -199,7 +199,7 @@ def _base() -> Finding:
 def _families() -> Finding:
     from ...runtime.models import FAMILIES
 
-    return Finding("models", "ok", ", ".join(f"{each.title} ({each.name})" for each in FAMILIES.values()))
+    return Finding("models", "ok", ", ".join(f"{title} ({model_type})" for model_type, title in FAMILIES.items()))
 
 
 def _package(name: str, extra: str, purpose: str) -> Finding:
@@ -264,11 +264,11 @@ def _cann_version(home: str | None) -> str | None:
     for name in ("compiler/version.info", "runtime/version.info", "version.cfg"):
         path = Path(home or "/usr/local/Ascend/ascend-toolkit/latest") / name
         try:
-            found = re.search(r"(?im)^(?:version|\w*running_version)\s*=\s*\[?(?:[^:\]]*:)?([\w.]+)", path.read_text())
+            match = re.search(r"(?im)^(?:version|\w*running_version)\s*=\s*\[?(?:[^:\]]*:)?([\w.]+)", path.read_text())
         except (OSError, UnicodeDecodeError):
             continue
-        if found:
-            return found[1]
+        if match:
+            return match[1]
     return None
 
 
@@ -327,7 +327,7 @@ def _abilities(status: dict[str, Status]) -> tuple[Ability, ...]:
         ability("compile --mode dynamo", "on the NPU", *tracing)
         if on_device
         else ability("compile --mode dynamo", "on the emulated NPU", *tracing, "CANN stand-ins"),
-        ability("compile --mode onnx", "on the CPU", "base packages", "onnx"),
+        ability("compile --mode onnx", "on the CPU, from GE graphs", "base packages", "torch", "onnx"),
         ability("verify", "on the CPU, in fp32", "base packages", "torch", "transformers"),
         ability("generate --backend reference", "on the CPU", "base packages", "torch"),
         ability("generate --backend onnxruntime", "on the CPU", "base packages", "onnxruntime"),

@@ -9,11 +9,10 @@ from typing import TYPE_CHECKING, Any
 
 from ...artifacts.host.process import driver_version
 from ...artifacts.manifest import Manifest
+from ...runtime.loader import ONNXRUNTIME
 
 if TYPE_CHECKING:
     from ...runtime.backends.base import Backend
-
-ONNXRUNTIME = "onnxruntime"
 
 
 @dataclass(frozen=True)
@@ -48,13 +47,13 @@ def _cpu() -> str:
 
 def versions(*packages: str) -> dict[str, str]:
     """Of Python, this package and the given ones that are installed."""
-    found = {"python": platform.python_version()}
+    releases = {"python": platform.python_version()}
     for package in ("qwen2vl-tc", *packages):
         try:
-            found[package] = importlib.metadata.version(package)
+            releases[package] = importlib.metadata.version(package)
         except importlib.metadata.PackageNotFoundError:
             continue
-    return found
+    return releases
 
 
 def engine_versions(backend: "Backend") -> dict[str, str]:

@@ -232,7 +232,7 @@ def _masks(nodes: Sequence[Node], specs: Mapping[str, Specs], bound: Mapping[str
     """Every different mask that an attention reads."""
     by_name = {node.name: node for node in nodes}
     edges = [node.inputs[MASK] for node in nodes if known(node.op).attention and len(node.inputs) > MASK]
-    found: dict[str, Mask] = {}
+    masks: dict[str, Mask] = {}
     for edge in edges:
         if edge is not None:
             source = _behind(edge, by_name)[0]
@@ -240,8 +240,8 @@ def _masks(nodes: Sequence[Node], specs: Mapping[str, Specs], bound: Mapping[str
             name = bound[source].name if source in bound else source
             # a mask made inside the graph is made of lengths, too
             quadratic = source not in bound or -1 in bound[source].shape
-            found[source] = Mask(name, spec.dtype, spec.shape, spec.bytes, quadratic, _warning(spec, quadratic))
-    return tuple(found.values())
+            masks[source] = Mask(name, spec.dtype, spec.shape, spec.bytes, quadratic, _warning(spec, quadratic))
+    return tuple(masks.values())
 
 
 def _warning(spec: TensorSpec, quadratic: bool) -> str | None:

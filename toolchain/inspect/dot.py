@@ -46,8 +46,8 @@ def layers_of(graph: GeGraph, binding: Binding) -> dict[str, int]:
         producers = [edge[0] for edge in node.inputs if edge is not None]
         names = [parameters[producer].name for producer in producers if producer in parameters]
         if names:
-            matches = [found for found in map(_LAYER.search, names) if found]
-            numbers = [int(found[1]) for found in matches]
+            matches = [match for match in map(_LAYER.search, names) if match]
+            numbers = [int(match[1]) for match in matches]
         else:
             numbers = [layers[producer] for producer in producers if producer in layers]
         if numbers:

@@ -23,7 +23,7 @@ from .dot import Drawing, draw_layer
 from .report import operator_table, render
 from .roofline import Assumptions, assumptions_for, why_no_assumptions
 from .shapes import graph_ops, propagate
-from .views import RECIPE_7B, GraphView, Inspection, OnnxView, OpCounts, TargetView, TensorView, WeightsView
+from .views import RECIPE_7B, GraphView, Inspection, OnnxView, OpCounts, TargetView, WeightsView
 
 __all__ = [
     "RECIPE_7B",
@@ -198,8 +198,8 @@ def _graph(
         # counting needs no shapes: a graph with an operator unknown here is still worth looking at
         no_cost = str(error)
     return GraphView(
-        inputs=tuple(TensorView(tensor.name, tensor.dtype, tensor.shape) for tensor in graph.inputs),
-        outputs=tuple(TensorView(tensor.name, tensor.dtype, tensor.shape) for tensor in graph.outputs),
+        inputs=graph.inputs,
+        outputs=graph.outputs,
         parameters=sum(bound.kind == PARAMETER for bound in binding.inputs),
         ops=count_graph_ops(parsed, binding),
         inserted=added,

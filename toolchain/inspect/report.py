@@ -7,12 +7,12 @@ from rich.table import Table
 from rich.text import Text
 
 from ...artifacts.ge.ops import INPUTS
-from ...artifacts.manifest import OperatorNote
+from ...artifacts.manifest import OperatorNote, Tensor
 from ...artifacts.signing import Signed
 from ..words import format_bytes
 from .cost import MEMORY_ASSUMED, GraphCost, Lengths
 from .roofline import COUNTED
-from .views import RECIPE_7B, GraphView, Inspection, TensorView
+from .views import RECIPE_7B, GraphView, Inspection
 
 WIDTH = 100
 
@@ -217,9 +217,9 @@ def _flops(count: int) -> str:
     return f"{count / 1e12:.3g} T" if count >= 1e12 else f"{count / 1e9:.3g} G"
 
 
-def _grouped(tensors: tuple[TensorView, ...]) -> list[str]:
+def _grouped(tensors: tuple[Tensor, ...]) -> list[str]:
     """One line a tensor; a list with one tensor a layer becomes one line."""
-    lists: dict[str, list[TensorView]] = {}
+    lists: dict[str, list[Tensor]] = {}
     for tensor in tensors:
         lists.setdefault(tensor.name.partition("[")[0], []).append(tensor)
     lines = []

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from ...artifacts.manifest import OperatorNote
+from ...artifacts.manifest import OperatorNote, Tensor
 from ...artifacts.signing import Signed
 from ...runtime.models.config import ModelConfig
 from .cost import GraphCost, Lengths
@@ -14,15 +14,6 @@ RECIPE_7B: dict[str, dict[str, int]] = {
     "prefill": {"total": 3930, "device": 789, "transpose_weight": 196, "per_layer": 27},
     "decode": {"total": 1984, "device": 732, "transpose_weight": 196, "per_layer": 25},
 }
-
-
-@dataclass(frozen=True)
-class TensorView:
-    """A graph's input or output. shape: -1 where the size is known at run time only."""
-
-    name: str
-    dtype: str
-    shape: tuple[int, ...]
 
 
 @dataclass(frozen=True)
@@ -48,8 +39,8 @@ class OpCounts:
 class GraphView:
     """One compiled graph; parameters and constants are not among its inputs. no_cost: why there is no cost."""
 
-    inputs: tuple[TensorView, ...]
-    outputs: tuple[TensorView, ...]
+    inputs: tuple[Tensor, ...]
+    outputs: tuple[Tensor, ...]
     parameters: int
     ops: OpCounts
     # what CANN adds to the graph, by type: none of it is among `ops`; None where sizes cannot be followed

@@ -10,14 +10,8 @@ from torch import Tensor, nn
 
 from ...runtime.models.base import GraphOptions
 from ...runtime.models.config import TextConfig, VisionConfig
+from ...runtime.ops.attention import RIGHT_DOWN_CAUSAL, UNLIMITED
 from .layers import Linear
-
-# FusedInferAttentionScore: sparse_mode 3 aligns the causal triangle with the end of the cache; the operator reads one
-# fixed mask of this side instead of a mask of S x length
-RIGHT_DOWN_CAUSAL = 3
-CAUSAL_MASK_SIDE = 2048
-# PromptFlashAttention hides what lies further ahead than next_tokens, 0 by default, whatever the mask says
-ALL_TOKENS = 2147483647
 
 
 @dataclass(frozen=True)
@@ -99,7 +93,7 @@ class CachedAttention(nn.Module):
                 keys,
                 values,
                 atten_mask=step.mask,
-                next_tokens=ALL_TOKENS,
+                next_tokens=UNLIMITED,
                 input_layout="BSH",
                 sparse_mode=10,
                 **shared,

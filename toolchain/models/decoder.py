@@ -12,7 +12,8 @@ from torch import Tensor, nn
 
 from ...runtime.models.base import GraphOptions
 from ...runtime.models.config import TextConfig
-from .attention import CAUSAL_MASK_SIDE, Attended, CachedAttention
+from ...runtime.ops.attention import CAUSAL_MASK_SIDE
+from .attention import Attended, CachedAttention
 from .layers import Constants, Embedding, GatedMlp, Linear, Norm, RMSNorm
 
 # width and eps to a normalisation, width and inner width to what stands behind the attention

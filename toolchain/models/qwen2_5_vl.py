@@ -10,12 +10,8 @@ from ...runtime.models.qwen2_5_vl import Qwen25VLConfig
 from . import decoder, tower
 from .attention import Segments
 from .layers import GatedMlp, RMSNorm
-from .qwen2_vl import tables
 
-__all__ = ["MODULES", "tables"]
-
-# the tower fixes it; config.json has no field for it
-_EPS = 1e-6
+tables = tower.tables
 
 
 class Qwen25VL(decoder.Decoder):
@@ -25,7 +21,7 @@ class Qwen25VL(decoder.Decoder):
         super().__init__(config.text, options, tables)
         vision = config.vision
         mlp = partial(GatedMlp, vision.embed_dim, vision.stored_mlp_dim, bias=True)
-        self.visual = tower.Tower(vision, partial(RMSNorm, vision.embed_dim, _EPS), mlp)
+        self.visual = tower.Tower(vision, partial(RMSNorm, vision.embed_dim, tower.EPS), mlp)
         self.full = [block in vision.full_blocks for block in range(vision.depth)]
 
     def encode(

@@ -11,13 +11,7 @@ from . import decoder, tower
 from .attention import Segments
 from .layers import LayerNorm, Mlp, quick_gelu
 
-# the tower fixes it; config.json has no field for it
-_EPS = 1e-6
-
-
-def tables(config: ModelConfig, options: GraphOptions) -> dict[str, Tensor]:
-    """The constants of all graphs."""
-    return {**decoder.tables(config.text, options), **tower.tables(config.vision)}
+tables = tower.tables
 
 
 class Qwen2VL(decoder.Decoder):
@@ -27,7 +21,7 @@ class Qwen2VL(decoder.Decoder):
         super().__init__(config.text, options, tables)
         width = config.vision.embed_dim
         mlp = partial(Mlp, width, config.vision.mlp_dim, quick_gelu)
-        self.visual = tower.Tower(config.vision, partial(LayerNorm, width, _EPS), mlp)
+        self.visual = tower.Tower(config.vision, partial(LayerNorm, width, tower.EPS), mlp)
 
     def encode(self, patches: Tensor, positions: Tensor, segment_lengths: list[int]) -> Tensor:
         """patches uint8 [F, S, patch_dim], positions int64 [2, F, S]: F segments, each padded to S patches, with

@@ -8,22 +8,25 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor, nn
 
-from ...runtime.models.config import VisionConfig
+from ...runtime.models.base import MAX_VISION_SIDE, GraphOptions
+from ...runtime.models.config import ModelConfig, VisionConfig
+from . import decoder
 from .attention import SegmentAttention, Segments
 from .decoder import angles, cos_sin
 from .layers import Constants, Linear, Norm, gelu
 
-# Longest side of a picture in patches. The processor's limits (max_pixels 12,845,056, aspect ratio 200) allow 3,620.
-MAX_VISION_SIDE = 4096
 # the towers fix it; config.json has no field for it
 _THETA = 10000.0
+EPS = 1e-6
 
 
-def tables(vision: VisionConfig) -> dict[str, Tensor]:
-    """The tower's constants: vision_rope [sides, 2 D] is cos | sin of every coordinate, vision_rope_axes [2, 1, 2 D]
-    selects the columns of rows and of columns."""
+def tables(config: ModelConfig, options: GraphOptions) -> dict[str, Tensor]:
+    """The constants of a tower before a decoder: vision_rope [sides, 2 D] is cos | sin of every coordinate,
+    vision_rope_axes [2, 1, 2 D] selects the columns of rows and of columns; and the decoder's."""
+    vision = config.vision
     axis = torch.repeat_interleave(torch.arange(2), vision.head_dim // 4).repeat(4)
     return {
+        **decoder.tables(config.text, options),
         # rows and columns share the same angles, so one table serves both axes
         "vision_rope": cos_sin(angles(MAX_VISION_SIDE, vision.head_dim // 2, _THETA), 4),
         "vision_rope_axes": (axis == torch.arange(2)[:, None]).float()[:, None],

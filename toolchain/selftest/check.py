@@ -123,17 +123,17 @@ def check_model(model: Model) -> SelftestReport:
     dtype = onnx_part(manifest, model.artifact.path).weights if ge is None else ge.dtype
     batches = [len(known.inputs.scripts)] if ge is None else list(ge.batches)
     limits = {kind: _limit(kind, dtype, part, ge is None) for kind in KINDS}
-    found: list[SelftestOutcome] = []
+    outcomes: list[SelftestOutcome] = []
     earlier: dict[tuple[str, bytes], Call] = {}
     refused: GraphRefusedError | None = None
     try:
         for each in observe(backend, config_of(manifest), known.inputs, batches, model.take_cache):
-            found.append(_outcome(each, distance(known, each), limits[each.kind], tuple(_signs(each, earlier))))
+            outcomes.append(_outcome(each, distance(known, each), limits[each.kind], tuple(_signs(each, earlier))))
     except GraphRefusedError as error:
         refused = error
     # the vision tower feeds the prefill, and that the decode steps: the first of them that is wrong explains the others
-    found.sort(key=lambda each: KINDS.index(_kind(each.graph)))
-    departure = _departure(found, limits, refused, ge)
+    outcomes.sort(key=lambda each: KINDS.index(_kind(each.graph)))
+    departure = _departure(outcomes, limits, refused, ge)
     return SelftestReport(
         passed=departure is None,
         artifact=manifest.name,
@@ -142,7 +142,7 @@ def check_model(model: Model) -> SelftestReport:
         source=part.source,
         dtype=dtype,
         limits=limits,
-        outcomes=tuple(found),
+        outcomes=tuple(outcomes),
         departure=departure,
         not_covered=known.inputs.not_covered(),
         seconds=round(time.perf_counter() - begin, 3),
@@ -189,34 +189,34 @@ def _signs(each: Observed, earlier: dict[tuple[str, bytes], Call]) -> Iterator[s
             yield TOKEN
 
 
-def _outcome(each: Observed, found: Distance, limit: SelftestLimit, signs: tuple[str, ...]) -> SelftestOutcome:
+def _outcome(each: Observed, measured: Distance, limit: SelftestLimit, signs: tuple[str, ...]) -> SelftestOutcome:
     return SelftestOutcome(
         graph=each.graph,
         title=each.title,
         call=each.call,
         row=each.row,
-        rms=found.rms if found.finite else None,
-        largest=found.largest if found.finite else None,
+        rms=measured.rms if measured.finite else None,
+        largest=measured.largest if measured.finite else None,
         signs=signs,
-        passed=found.within(OwnError(limit.rms, limit.largest)) and TOKEN not in signs,
+        passed=measured.within(OwnError(limit.rms, limit.largest)) and TOKEN not in signs,
     )
 
 
 def _departure(
-    found: Sequence[SelftestOutcome],
+    outcomes: Sequence[SelftestOutcome],
     limits: dict[str, SelftestLimit],
     refused: GraphRefusedError | None,
     ge: GePart | None,
 ) -> SelftestDeparture | None:
-    first = next((each for each in found if not each.passed), None)
+    first = next((each for each in outcomes if not each.passed), None)
     if first is None and refused is None:
         return None
     graph = first.graph if first is not None else refused.graph if refused is not None else ""
     kind = _kind(graph)
-    outputs = [each for each in found if each.graph == graph]
+    outputs = [each for each in outcomes if each.graph == graph]
     wrong = [each for each in outputs if not each.passed]
     signs = {sign for each in wrong for sign in each.signs}
-    right = [each.call for each in found if each.passed and _kind(each.graph) == kind]
+    right = [each.call for each in outcomes if each.passed and _kind(each.graph) == kind]
     wrong_rows = {each.row for each in wrong}
     pattern = pattern_sign(kind, [each.call for each in wrong], right, wrong_rows < {each.row for each in outputs})
     if pattern is not None and wrong:

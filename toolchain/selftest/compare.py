@@ -47,10 +47,10 @@ def distance(known: Known, observed: Observed) -> Distance:
     answer = known.answers[observed.call]
     if not np.isfinite(observed.output).all():
         return FARTHEST
-    found = known.print_of(observed.call, observed.output)
-    if found.shape != answer.values.shape:
+    printed = known.print_of(observed.call, observed.output)
+    if printed.shape != answer.values.shape:
         return FARTHEST
-    error = (found.astype(np.float64) - answer.values) / answer.std
+    error = (printed.astype(np.float64) - answer.values) / answer.std
     return Distance(float(np.sqrt(np.square(error).mean())), float(np.abs(error).max()))
 
 

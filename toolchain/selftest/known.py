@@ -87,7 +87,7 @@ def _widths(outputs: Mapping[Call, Floats]) -> tuple[int, int]:
 
 def whole_outputs(observed: Iterable[Observed]) -> dict[Call, Floats]:
     """The first output of every call."""
-    found: dict[Call, Floats] = {}
+    outputs: dict[Call, Floats] = {}
     for each in observed:
-        found.setdefault(each.call, each.output)
-    return found
+        outputs.setdefault(each.call, each.output)
+    return outputs

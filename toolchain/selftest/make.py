@@ -8,7 +8,7 @@ import numpy as np
 
 from ...artifacts.errors import ArtifactError, TargetError
 from ...artifacts.host.process import prepare_process
-from ...artifacts.manifest import MOST_OWN_RMS, Folding, Manifest, OwnError, SelftestPart
+from ...artifacts.manifest import MOST_OWN_RMS, SELFTEST_SOURCES, Folding, Manifest, OwnError, SelftestPart
 from ...artifacts.staging import Staging, amend
 from ...artifacts.store import Artifact, ge_part, open_artifact
 from ...runtime.backends.base import Backend
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from ..verify.reference import HfReference
 
 SELFTEST_PATH = "selftest/selftest.safetensors"
-TRANSFORMERS, REFERENCE = "transformers", "reference"
+TRANSFORMERS, REFERENCE = SELFTEST_SOURCES
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -94,19 +94,19 @@ def _measured(artifact: Artifact, backend: Backend, source: str, known: Known) -
     worst = {kind: Distance(0.0, 0.0) for kind in KINDS}
     for each in observe(backend, config_of(artifact.manifest), known.inputs, [min(part.batches)]):
         worst[each.kind] = worst[each.kind].worse(distance(known, each))
-    for kind, found in worst.items():
-        if not found.finite:
+    for kind, error in worst.items():
+        if not error.finite:
             raise ArtifactError(
                 f"{artifact.path}: {kind}: the reference backend gives numbers that are not finite in {part.dtype}; "
                 "build it with --dtype bf16 or fp32"
             )
-        if found.rms > MOST_OWN_RMS:
+        if error.rms > MOST_OWN_RMS:
             raise TargetError(
                 f"{artifact.path}: {kind}: rounding to {part.dtype} alone moves the reference's outputs by "
-                f"{100 * found.rms:.0f} % (RMS), so a self-test would hardly fail, and it has none; build it with "
+                f"{100 * error.rms:.0f} % (RMS), so a self-test would hardly fail, and it has none; build it with "
                 "--dtype fp32"
             )
-    return MadeSelftest(source, known, {kind: OwnError(found.rms, found.largest) for kind, found in worst.items()})
+    return MadeSelftest(source, known, {kind: OwnError(error.rms, error.largest) for kind, error in worst.items()})
 
 
 def _originals(reference: "HfReference", inputs: SelftestInputs, folding: Folding) -> dict[Call, Floats]:

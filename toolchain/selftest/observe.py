@@ -65,7 +65,7 @@ def observe(
     for i, each in enumerate(inputs.visual):
         with _named(VISUAL, backend):
             made = backend.embed(of_family, each.patches, each.grids)
-            output = _on_host(made.tensor)
+            output = made.in_order(_on_host(made.tensor))
         embeds.append(made)
         yield Observed(VISUAL, (-1, i), VISUAL_CALLS[i], None, output, None)
     for batch in sorted(batches):
@@ -101,15 +101,15 @@ def _run_group(
             with _named(PREFILL, backend):
                 places = script.positions[:, start : start + count]
                 step = backend.prefill(cache, row, start, ids, places, given, slots)
-                found = _rows(backend, step, 1)
+                rows = _rows(backend, step, 1)
             title = f"{SCRIPTS[which]}, tokens {start} to {start + count}"
-            yield from (Observed(PREFILL, (which, i), title, row, *one) for one in found)
+            yield from (Observed(PREFILL, (which, i), title, row, *one) for one in rows)
             start += count
     scripts = [inputs.scripts[which] for which in group]
     for number, step in enumerate(_decoded(backend, cache, scripts, decode)):
         with _named(decode, backend):
-            found = _rows(backend, step, len(group))
-        for row, (which, one) in enumerate(zip(group, found, strict=True)):
+            rows = _rows(backend, step, len(group))
+        for row, (which, one) in enumerate(zip(group, rows, strict=True)):
             call = (which, len(scripts[row].turns) + number)
             yield Observed(decode, call, f"{SCRIPTS[which]}, step {number + 1}", row, *one)
 
@@ -141,10 +141,10 @@ def _rows(backend: Backend, step: Step, count: int) -> list[tuple[NDArray[np.flo
 
 def _on_host(tensor: Any) -> NDArray[np.float32]:
     """Embeddings of any engine, fp32 [rows, width]."""
-    found: NDArray[np.float32] = (
+    rows: NDArray[np.float32] = (
         np.asarray(tensor, np.float32) if isinstance(tensor, np.ndarray) else tensor.cpu().float().numpy()
     )
-    return found
+    return rows
 
 
 @contextmanager

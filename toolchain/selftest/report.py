@@ -56,5 +56,5 @@ def _lines(departure: SelftestDeparture) -> Iterator[str]:
 
 
 def _worst(outcomes: list[SelftestOutcome], field: str) -> str:
-    found = max(inf if getattr(each, field) is None else getattr(each, field) for each in outcomes)
-    return "not finite" if found == inf else f"{found:.2g}"
+    worst = max(inf if getattr(each, field) is None else getattr(each, field) for each in outcomes)
+    return "not finite" if worst == inf else f"{worst:.2g}"

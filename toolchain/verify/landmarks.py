@@ -58,7 +58,7 @@ def find_landmarks(graph: GeGraph, binding: Binding, config: ModelConfig) -> lis
         for edge in node.inputs:
             if edge is not None:
                 readers.setdefault(edge[0], []).append(node)
-    found: dict[tuple[str, int], Landmark] = {}
+    marked: dict[tuple[str, int], Landmark] = {}
     weights = {each.name: each for each in family_of(config).weights(config) if each.name.endswith(".weight")}
     for bound, data in zip(binding.inputs, graph.inputs, strict=True):
         marks: Iterable[Landmark] = ()
@@ -73,10 +73,10 @@ def find_landmarks(graph: GeGraph, binding: Binding, config: ModelConfig) -> lis
         for mark in marks:
             edge = (mark.node, mark.index)
             # one tensor can be a module's output and the next one's input: the one that made it gives its name
-            if mark.node in running and (edge not in found or mark.side == OUTPUT):
-                found[edge] = mark
+            if mark.node in running and (edge not in marked or mark.side == OUTPUT):
+                marked[edge] = mark
     # a norm's sum is there before its output 0
-    return sorted(found.values(), key=lambda mark: (position[mark.node], -mark.index))
+    return sorted(marked.values(), key=lambda mark: (position[mark.node], -mark.index))
 
 
 def _users(data: Node, readers: dict[str, list[Node]]) -> Iterator[Node]:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 _STD_OF_MAX_ERROR = 5.0
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Tolerance:
     """What a comparison may show; None is not limited.
 
@@ -15,10 +15,10 @@ class Tolerance:
     standard deviation of the reference: relative_max its largest error, relative_rms the root of its mean square.
     """
 
-    max_error: float | None
-    relative_max: float | None
-    relative_rms: float | None
-    cosine: float | None
+    max_error: float | None = None
+    relative_max: float | None = None
+    relative_rms: float | None = None
+    cosine: float | None = None
     reason: str
     # of next-token distributions over the whole report: the mean divergence in nats, the share of equal first choices
     kl: float | None = None
@@ -37,16 +37,12 @@ class Tolerance:
 TOLERANCES = {
     "fp32": Tolerance(
         max_error=1e-4,
-        relative_max=None,
-        relative_rms=None,
-        cosine=None,
         reason="the same fp32 arithmetic in another order differs by some 1e-5 of logits; a wrong operator by 1e-2",
     ),
     # Measured on random models of 2 to 28 layers, widths 64 to 1536, vision depth 2 to 32: relative RMS 0.006 to 0.019,
     # relative_max up to 0.08; transformers itself computing in bf16 gives 0.006 to 0.020 and 0.09. Two swapped rows
     # give 0.06 to 0.4 at width 64; what is wrong by less than these bounds is left to the intermediates.
     "bf16": Tolerance(
-        max_error=None,
         relative_max=0.15,
         relative_rms=0.03,
         cosine=0.999,
@@ -54,7 +50,6 @@ TOLERANCES = {
     ),
     # 3 bits more, measured likewise: relative RMS 0.0007 to 0.0025, relative_max up to 0.010
     "fp16": Tolerance(
-        max_error=None,
         relative_max=0.02,
         relative_rms=0.004,
         cosine=0.99998,
@@ -68,7 +63,6 @@ TOLERANCES = {
 # grossly wrong.
 TOLERANCES |= {
     "int8": Tolerance(
-        max_error=None,
         relative_max=0.8,
         relative_rms=0.15,
         cosine=0.99,
@@ -77,7 +71,6 @@ TOLERANCES |= {
         reason="8 bits of weights and of activations move logits by 1 to 8 % (RMS), and hardly their order",
     ),
     "int4": Tolerance(
-        max_error=None,
         relative_max=2.0,
         relative_rms=0.75,
         cosine=0.85,
@@ -87,7 +80,6 @@ TOLERANCES |= {
     ),
 }
 _INT8_VISUAL = Tolerance(
-    max_error=None,
     relative_max=0.5,
     relative_rms=0.05,
     cosine=0.998,

@@ -22,12 +22,11 @@ from ...runtime.text.prompt import Processor
 from .files import parse_object, read_file, read_object
 from .folding import folding_from_hf
 from .processor_fields import clip_notes, picture_notes
-from .templates import decide_template
+from .templates import JOINT, decide_template
 from .tokens import TOKENIZER, TOKENIZER_CONFIG, decide_tokens
 
 PREPROCESSOR = "preprocessor_config.json"
 # transformers 5 saves the image processor inside this one
-_JOINT = "processor_config.json"
 _VIDEO = "video_preprocessor_config.json"
 _GENERATION = "generation_config.json"
 
@@ -51,7 +50,7 @@ def read_processor(folder: Path, config: ModelConfig, plain_config: Mapping[str,
     Raises ConfigError naming file and field, and what to do.
     """
     tokens = decide_tokens(folder, plain_config.get("tokenizer_class"))
-    joint = read_object(folder, _JOINT) or {}
+    joint = read_object(folder, JOINT) or {}
     template = decide_template(folder, joint, read_object(folder, TOKENIZER_CONFIG) or {})
     pictures, folding, more = _pictures(folder, joint, config)
     files = {TOKENIZER: tokens.tokenizer, PREPROCESSOR: dump_json(pictures)}
@@ -98,7 +97,7 @@ def _pictures(
 ) -> tuple[Mapping[str, Any], Folding, tuple[str, ...]]:
     """The image processor's settings, what they fold to, and which fields and files do not count."""
     inside, separate = _inner(folder, joint, "image_processor"), read_object(folder, PREPROCESSOR)
-    where = f"{folder / PREPROCESSOR}" if inside is None else f"{folder / _JOINT}: image_processor"
+    where = f"{folder / PREPROCESSOR}" if inside is None else f"{folder / JOINT}: image_processor"
     chosen = separate if inside is None else inside
     if chosen is None:
         raise ConfigError(
@@ -113,9 +112,9 @@ def _pictures(
         except ConfigError:
             differs = True
         if differs:
-            notes += (f"{_JOINT}: its image_processor counts, as in transformers; {PREPROCESSOR} says something else",)
+            notes += (f"{JOINT}: its image_processor counts, as in transformers; {PREPROCESSOR} says something else",)
     clips = _inner(folder, joint, "video_processor")
-    clips_where = f"{folder / _JOINT}: video_processor" if clips is not None else str(folder / _VIDEO)
+    clips_where = f"{folder / JOINT}: video_processor" if clips is not None else str(folder / _VIDEO)
     clips = read_object(folder, _VIDEO) if clips is None else clips
     notes += clip_notes(clips or {}, clips_where)
     if clips is not None and folding_from_hf(clips, config.vision, clips_where) != effect[1]:
@@ -129,7 +128,7 @@ def _pictures(
 def _inner(folder: Path, joint: Mapping[str, Any], name: str) -> dict[str, Any] | None:
     value = joint.get(name)
     if value is not None and not isinstance(value, dict):
-        raise ConfigError(f"{folder / _JOINT}: {name} is {shown(value)}, expected an object")
+        raise ConfigError(f"{folder / JOINT}: {name} is {shown(value)}, expected an object")
     return value
 
 

@@ -118,19 +118,19 @@ def _find_files(folder: Path) -> tuple[list[str], dict[str, str]]:
 
 
 def _refuse_adapter(folder: Path) -> None:
-    found = [name for name in _ADAPTER_FILES if (folder / name).exists()]
-    if not found:
+    adapters = [name for name in _ADAPTER_FILES if (folder / name).exists()]
+    if not adapters:
         return
     if not any((folder / name).exists() for name in (SINGLE_FILE, INDEX_FILE)):
         raise WeightError(
-            f"{folder}: holds {found[0]}: an adapter (LoRA), not a model; merge it into its base model first, with "
+            f"{folder}: holds {adapters[0]}: an adapter (LoRA), not a model; merge it into its base model first, with "
             "peft: PeftModel.from_pretrained(base, folder).merge_and_unload().save_pretrained(merged), copy the base "
             "model's tokenizer and processor files beside it, and convert that folder"
         )
     # transformers would load the adapter on top where peft is installed
     raise WeightError(
-        f"{folder}: holds a whole model and an adapter ({', '.join(found)}); merge the adapter, or remove these files "
-        "if the weights already include it"
+        f"{folder}: holds a whole model and an adapter ({', '.join(adapters)}); merge the adapter, or remove these "
+        "files if the weights already include it"
     )
 
 
@@ -165,53 +165,53 @@ def _tensors_of(file: SourceFile) -> Iterator[SourceTensor]:
 
 def _collect(files: Iterable[SourceFile], weight_map: dict[str, str]) -> dict[str, SourceTensor]:
     """Every tensor by its legacy name; one that is stored twice, or not where the index says, is an error."""
-    found: dict[str, SourceTensor] = {}
+    tensors: dict[str, SourceTensor] = {}
     for file in files:
         for tensor in _tensors_of(file):
             name = legacy_name(tensor.name)
-            if other := found.get(name):
+            if other := tensors.get(name):
                 raise WeightError(
                     f"{tensor.name} is stored twice: in {other.file.path} (as {other.name}) and in {file.path}; "
                     "keep one of them"
                 )
-            found[name] = tensor
+            tensors[name] = tensor
     for stored, file_name in weight_map.items():
-        there = found.get(legacy_name(stored))
+        there = tensors.get(legacy_name(stored))
         if there is None or there.file.path.name != Path(file_name).name:
             raise WeightError(
                 f"{INDEX_FILE} says that {stored} is in {file_name}, but it is "
                 + (f"in {there.file.path.name}" if there else "not there")
                 + "; download index and shards of the same revision"
             )
-    return found
+    return tensors
 
 
-def _check_names(folder: Path, found: dict[str, SourceTensor], weights: Iterable[Weight], tied: bool) -> None:
-    if quantized := [tensor.name for name, tensor in found.items() if is_quantized(name)]:
+def _check_names(folder: Path, tensors: dict[str, SourceTensor], weights: Iterable[Weight], tied: bool) -> None:
+    if quantized := [tensor.name for name, tensor in tensors.items() if is_quantized(name)]:
         raise WeightError(
             f"{folder}: holds quantized tensors ({_shown(quantized)}); GPTQ, AWQ and other quantized checkpoints are "
             "not supported yet: use the unquantized one"
         )
     wanted = {part.name for weight in weights for part in weight.parts}
-    stored_as = new_name if any(name != tensor.name for name, tensor in found.items()) else str
-    if missing := wanted - found.keys():
+    stored_as = new_name if any(name != tensor.name for name, tensor in tensors.items()) else str
+    if missing := wanted - tensors.keys():
         hint = "; or set tie_word_embeddings in config.json" if missing == {"lm_head.weight"} else ""
         raise WeightError(
             f"{folder}: missing tensors: {_shown(map(stored_as, missing))}; "
             f"download the whole checkpoint, or the config.json that belongs to it{hint}"
         )
     extra = {"lm_head.weight"} if tied else set()
-    if unused := [t.name for name, t in found.items() if name not in wanted | extra and not is_recomputed(name)]:
+    if unused := [t.name for name, t in tensors.items() if name not in wanted | extra and not is_recomputed(name)]:
         raise WeightError(
             f"{folder}: tensors that no parameter of the model uses: {_shown(unused)}; "
             "use the config.json that belongs to the weights, and a plain checkpoint (no adapters)"
         )
 
 
-def _check_shapes(found: dict[str, SourceTensor], weights: Iterable[Weight]) -> None:
+def _check_shapes(tensors: dict[str, SourceTensor], weights: Iterable[Weight]) -> None:
     for weight in weights:
         for name, shape, _ in weight.parts:
-            tensor = found[name]
+            tensor = tensors[name]
             where = f"{tensor.file.path}: {tensor.name}"
             if tensor.dtype not in FLOAT_DTYPES:
                 raise WeightError(
@@ -225,9 +225,9 @@ def _check_shapes(found: dict[str, SourceTensor], weights: Iterable[Weight]) -> 
                 )
 
 
-def _check_tied(found: dict[str, SourceTensor]) -> None:
+def _check_tied(tensors: dict[str, SourceTensor]) -> None:
     """A tied checkpoint may store its head as well, in any dtype, if it has the same values."""
-    head, embedding = found.get("lm_head.weight"), found["model.embed_tokens.weight"]
+    head, embedding = tensors.get("lm_head.weight"), tensors["model.embed_tokens.weight"]
     if head is None:
         return
     if not _same_values(head, embedding):
@@ -268,9 +268,9 @@ def open_checkpoint(folder: Path) -> Iterator[Checkpoint]:
     names, weight_map = _find_files(folder)
     with ExitStack() as stack:
         files = tuple(_open_file(folder / name, stack) for name in names)
-        found = _collect(files, weight_map)
-        _check_names(folder, found, weights, config.text.tie_word_embeddings)
-        _check_shapes(found, weights)
+        tensors = _collect(files, weight_map)
+        _check_names(folder, tensors, weights, config.text.tie_word_embeddings)
+        _check_shapes(tensors, weights)
         if config.text.tie_word_embeddings:
-            _check_tied(found)
-        yield Checkpoint(folder, config, plain, weights, found, files)
+            _check_tied(tensors)
+        yield Checkpoint(folder, config, plain, weights, tensors, files)

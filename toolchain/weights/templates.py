@@ -9,7 +9,7 @@ from ...artifacts.errors import ConfigError
 from ...artifacts.schema import shown
 from .files import read_file, read_object
 
-_JOINT = "processor_config.json"
+JOINT = "processor_config.json"
 _LEGACY = "chat_template.json"
 _PLAIN = "chat_template.jinja"
 _NAMED_FOLDER = "additional_chat_templates"
@@ -31,8 +31,8 @@ def decide_template(folder: Path, joint: Mapping[str, Any], tokenizer_config: Ma
     then asks for one, its tokenizer does not. Raises ConfigError where transformers fails: for chat_template.json
     beside named templates, and for named ones without a default.
     """
-    found: dict[str, str] = {}
-    _keep(found, folder, _JOINT, joint.get("chat_template"), listed=False)
+    templates: dict[str, str] = {}
+    _keep(templates, folder, JOINT, joint.get("chat_template"), listed=False)
     legacy = read_object(folder, _LEGACY)
     named = sorted((folder / _NAMED_FOLDER).glob("*.jinja"))
     if legacy is not None:
@@ -43,16 +43,16 @@ def decide_template(folder: Path, joint: Mapping[str, Any], tokenizer_config: Ma
             )
         if "chat_template" not in legacy:
             raise ConfigError(f"{folder / _LEGACY}: chat_template is missing")
-        _keep(found, folder, _LEGACY, legacy["chat_template"], listed=False)
+        _keep(templates, folder, _LEGACY, legacy["chat_template"], listed=False)
     for name in (_PLAIN, _NAMED_DEFAULT):
         if (data := read_file(folder, name)) is not None:
-            found[name] = _text(folder / name, data)
-    if named and not found:
+            templates[name] = _text(folder / name, data)
+    if named and not templates:
         raise ConfigError(f"{folder / _NAMED_FOLDER}: {_missing_default([path.stem for path in named])}")
-    _keep(found, folder, "tokenizer_config.json", tokenizer_config.get("chat_template"), listed=True)
-    if not found:
+    _keep(templates, folder, "tokenizer_config.json", tokenizer_config.get("chat_template"), listed=True)
+    if not templates:
         return Template(None, None)
-    (first, source), *others = found.items()
+    (first, source), *others = templates.items()
     if differing := [name for name, text in others if text != source]:
         return Template(
             source,
@@ -61,7 +61,7 @@ def decide_template(folder: Path, joint: Mapping[str, Any], tokenizer_config: Ma
     return Template(source, None)
 
 
-def _keep(found: dict[str, str], folder: Path, name: str, value: Any, *, listed: bool) -> None:
+def _keep(templates: dict[str, str], folder: Path, name: str, value: Any, *, listed: bool) -> None:
     """A template, or the one called default of several: an object, in tokenizer_config.json also a list."""
     if listed and isinstance(value, list):
         if not all(isinstance(each, dict) and {"name", "template"} <= each.keys() for each in value):
@@ -79,7 +79,7 @@ def _keep(found: dict[str, str], folder: Path, name: str, value: Any, *, listed:
         return
     if not isinstance(text, str):
         raise ConfigError(f"{folder / name}: chat_template is {shown(text)}, expected text")
-    found[name] = text
+    templates[name] = text
 
 
 def _missing_default(names: list[str]) -> str:

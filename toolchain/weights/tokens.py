@@ -13,6 +13,7 @@ from tokenizers import AddedToken, Tokenizer
 
 from ...artifacts.errors import ArtifactError, ConfigError
 from ...artifacts.schema import shown
+from ...runtime.text.prompt import TEMPLATE_TOKENS
 from ...runtime.text.tokenizer import open_tokenizer, refuse, steps
 from .files import parse_object, read_file, read_object
 
@@ -21,7 +22,6 @@ TOKENIZER_CONFIG = "tokenizer_config.json"
 _SPECIAL_MAP = "special_tokens_map.json"
 _ADDED = "added_tokens.json"
 _EXTRA, _ADDITIONAL = "extra_special_tokens", "additional_special_tokens"
-NAMES = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 # Qwen2Tokenizer takes vocabulary, merges and post-processor of tokenizer.json and makes the rest itself
 _REBUILT = (None, "Qwen2Tokenizer", "Qwen2TokenizerFast")
 _REBUILT_DEFAULTS = dict.fromkeys(("eos_token", "unk_token", "pad_token"), "<|endoftext|>")
@@ -88,7 +88,7 @@ def decide_tokens(folder: Path, class_of_config: Any = None) -> Tokens:
         after = tokenizer.get_added_tokens_decoder()
         if _described(after) != _described(before):
             data = _stored_form(tokenizer)
-    named = {name: special.named[name].content for name in NAMES if name in special.named}
+    named = {name: special.named[name].content for name in TEMPLATE_TOKENS if name in special.named}
     notes = _notes(files, merged, named, _ids(before), _ids(after), table)
     return Tokens(data, named, (*notes, *_list_notes(files, {each.content for each in after.values() if each.special})))
 
@@ -239,20 +239,21 @@ class _Special:
         settings = dict(files.settings)
         self.named: dict[str, AddedToken] = {}
         values: dict[str, tuple[str, Any]] = {name: ("", text) for name, text in _REBUILT_DEFAULTS.items() if rebuilt}
-        values |= {name: (TOKENIZER_CONFIG, settings[name]) for name in NAMES if name in settings}
+        values |= {name: (TOKENIZER_CONFIG, settings[name]) for name in TEMPLATE_TOKENS if name in settings}
         if merged:
-            values |= {name: (_SPECIAL_MAP, files.special[name]) for name in NAMES if name in files.special}
+            values |= {name: (_SPECIAL_MAP, files.special[name]) for name in TEMPLATE_TOKENS if name in files.special}
         sources = [(TOKENIZER_CONFIG, files.settings), *([(_SPECIAL_MAP, files.special)] if merged else [])]
         for where, source in sources:
             # tokens of other names, image_token say
             values |= {
                 name: (where, value)
                 for name, value in source.items()
-                if name.endswith("_token") and name not in NAMES and (isinstance(value, str) or where == _SPECIAL_MAP)
+                if name.endswith("_token") and name not in TEMPLATE_TOKENS
+                if isinstance(value, str) or where == _SPECIAL_MAP
             }
         extra, others = _unnamed(files, merged)
         values |= {name: (where, value) for name, (where, _, value) in others.items()}
-        for name in sorted(values, key=lambda name: NAMES.index(name) if name in NAMES else len(NAMES)):
+        for name in sorted(values, key=lambda name: (*TEMPLATE_TOKENS, name).index(name)):
             where, value = values[name]
             if value is not None:
                 self.named[name] = _token(files, where, name, value, special=True)
@@ -311,7 +312,7 @@ def _notes(
 ) -> tuple[str, ...]:
     """What a reader of one file alone would not expect."""
     notes = []
-    for name in NAMES:
+    for name in TEMPLATE_TOKENS:
         value = files.special.get(name)
         text = value.get("content") if isinstance(value, dict) else value
         if not merged and name in files.special and text != named.get(name):

@@ -78,8 +78,8 @@ def _check_files(folder: Path) -> None:
     folder_fd = open_own(folder, _OTHERS_MAY_NOT)
     try:
         for name in os.listdir(folder_fd):
-            found = os.stat(name, dir_fd=folder_fd, follow_symlinks=False)
-            check_own(found, folder / name, stat.S_IFREG)
+            status = os.stat(name, dir_fd=folder_fd, follow_symlinks=False)
+            check_own(status, folder / name, stat.S_IFREG)
     finally:
         os.close(folder_fd)
 
@@ -135,10 +135,10 @@ def _site_packages() -> Path:
 
 
 def _wheel_libraries(site: Path) -> list[Path]:
-    found = sorted(p for p in (site / "torch_npu").rglob("*.so") if p.name != _OPTIONAL_LIBRARY)
-    if not found:
+    libraries = sorted(p for p in (site / "torch_npu").rglob("*.so") if p.name != _OPTIONAL_LIBRARY)
+    if not libraries:
         raise MissingDependencyError(f"{site / 'torch_npu'}: no libraries in it; reinstall torch-npu")
-    return found
+    return libraries
 
 
 def _compile_into(work: Path, site: Path, compiler: list[str]) -> None:

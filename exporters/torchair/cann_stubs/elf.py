@@ -80,11 +80,11 @@ def _sections(data: mmap.mmap) -> list[_Section]:
     size, count = struct.unpack_from("<HH", data, 0x3A)
     if size != _SECTION.size:
         raise ValueError(f"section headers of {size} bytes")
-    found = []
+    sections = []
     for i in range(count):
         _, kind, flags, _, start, length, link, _, _, _ = _SECTION.unpack_from(data, table + i * size)
-        found.append(_Section(kind, flags, start, length, link))
-    return found
+        sections.append(_Section(kind, flags, start, length, link))
+    return sections
 
 
 def _strings(data: mmap.mmap, section: _Section) -> bytes:
@@ -92,20 +92,20 @@ def _strings(data: mmap.mmap, section: _Section) -> bytes:
 
 
 def _needed(data: mmap.mmap, sections: list[_Section], names: bytes) -> tuple[str, ...]:
-    found = []
+    libraries = []
     for section in sections:
         if section.kind == _SHT_DYNAMIC:
             table = data[section.start : section.start + section.size]
             for tag, value in _DYNAMIC_ENTRY.iter_unpack(table):
                 if tag == _DT_NEEDED:
-                    found.append(names[value : names.index(b"\0", value)].decode())
-    return tuple(found)
+                    libraries.append(names[value : names.index(b"\0", value)].decode())
+    return tuple(libraries)
 
 
 def _mentioned(data: mmap.mmap, sections: list[_Section], mention: re.Pattern[bytes]) -> set[str]:
     whole_string = re.compile(rb"(?<=\0)(?:" + mention.pattern + rb")(?=\0)")
-    found: set[str] = set()
+    mentions: set[str] = set()
     for section in sections:
         if section.kind == _SHT_PROGBITS and not section.flags & (_SHF_WRITE | _SHF_EXECUTABLE):
-            found.update(text.decode() for text in whole_string.findall(_strings(data, section)))
-    return found
+            mentions.update(text.decode() for text in whole_string.findall(_strings(data, section)))
+    return mentions

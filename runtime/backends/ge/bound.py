@@ -48,7 +48,7 @@ class BoundGraph:
     def inputs(self, arguments: Mapping[str, Tensor], lengths: Mapping[str, list[int]], cache: KvCache | None) -> Any:
         """The graph's inputs in order. Raises RequestError where an argument does not have the compiled shape."""
         caches = {"keys": cache.keys, "values": cache.values} if cache else {}
-        found: list[Tensor] = []
+        tensors: list[Tensor] = []
         for bound, fixed in zip(self.binding.inputs, self._fixed, strict=True):
             try:
                 if fixed is not None:
@@ -64,8 +64,8 @@ class BoundGraph:
                     f"graph {self.binding.graph}: takes {bound.kind} {bound.name}, which nothing feeds it; compile the "
                     "artifact again"
                 ) from error
-            found.append(tensor)
-        return found
+            tensors.append(tensor)
+        return tensors
 
     def examples(self, device: str) -> list[Tensor]:
         """Inputs of the right places and formats, with 1 for every dynamic size: what GE wants to see once."""

@@ -1,6 +1,6 @@
 """Runs a GE graph on CPU: every operator is resolved when the graph is loaded, then a plain ordered loop."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -32,15 +32,13 @@ class Executor:
     """One graph, ready to run. Raises ArtifactError at construction for an operator it does not know, and for one that
     writes into a constant.
 
-    constants: the tensors of its FileConstants, by name. soc: whose kernels are computed, where they differ. lookup:
-    where a node's function comes from.
+    soc: whose kernels are computed, where they differ. lookup: where a node's function comes from.
     """
 
     def __init__(
         self,
         graph: GeGraph,
         where: str,
-        constants: Mapping[str, Tensor] | None = None,
         *,
         soc: str = DEFAULT_SOC,
         lookup: Callable[[Node, str, str], Kernel] = kernel_of,
@@ -53,7 +51,6 @@ class Executor:
         self._constants = {
             slots[node.name]: (_constant_tensor(node),) for node in graph.nodes if node.constant is not None
         }
-        self._constants |= {slots[name]: (tensor,) for name, tensor in (constants or {}).items()}
         kept = {slot for slot, _ in self._outputs} | set(self._inputs) | set(self._constants)
         last_reader: dict[int, str] = {}
         running = [n for n in graph.nodes if n.op not in (*INPUTS, OUTPUT) and slots[n.name] not in self._constants]
@@ -108,13 +105,13 @@ class Executor:
 
     def _value(self, values: Sequence[tuple[Tensor, ...] | None], slot: int, index: int, reader: Node) -> Tensor:
         """One output of an operator that ran. Its description may claim more outputs than it has."""
-        found = values[slot]
-        if found is None or index >= len(found):
-            count = 0 if found is None else len(found)
+        outputs = values[slot]
+        if outputs is None or index >= len(outputs):
+            count = 0 if outputs is None else len(outputs)
             raise ArtifactError(
                 f"graph {self.name}: {reader.where} reads output {index} of an operator that has {count}"
             )
-        return found[index]
+        return outputs[index]
 
 
 def _constant_tensor(node: Node) -> Tensor:
