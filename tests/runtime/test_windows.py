@@ -104,7 +104,7 @@ def test_a_picture_that_is_too_large_is_refused() -> None:
     with pytest.raises(RequestError, match="a picture has 832 patches, the visual graph takes 800"):
         list(
             inputs_of(PUBLISHED).visual(
-                np.zeros((832, 1), np.uint8), np.array([[1, 26, 32]]), VisualLimits("tnd", 800, 800, 9)
+                np.zeros((832, 1), np.uint8), np.array([[1, 26, 32]]), VisualLimits("tnd", 800, 800, packed=9)
             )
         )
 
