@@ -173,7 +173,7 @@ REFUSED: dict[str, tuple["Change | bytes", str]] = {
     "a tensor of another shape": (lambda m: tensor(m, "layernorm.weight").dims.append(1), "that of the model"),
     "a tensor of no parameter": (lambda m: setattr(tensor(m, "norm.weight"), "name", "mine"), "belongs to no|nothing"),
     "a table of integers": (
-        lambda m: setattr(tensor(m, "constants.text_rope_axes.0.0"), "data_type", 7),
+        lambda m: setattr(tensor(m, "constants.text_rope_axes.0.0.8"), "data_type", 7),
         "shape|bytes|belongs",
     ),
     "a constant of another size": (
