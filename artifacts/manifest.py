@@ -247,7 +247,7 @@ class Manifest:
         return replace(empty_manifest(name, model), weights=weights, processor=processor, ge=self.ge)
 
     def with_graphs(self, part: GePart) -> "Manifest":
-        """Other GE graphs; the ONNX models are made from the weights alone."""
+        """Other GE graphs; the ONNX models stay, which hold the weights and compute what any of their graphs does."""
         return replace(self, ge=part, air=None, selftest=None, reports=(), verification="none")
 
     def with_verdict(self, verification: str, report: FileEntry) -> "Manifest":

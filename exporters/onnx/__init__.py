@@ -1,1 +1,1 @@
-"""The model as ONNX: the operators of toolchain/graphs one by one, with weights quantized while they are written."""
+"""The traced GE graphs as ONNX models, operator by operator, with weights quantized while they are written."""

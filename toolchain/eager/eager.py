@@ -22,7 +22,7 @@ CPU = "cpu"
 
 
 class EagerBackend(ModelBackend):
-    """toolchain.graphs' modules on `device`: CPU, or NPU 0 once the vendor modules are imported."""
+    """The family's modules on `device`: CPU, or NPU 0 once the vendor modules are imported."""
 
     name = "eager"
 
