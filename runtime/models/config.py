@@ -108,7 +108,7 @@ class ModelConfig:
         if vision.in_channels != 3:
             return f"vision in_channels is {vision.in_channels}, expected 3 (RGB)"
         if vision.hidden_size != text.hidden_size:
-            return f"the vision tower gives {vision.hidden_size} columns, the text model takes {text.hidden_size}"
+            return f"the vision tower's output {vision.hidden_size} differs from the text model's {text.hidden_size}"
         for name in ("image_token_id", "video_token_id", "vision_start_token_id", "vision_end_token_id"):
             if not 0 <= getattr(self, name) < text.vocab_size:
                 return f"{name} is {getattr(self, name)}, outside the vocabulary of {text.vocab_size}"

@@ -151,7 +151,7 @@ def test_published_files_may_leave_fields_out_and_nest_the_text() -> None:
         ({"fullatt_block_indexes": [4]}, r"fullatt_block_indexes are \[4\], of 4 blocks"),
         ({"fullatt_block_indexes": "all"}, "fullatt_block_indexes is 'all', expected a list of integers"),
         ({"hidden_act": "quick_gelu"}, "hidden_act is 'quick_gelu', expected 'silu'"),
-        ({"out_hidden_size": 32}, "the vision tower gives 32 columns, the text model takes 64"),
+        ({"out_hidden_size": 32}, "the vision tower's output 32 differs from the text model's 64"),
     ],
 )
 def test_a_tower_that_cannot_be_is_refused(vision: dict[str, Any], said: str) -> None:
