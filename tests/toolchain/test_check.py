@@ -99,7 +99,7 @@ FIA = "FusedInferAttentionScore"
         (FIA, "num_heads", "i", 0, "num_heads is 0, expected an integer of at least 1"),
         (FIA, "num_key_value_heads", "b", True, "num_key_value_heads is True, expected an integer of at least 0"),
         (FIA, "scale", "f", float("nan"), "scale is nan, expected a positive number"),
-        (FIA, "input_layout", "i", 7, "input_layout is 7, expected BSH or BSND"),
+        (FIA, "input_layout", "i", 7, "input_layout is 7, expected one of BSH, BSND, BNSD, TND, NTD, SH, NSD"),
         ("MatMul", "transpose_x2", "s", b"yes", "transpose_x2 is 'yes', expected true or false"),
         ("SplitV", "num_split", "f", 2.0, "num_split is 2.0, expected an integer of at least 1"),
         ("RmsNorm", "epsilon", "f", 0.0, "epsilon is 0.0, expected a positive number"),

@@ -58,5 +58,5 @@ def _expected(attribute: str, value: Any) -> str | None:
     if attribute in _FLAGS:
         return None if type(value) is bool else "true or false"
     if attribute in _WORDS:
-        return None if value in _WORDS[attribute] else " or ".join(_WORDS[attribute])
+        return None if value in _WORDS[attribute] else f"one of {', '.join(_WORDS[attribute])}"
     return None
