@@ -25,6 +25,7 @@ from ...artifacts.manifest import OnnxGraph, OnnxPart
 from ...artifacts.store import Artifact, onnx_part
 from ..models import config_of
 from ..models.base import VisualLimits
+from ..models.config import ModelConfig
 from ..models.segments import Piece, VisualCall, rows_in
 from .base import Backend, Embeds, Ints, Step
 from .onnx_check import check_model
@@ -83,7 +84,9 @@ class OnnxBackend(Backend):
             )
         # onnxruntime lays a model's weights out on one core
         with ThreadPoolExecutor() as pool:
-            made = pool.map(lambda name: _open(runtime, artifact, graphs[name], self._part), ("visual", "text"))
+            made = pool.map(
+                lambda name: _open(runtime, artifact, graphs[name], self._part, self._model), ("visual", "text")
+            )
             self._visual, self._text = made
         self.loading.mark("graphs")
 
@@ -287,11 +290,11 @@ def _products_saturate() -> bool:
         return True
 
 
-def _open(runtime: Any, artifact: Artifact, graph: OnnxGraph, part: OnnxPart) -> Any:
+def _open(runtime: Any, artifact: Artifact, graph: OnnxGraph, part: OnnxPart, config: ModelConfig) -> Any:
     """A session of one model. Raises ArtifactError where a file is altered, replaced or refused."""
     path, options = artifact.path / graph.model.path, session_options(runtime)
     model, data = artifact.read(graph.model), artifact.path / graph.data.path
-    check_model(model, graph, config_of(artifact.manifest), part.standard_only, str(path))
+    check_model(model, graph, config, part.standard_only, str(path))
     # bytes: a path need not be UTF-8, and a str must be
     options.add_session_config_entry("session.model_external_initializers_file_folder_path", os.fsencode(data.parent))
     with _failures(f"{path}: onnxruntime {runtime.__version__} refuses it"):

@@ -54,10 +54,10 @@ def check_sizes(grids: ArrayLike, ends: Sequence[int], limits: VisualLimits) -> 
     table or of a segment, it reads without looking. ends: of the segments, padding included."""
     side = int(as_grids(grids, 1)[:, 1:].max(initial=0))
     longest = int(np.diff(ends, prepend=0).max(initial=0))
-    for found, most, what in ((side, limits.side, "is {} patches long"), (longest, limits.longest, "has {} patches")):
-        if most is not None and found > most:
+    for size, most, what in ((side, limits.side, "is {} patches long"), (longest, limits.longest, "has {} patches")):
+        if most is not None and size > most:
             raise RequestError(
-                f"a picture {what.format(f'{found:,}')}, the visual graph takes {most:,}; make it smaller, with "
+                f"a picture {what.format(f'{size:,}')}, the visual graph takes {most:,}; make it smaller, with "
                 "max_pixels for instance"
             )
 

@@ -213,9 +213,9 @@ class WindowInputs:
     ) -> Iterator[VisualCall]:
         merge = self._merge
         ends = segment_ends(grids)
-        order = (self.order(grids)[:, None] * merge + np.arange(merge)).ravel()
+        segments = self._segments(grids)
+        order = (_order(segments)[:, None] * merge + np.arange(merge)).ravel()
         patches, positions = patches[order], vision_positions(grids, self.config.vision.spatial_merge_size)[:, order]
-        segments = [windows for windows, times in self._windows(grids) for _ in range(times)]
         if limits.attention == "tnd":
             check_sizes(grids, ends, limits)
             windows = max(len(each.counts) for each in segments)
@@ -286,24 +286,29 @@ class WindowInputs:
         lengths = {"window_lengths": counts.tolist()} | ({} if equal else {"segment_lengths": totals})
         return VisualCall(given, lengths, pieces)
 
-    def _windows(self, grids: NDArray[np.int64]) -> list[tuple[Windows, int]]:
-        """The windows of each picture's frame groups, and how many groups it has."""
+    def _segments(self, grids: NDArray[np.int64]) -> list[Windows]:
+        """The windows of every frame group."""
         merge, side = self.config.vision.spatial_merge_size, self.config.vision.window_side
-        return [(windows_of(h // merge, w // merge, side), t) for t, h, w in as_grids(grids, merge).tolist()]
+        pictures = [(t, windows_of(h // merge, w // merge, side)) for t, h, w in as_grids(grids, merge).tolist()]
+        return [windows for groups, windows in pictures for _ in range(groups)]
 
     def order(self, grids: NDArray[np.int64]) -> NDArray[np.int64]:
-        parts, begin = [np.empty(0, np.int64)], 0
-        for windows, times in self._windows(grids):
-            for _ in range(times):
-                parts.append(windows.order + begin)
-                begin += len(windows.order)
-        return np.concatenate(parts)
+        return _order(self._segments(grids))
 
     def positions(
         self, token_ids: NDArray[np.int64], pictures: Sequence[Picture], start: int = 0
     ) -> tuple[NDArray[np.int64], int]:
         axis = partial(_by_clock, self.config.vision.tokens_per_second)
         return rope_positions(token_ids, pictures, self.config, start, axis)
+
+
+def _order(segments: Sequence[Windows]) -> NDArray[np.int64]:
+    """The merge windows of all segments, window by window."""
+    parts, begin = [np.empty(0, np.int64)], 0
+    for windows in segments:
+        parts.append(windows.order + begin)
+        begin += len(windows.order)
+    return np.concatenate(parts)
 
 
 def _by_clock(tokens_per_second: int, steps: NDArray[np.int64], seconds: float) -> NDArray[np.int64]:
